@@ -1,0 +1,57 @@
+# make demo     set everything up and run the main job: ultramem-demo/report.html
+# make test     set everything up and run the tests
+# make lint     formatting, lint and types
+# make bench    operators against torch eager on this machine
+# make sanitize the CPU kernels under AddressSanitizer and UBSan
+#
+# VENV names the virtual environment (default .venv, created where missing). `make test VENV=`
+# uses the current python3 as it is and installs nothing: for machines without a network.
+
+VENV ?= .venv
+PYTHON ?= python3
+JOBS ?= $(shell nproc)
+
+export MAX_JOBS ?= $(JOBS)
+
+ifeq ($(strip $(VENV)),)
+  PY := $(PYTHON)
+  READY :=
+  BUILD := $(PYTHON) setup.py -q build_ext --inplace
+else
+  PY := $(VENV)/bin/python
+  READY := $(VENV)/.ready
+  BUILD := PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m pip install -q --no-build-isolation --no-deps -e .
+endif
+
+# A CUDA build takes minutes: the demo makes one only where a GPU can use it.
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1)
+DEMO_CPU_ONLY := $(if $(HAS_GPU),0,1)
+
+.PHONY: demo test lint bench sanitize build clean
+
+demo: $(READY)
+	ULTRAMEM_CPU_ONLY=$(or $(ULTRAMEM_CPU_ONLY),$(DEMO_CPU_ONLY)) $(BUILD)
+	$(PY) -m ultramem_cuda demo
+
+build: $(READY)
+	$(BUILD)
+
+test: build
+	$(PY) -m pytest -q
+
+lint: $(READY)
+	PATH="$(if $(READY),$(abspath $(VENV))/bin:)$$PATH" $(PY) -m pre_commit run --all-files
+
+bench: build
+	$(PY) -m bench.ops
+
+sanitize: $(READY)
+	PATH="$(if $(READY),$(abspath $(VENV))/bin:)$$PATH" PY="$(PY)" tests/sanitize.sh
+
+$(VENV)/.ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info ultramem_cuda/*.so

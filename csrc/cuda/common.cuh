@@ -1,0 +1,97 @@
+// What every CUDA kernel file shares: status plumbing, element conversions, warp reductions and
+// the switch from runtime dtypes to template arguments.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "ultramem/types.h"
+
+namespace ultramem::cuda {
+
+inline constexpr int kWarpSize = 32;
+inline constexpr unsigned kFullMask = 0xffffffffu;
+
+inline Status to_status(cudaError_t error) {
+  if (error == cudaSuccess) return {};
+  const StatusCode code =
+      error == cudaErrorMemoryAllocation ? StatusCode::kOutOfMemory : StatusCode::kCudaError;
+  return {code, static_cast<int32_t>(error), cudaGetErrorString(error)};
+}
+
+// After every launch. Clears the error, so that one bad launch does not fail the next operator.
+inline Status launch_status() { return to_status(cudaGetLastError()); }
+
+#define ULTRAMEM_RETURN_IF_ERROR(expr)                    \
+  do {                                                    \
+    const ::ultramem::Status status_ = (expr);            \
+    if (!status_.ok()) return status_;                    \
+  } while (0)
+
+#define ULTRAMEM_CUDA_RETURN_IF_ERROR(expr) \
+  ULTRAMEM_RETURN_IF_ERROR(::ultramem::cuda::to_status(expr))
+
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Workspaces are carved into 256-byte aligned pieces.
+constexpr size_t align_up(size_t bytes) { return (bytes + 255) & ~size_t{255}; }
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// Every lane ends with the same sum, added in the same order on every run.
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int delta = kWarpSize / 2; delta > 0; delta /= 2) x += __shfl_xor_sync(kFullMask, x, delta);
+  return x;
+}
+
+// A float as an unsigned integer of the same order: -0 equals +0, NaN lies below -inf.
+__device__ __forceinline__ uint32_t sortable(float x) {
+  if (x != x) return 0u;
+  const uint32_t bits = __float_as_uint(x + 0.0f);  // -0 + 0 = +0
+  return (bits & 0x80000000u) ? ~bits : bits | 0x80000000u;
+}
+
+// Calls the lambda with `scalar_t` bound to the element type of a CUDA tensor. The only place
+// where a runtime dtype becomes a template argument.
+#define ULTRAMEM_DISPATCH_DTYPE(dtype, scalar_t, ...)                                          \
+  [&]() -> ::ultramem::Status {                                                                \
+    switch (dtype) {                                                                           \
+      case ::ultramem::DType::kFloat32: {                                                      \
+        using scalar_t = float;                                                                \
+        return __VA_ARGS__();                                                                  \
+      }                                                                                        \
+      case ::ultramem::DType::kBFloat16: {                                                     \
+        using scalar_t = __nv_bfloat16;                                                        \
+        return __VA_ARGS__();                                                                  \
+      }                                                                                        \
+      case ::ultramem::DType::kFloat16: {                                                      \
+        using scalar_t = __half;                                                               \
+        return __VA_ARGS__();                                                                  \
+      }                                                                                        \
+      default:                                                                                 \
+        return ::ultramem::Status::invalid_argument("float64 is offered on the CPU only");     \
+    }                                                                                          \
+  }()
+
+}  // namespace ultramem::cuda

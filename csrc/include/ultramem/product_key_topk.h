@@ -1,0 +1,73 @@
+// Product-key retrieval with Tucker-decomposed scores (UltraMem, arXiv 2411.12364, section 3;
+// additive mode: product keys, arXiv 1907.05242).
+//
+//   S_row[r,i] = <query[0,r], keys[0,r,i]>     S_col[s,j] = <query[1,s], keys[1,s,j]>
+//   I_row = top-m of u.S_row                   I_col = top-m of t.S_col
+//   score_c[i,j] = S_row[:,i]^T core_c S_col[:,j]
+//   kept  = top-M of sum_c score_c over I_row x I_col;  index = row * n + col
+//
+// Additive mode: R = C = 1, the axes are ranked by S themselves, score = S_row[i] + S_col[j].
+//
+// Order, on every backend: descending rank; equal ranks (-0 equals +0) by the lower index (the key
+// on an axis, row * n + col in the grid); NaN below -inf.
+#pragma once
+
+#include "ultramem/types.h"
+
+namespace ultramem {
+
+enum class ScoreMode : int32_t { kTucker = 0, kAdditive = 1 };
+
+struct ProductKeyTopkParams {
+  int64_t num_tokens = 0;   // T
+  int64_t num_keys = 0;     // n, per side
+  int64_t key_dim = 0;      // Kd
+  int32_t num_heads = 1;    // H
+  int32_t num_queries = 1;  // Q: 1 (shared by the ranks) or R
+  int32_t tucker_rank = 1;  // R
+  int32_t num_cores = 1;    // C
+  int32_t axis_topk = 0;    // m <= min(n, kMaxAxisTopk)
+  int32_t topk = 0;         // M <= min(m * m, kMaxTopk)
+  ScoreMode mode = ScoreMode::kTucker;
+  DType dtype = DType::kFloat32;  // of query and keys; "acc" below is its accumulation dtype
+
+  const void* query = nullptr;  // [T, 2, H, Q, Kd]
+  const void* keys = nullptr;   // [H, 2, R, n, Kd]
+  const void* core = nullptr;   // [C, H, R, R] acc; null in additive mode
+  const void* u = nullptr;      // [H, R] acc; null in additive mode
+  const void* t = nullptr;      // [H, R] acc; null in additive mode
+
+  void* scores = nullptr;             // [T, H, M, C] acc
+  int64_t* indices = nullptr;         // [T, H, M]
+  int32_t* axis_indices = nullptr;    // [T, H, 2, m], key ids in rank order
+  void* axis_scores = nullptr;        // [T, H, 2, R, m] acc, S at the kept keys
+  int16_t* grid_positions = nullptr;  // [T, H, M], i * m + j into the kept keys
+
+  void* workspace = nullptr;  // product_key_topk_fwd_workspace(params) bytes
+};
+
+// Reads query, keys, core, axis_indices, axis_scores and grid_positions of the forward; writes no
+// output of it. Selection is not differentiated.
+struct ProductKeyTopkBwdParams : ProductKeyTopkParams {
+  const void* grad_scores = nullptr;  // [T, H, M, C] acc
+  void* grad_query = nullptr;         // like query
+  void* grad_keys = nullptr;          // like keys
+  void* grad_core = nullptr;          // like core; null in additive mode
+};
+
+namespace cpu {
+size_t product_key_topk_fwd_workspace(const ProductKeyTopkParams& params, const Executor& executor);
+Status product_key_topk_fwd(const ProductKeyTopkParams& params, const Executor& executor);
+size_t product_key_topk_bwd_workspace(const ProductKeyTopkBwdParams& params,
+                                      const Executor& executor);
+Status product_key_topk_bwd(const ProductKeyTopkBwdParams& params, const Executor& executor);
+}  // namespace cpu
+
+namespace cuda {
+size_t product_key_topk_fwd_workspace(const ProductKeyTopkParams& params);
+Status product_key_topk_fwd(const ProductKeyTopkParams& params, Stream stream);
+size_t product_key_topk_bwd_workspace(const ProductKeyTopkBwdParams& params);
+Status product_key_topk_bwd(const ProductKeyTopkBwdParams& params, Stream stream);
+}  // namespace cuda
+
+}  // namespace ultramem

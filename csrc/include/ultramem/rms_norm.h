@@ -1,0 +1,40 @@
+// RMS normalisation of rows, the norm of queries and keys:
+//   y = x / sqrt(mean(x^2) + eps) * weight
+#pragma once
+
+#include "ultramem/types.h"
+
+namespace ultramem {
+
+struct RmsNormParams {
+  int64_t num_rows = 0;
+  int64_t dim = 0;  // width of a row
+  double eps = 1e-6;
+  DType dtype = DType::kFloat32;  // of x, y and their gradients
+
+  const void* x = nullptr;       // [num_rows, dim]
+  const void* weight = nullptr;  // [dim], accumulation dtype
+  void* y = nullptr;             // [num_rows, dim]
+};
+
+struct RmsNormBwdParams : RmsNormParams {
+  // `y` is not read.
+  const void* grad_y = nullptr;  // [num_rows, dim]
+  void* grad_x = nullptr;        // [num_rows, dim]
+  void* grad_weight = nullptr;   // [dim], accumulation dtype
+  void* workspace = nullptr;     // rms_norm_bwd_workspace(params) bytes
+};
+
+namespace cpu {
+Status rms_norm_fwd(const RmsNormParams& params, const Executor& executor);
+size_t rms_norm_bwd_workspace(const RmsNormBwdParams& params, const Executor& executor);
+Status rms_norm_bwd(const RmsNormBwdParams& params, const Executor& executor);
+}  // namespace cpu
+
+namespace cuda {
+Status rms_norm_fwd(const RmsNormParams& params, Stream stream);
+size_t rms_norm_bwd_workspace(const RmsNormBwdParams& params);
+Status rms_norm_bwd(const RmsNormBwdParams& params, Stream stream);
+}  // namespace cuda
+
+}  // namespace ultramem

@@ -1,0 +1,36 @@
+// Singular value decomposition of the summed Tucker cores: Cbar = sum_c core_c, R x R, per head.
+//
+// The leading pair (u, t) reduces a rank-R score to one number per key, which is what the axes are
+// filtered by (UltraMem, arXiv 2411.12364, section 3). Computed by one-sided Jacobi in float64 and
+// rounded, so that backends agree.
+#pragma once
+
+#include "ultramem/types.h"
+
+namespace ultramem {
+
+struct TuckerFilterParams {
+  int32_t num_cores = 1;          // C
+  int32_t num_heads = 1;          // H
+  int32_t tucker_rank = 1;        // R
+  DType dtype = DType::kFloat32;  // float32 or float64, of everything below
+
+  const void* core = nullptr;  // [C, H, R, R]
+  // The filter: the leading singular vectors with sum(u) >= 0; e_1 where Cbar is zero or its two
+  // largest singular values are equal.
+  void* u = nullptr;      // [H, R]
+  void* t = nullptr;      // [H, R]
+  void* sigma = nullptr;  // [H, R], descending
+  // Cbar = left diag(sigma) right^T; column i belongs to sigma_i. Kept for sigma's gradient.
+  void* left = nullptr;   // [H, R, R]
+  void* right = nullptr;  // [H, R, R]
+};
+
+namespace cpu {
+Status tucker_filter(const TuckerFilterParams& params);
+}
+namespace cuda {
+Status tucker_filter(const TuckerFilterParams& params, Stream stream);
+}
+
+}  // namespace ultramem

@@ -1,0 +1,10 @@
+// Everything at once.
+#pragma once
+
+#include "ultramem/addressing.h"
+#include "ultramem/device_info.h"
+#include "ultramem/product_key_topk.h"
+#include "ultramem/rms_norm.h"
+#include "ultramem/tucker_filter.h"
+#include "ultramem/types.h"
+#include "ultramem/value_ffn.h"

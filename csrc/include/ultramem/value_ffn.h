@@ -1,0 +1,71 @@
+// The sparse value FFN: every retrieved slot is an FFN of inner width one (PEER, arXiv 2407.04153;
+// UltraMemV2, arXiv 2508.18756, section 3).
+//
+//   a_s = <pre_input, pre_values[slot_s]>     h_s = act(a_s)     (h = 1 without pre-values)
+//   out[group_s] += concat_c( h_s * score_{s,c} * values[slot_s, slice c] )
+#pragma once
+
+#include "ultramem/addressing.h"
+#include "ultramem/types.h"
+
+namespace ultramem {
+
+struct ValueFfnParams {
+  int64_t num_tokens = 0;     // T
+  int64_t num_selected = 0;   // S = H * M
+  int64_t pre_value_dim = 0;  // Dp, 0 without pre-values
+  int64_t value_dim = 0;      // Dv, a multiple of C
+  int32_t num_cores = 1;      // C
+  bool sum_groups = true;     // out [T, Dv]; false: out [T, E, Dv]
+  bool indices_are_int64 = true;
+  Activation activation = Activation::kIdentity;
+  DType table_dtype = DType::kFloat32;  // of values and pre_values
+  // Of pre_input and out (without pre-values: table_dtype). "acc" below is the accumulation dtype.
+  // Either both dtypes are float64 or neither is.
+  DType dtype = DType::kFloat32;
+  AddressingParams addressing;
+
+  const void* indices = nullptr;     // [T, S] int64 or int32
+  const void* scores = nullptr;      // [T, S, C] acc
+  const void* values = nullptr;      // [N, Dv]
+  const void* pre_values = nullptr;  // [N, Dp] or null
+  const void* pre_input = nullptr;   // [T, Dp] or null
+
+  void* out = nullptr;             // [T, Dv] or [T, E, Dv]
+  void* pre_activation = nullptr;  // [T, S] acc: a, saved for the backward; null without pre-values
+
+  void* workspace = nullptr;  // value_ffn_fwd_workspace(params) bytes
+};
+
+// Reads the inputs and pre_activation of the forward. Null gradients are not computed.
+struct ValueFfnBwdParams : ValueFfnParams {
+  const void* grad_out = nullptr;  // like out
+  void* grad_scores = nullptr;     // [T, S, C] acc
+  void* grad_pre_input = nullptr;  // [T, Dp] or null
+  // Gradients of the tables: dense [N, Dv] and [N, Dp]. Rows that no token retrieved are left as
+  // they are (so the caller zeroes a fresh gradient); touched rows are overwritten with their sum,
+  // rounded once, or, with accumulate, have it added.
+  void* grad_values = nullptr;
+  void* grad_pre_values = nullptr;
+  DType grad_table_dtype = DType::kFloat32;
+  bool accumulate = false;
+};
+
+namespace cpu {
+size_t value_ffn_fwd_workspace(const ValueFfnParams& params, const Executor& executor);
+Status value_ffn_fwd(const ValueFfnParams& params, const Executor& executor);
+size_t value_ffn_bwd_workspace(const ValueFfnBwdParams& params, const Executor& executor);
+Status value_ffn_bwd(const ValueFfnBwdParams& params, const Executor& executor);
+}  // namespace cpu
+
+namespace cuda {
+// An index out of range contributes zero. *index_error (device, may be null) is set to 1 where one
+// is found.
+Status check_indices(const ValueFfnParams& params, int32_t* index_error, Stream stream);
+size_t value_ffn_fwd_workspace(const ValueFfnParams& params);
+Status value_ffn_fwd(const ValueFfnParams& params, Stream stream);
+size_t value_ffn_bwd_workspace(const ValueFfnBwdParams& params);
+Status value_ffn_bwd(const ValueFfnBwdParams& params, Stream stream);
+}  // namespace cuda
+
+}  // namespace ultramem

@@ -1,0 +1,69 @@
+// Schemas and registrations. The fake implementations and autograd formulas stand beside the
+// public wrappers in ultramem_cuda/ops.py.
+#include "ops.h"
+
+STABLE_TORCH_LIBRARY(ultramem, m) {
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("rms_norm_bwd(Tensor grad_y, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
+  m.def(
+      "tucker_query(Tensor x, Tensor weight, Tensor norm_weight, int num_heads, float eps)"
+      " -> (Tensor query, Tensor projection)");
+  m.def(
+      "tucker_query_bwd(Tensor grad_query, Tensor x, Tensor weight, Tensor norm_weight,"
+      " Tensor projection, float eps, bool need_x, bool need_weight) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "tucker_filter(Tensor core)"
+      " -> (Tensor u, Tensor t, Tensor sigma, Tensor left, Tensor right)");
+  m.def(
+      "product_key_topk(Tensor query, Tensor keys, Tensor? core, Tensor? u, Tensor? t, int topk,"
+      " int axis_topk, str mode) -> (Tensor scores, Tensor indices, Tensor axis_indices,"
+      " Tensor axis_scores, Tensor grid_positions)");
+  m.def(
+      "product_key_topk_bwd(Tensor grad_scores, Tensor query, Tensor keys, Tensor? core,"
+      " Tensor axis_indices, Tensor axis_scores, Tensor grid_positions, str mode, bool need_query,"
+      " bool need_keys, bool need_core) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "value_ffn(Tensor indices, Tensor scores, Tensor values, Tensor? pre_values,"
+      " Tensor? pre_input, Tensor? permutation, Tensor? values_main_grad,"
+      " Tensor? pre_values_main_grad, str activation, int window, int offset, int expand,"
+      " str shuffle, int num_keys, int seed, bool sum_groups)"
+      " -> (Tensor out, Tensor pre_activation)");
+  m.def(
+      "value_ffn_bwd(Tensor grad_out, Tensor indices, Tensor scores, Tensor values,"
+      " Tensor? pre_values, Tensor? pre_input, Tensor pre_activation, Tensor? permutation,"
+      " str activation, int window, int offset, int expand, str shuffle, int num_keys, int seed,"
+      " bool sum_groups, bool need_values, bool need_pre_values)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "value_ffn_bwd_main_grad(Tensor grad_out, Tensor indices, Tensor scores, Tensor values,"
+      " Tensor? pre_values, Tensor? pre_input, Tensor pre_activation, Tensor? permutation,"
+      " str activation, int window, int offset, int expand, str shuffle, int num_keys, int seed,"
+      " bool sum_groups, Tensor(a!)? values_main_grad, Tensor(b!)? pre_values_main_grad)"
+      " -> (Tensor, Tensor)");
+}
+
+namespace ultramem::torch_binding {
+namespace {
+
+// One function an operator serves every backend; the device of its arguments decides.
+void register_all(torch::stable::detail::StableLibrary& m) {
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("rms_norm_bwd", TORCH_BOX(&rms_norm_bwd));
+  m.impl("tucker_query", TORCH_BOX(&tucker_query));
+  m.impl("tucker_query_bwd", TORCH_BOX(&tucker_query_bwd));
+  m.impl("tucker_filter", TORCH_BOX(&tucker_filter));
+  m.impl("product_key_topk", TORCH_BOX(&product_key_topk));
+  m.impl("product_key_topk_bwd", TORCH_BOX(&product_key_topk_bwd));
+  m.impl("value_ffn", TORCH_BOX(&value_ffn));
+  m.impl("value_ffn_bwd", TORCH_BOX(&value_ffn_bwd));
+  m.impl("value_ffn_bwd_main_grad", TORCH_BOX(&value_ffn_bwd_main_grad));
+}
+
+}  // namespace
+}  // namespace ultramem::torch_binding
+
+STABLE_TORCH_LIBRARY_IMPL(ultramem, CPU, m) { ultramem::torch_binding::register_all(m); }
+
+#if defined(ULTRAMEM_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(ultramem, CUDA, m) { ultramem::torch_binding::register_all(m); }
+#endif

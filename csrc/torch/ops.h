@@ -1,0 +1,47 @@
+// The operators as torch sees them. Shapes: the headers in csrc/include/ultramem.
+#pragma once
+
+#include <string>
+#include <tuple>
+
+#include "common.h"
+
+namespace ultramem::torch_binding {
+
+Tensor rms_norm(Tensor x, Tensor weight, double eps);
+std::tuple<Tensor, Tensor> rms_norm_bwd(Tensor grad_y, Tensor x, Tensor weight, double eps);
+
+std::tuple<Tensor, Tensor> tucker_query(Tensor x, Tensor weight, Tensor norm_weight,
+                                        int64_t num_heads, double eps);
+std::tuple<Tensor, Tensor, Tensor> tucker_query_bwd(Tensor grad_query, Tensor x, Tensor weight,
+                                                    Tensor norm_weight, Tensor projection,
+                                                    double eps, bool need_x, bool need_weight);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tucker_filter(Tensor core);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> product_key_topk(
+    Tensor query, Tensor keys, OptionalTensor core, OptionalTensor u, OptionalTensor t,
+    int64_t topk, int64_t axis_topk, std::string mode);
+std::tuple<Tensor, Tensor, Tensor> product_key_topk_bwd(
+    Tensor grad_scores, Tensor query, Tensor keys, OptionalTensor core, Tensor axis_indices,
+    Tensor axis_scores, Tensor grid_positions, std::string mode, bool need_query, bool need_keys,
+    bool need_core);
+
+std::tuple<Tensor, Tensor> value_ffn(
+    Tensor indices, Tensor scores, Tensor values, OptionalTensor pre_values,
+    OptionalTensor pre_input, OptionalTensor permutation, OptionalTensor values_main_grad,
+    OptionalTensor pre_values_main_grad, std::string activation, int64_t window, int64_t offset,
+    int64_t expand, std::string shuffle, int64_t num_keys, int64_t seed, bool sum_groups);
+std::tuple<Tensor, Tensor, Tensor, Tensor> value_ffn_bwd(
+    Tensor grad_out, Tensor indices, Tensor scores, Tensor values, OptionalTensor pre_values,
+    OptionalTensor pre_input, Tensor pre_activation, OptionalTensor permutation,
+    std::string activation, int64_t window, int64_t offset, int64_t expand, std::string shuffle,
+    int64_t num_keys, int64_t seed, bool sum_groups, bool need_values, bool need_pre_values);
+std::tuple<Tensor, Tensor> value_ffn_bwd_main_grad(
+    Tensor grad_out, Tensor indices, Tensor scores, Tensor values, OptionalTensor pre_values,
+    OptionalTensor pre_input, Tensor pre_activation, OptionalTensor permutation,
+    std::string activation, int64_t window, int64_t offset, int64_t expand, std::string shuffle,
+    int64_t num_keys, int64_t seed, bool sum_groups, OptionalTensor values_main_grad,
+    OptionalTensor pre_values_main_grad);
+
+}  // namespace ultramem::torch_binding

@@ -1,0 +1,133 @@
+// tucker_query and tucker_filter. The projection and its gradients are torch's matrix products;
+// the norm between them is ours.
+#include "ops.h"
+#include "ultramem/rms_norm.h"
+#include "ultramem/tucker_filter.h"
+
+namespace ultramem::torch_binding {
+namespace {
+
+
+struct QueryShape {
+  int64_t num_tokens, d_model, num_heads, num_queries, key_dim;
+};
+
+QueryShape check_query_arguments(const OpContext& context, const Tensor& x, const Tensor& weight,
+                                 const Tensor& norm_weight, int64_t num_heads, double eps) {
+  const DType dtype = context.dtype("x", x);
+  context.check_shape("x", x, "[T, D", {-1, -1});
+  context.check_shape("weight", weight, "[2*H*Q*Kd, D", {-1, x.size(1)});
+  context.check_dtype("weight", weight, x.scalar_type());
+  context.check_shape("norm_weight", norm_weight, "[Kd", {-1});
+  context.check_dtype("norm_weight", norm_weight, scalar_type(accumulation_dtype(dtype)));
+  context.check(num_heads >= 1, "num_heads must be positive, got " + std::to_string(num_heads));
+  context.check(eps >= 0, "eps must not be negative, got " + std::to_string(eps));
+  const int64_t key_dim = norm_weight.size(0);
+  context.check(key_dim >= 1, "norm_weight must not be empty");
+  const int64_t segment = 2 * num_heads * key_dim;
+  const int64_t num_queries = weight.size(0) / segment;
+  context.check(num_queries >= 1 && num_queries <= kMaxTuckerRank &&
+                    weight.size(0) == num_queries * segment,
+                "weight must have 2*H*Q*Kd rows with H = " + std::to_string(num_heads) +
+                    ", Kd = " + std::to_string(key_dim) + " and Q in 1..4, got " +
+                    std::to_string(weight.size(0)));
+  return {x.size(0), x.size(1), num_heads, num_queries, key_dim};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> tucker_query(Tensor x, Tensor weight, Tensor norm_weight,
+                                        int64_t num_heads, double eps) {
+  const OpContext context("tucker_query", x);
+  const QueryShape shape =
+      check_query_arguments(context, x, weight, norm_weight, num_heads, eps);
+  norm_weight = as_contiguous(norm_weight);
+  Tensor projection = as_contiguous(matmul(x, transpose(weight, 0, 1)));
+  Tensor query = context.empty(
+      {shape.num_tokens, 2, shape.num_heads, shape.num_queries, shape.key_dim}, x.scalar_type());
+
+  RmsNormParams params;
+  params.dtype = context.dtype("x", x);
+  params.dim = shape.key_dim;
+  params.num_rows = query.numel() / shape.key_dim;
+  params.eps = eps;
+  params.x = projection.const_data_ptr();
+  params.weight = norm_weight.const_data_ptr();
+  params.y = query.mutable_data_ptr();
+  context.check(ULTRAMEM_CALL(context, rms_norm_fwd, params));
+  return {query, projection};
+}
+
+std::tuple<Tensor, Tensor, Tensor> tucker_query_bwd(Tensor grad_query, Tensor x, Tensor weight,
+                                                    Tensor norm_weight, Tensor projection,
+                                                    double eps, bool need_x, bool need_weight) {
+  const OpContext context("tucker_query_bwd", x);
+  grad_query = as_contiguous(grad_query);
+  norm_weight = as_contiguous(norm_weight);
+  projection = as_contiguous(projection);
+  context.check_dtype("grad_query", grad_query, x.scalar_type());
+  context.check(grad_query.numel() == projection.numel(), "grad_query must have query's shape");
+
+  Tensor grad_projection = torch::stable::empty_like(projection);
+  Tensor grad_norm_weight = context.empty({norm_weight.size(0)}, norm_weight.scalar_type());
+  RmsNormBwdParams params;
+  params.dtype = context.dtype("x", x);
+  params.dim = norm_weight.size(0);
+  params.num_rows = projection.numel() / params.dim;
+  params.eps = eps;
+  params.x = projection.const_data_ptr();
+  params.weight = norm_weight.const_data_ptr();
+  params.grad_y = grad_query.const_data_ptr();
+  params.grad_x = grad_projection.mutable_data_ptr();
+  params.grad_weight = grad_norm_weight.mutable_data_ptr();
+  Tensor workspace = ULTRAMEM_WORKSPACE(context, rms_norm_bwd_workspace, params);
+  params.workspace = workspace.mutable_data_ptr();
+  context.check(ULTRAMEM_CALL(context, rms_norm_bwd, params));
+
+  const ScalarType dtype = x.scalar_type();
+  Tensor grad_x = need_x ? matmul(grad_projection, weight) : context.empty({0}, dtype);
+  Tensor grad_weight =
+      need_weight ? matmul(transpose(grad_projection, 0, 1), x) : context.empty({0}, dtype);
+  return {grad_x, grad_weight, grad_norm_weight};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tucker_filter(Tensor core) {
+  const OpContext context("tucker_filter", core);
+  core = as_contiguous(core);
+  TuckerFilterParams params;
+  params.dtype = context.dtype("core", core);
+  context.check(params.dtype == accumulation_dtype(params.dtype),
+                "core must be float32 or float64 here; the Python wrapper casts");
+  context.check_shape("core", core, "[C, H, R, R", {-1, -1, -1, -1});
+  const int64_t num_cores = core.size(0), num_heads = core.size(1), rank = core.size(2);
+  context.check(core.size(3) == rank, "the last two dimensions of core must be equal");
+  context.check(rank >= 1 && rank <= kMaxTuckerRank,
+                "the Tucker rank R must be 1..4, got " + std::to_string(rank));
+  context.check(num_cores >= 1 && num_cores <= kMaxNumCores,
+                "the number of cores C must be 1..4, got " + std::to_string(num_cores));
+  context.check(num_heads >= 1, "core must have at least one head");
+  params.num_cores = static_cast<int32_t>(num_cores);
+  params.num_heads = static_cast<int32_t>(num_heads);
+  params.tucker_rank = static_cast<int32_t>(rank);
+  params.core = core.const_data_ptr();
+  const ScalarType dtype = core.scalar_type();
+  Tensor u = context.empty({num_heads, rank}, dtype);
+  Tensor t = context.empty({num_heads, rank}, dtype);
+  Tensor sigma = context.empty({num_heads, rank}, dtype);
+  Tensor left = context.empty({num_heads, rank, rank}, dtype);
+  Tensor right = context.empty({num_heads, rank, rank}, dtype);
+  params.u = u.mutable_data_ptr();
+  params.t = t.mutable_data_ptr();
+  params.sigma = sigma.mutable_data_ptr();
+  params.left = left.mutable_data_ptr();
+  params.right = right.mutable_data_ptr();
+#if defined(ULTRAMEM_WITH_CUDA)
+  context.check(context.is_cuda() ? cuda::tucker_filter(params, context.stream())
+                                  : cpu::tucker_filter(params));
+#else
+  context.check(cpu::tucker_filter(params));
+#endif
+  return {u, t, sigma, left, right};
+}
+
+}  // namespace ultramem::torch_binding

@@ -1,0 +1,292 @@
+#include "ultramem/value_ffn.h"
+
+#include <cstdlib>
+
+#include "ops.h"
+
+namespace ultramem::torch_binding {
+namespace {
+
+// How the arguments of SlotAddressing reach the operators.
+struct AddressingArguments {
+  const OptionalTensor& permutation;
+  int64_t window, offset, expand;
+  const std::string& shuffle;
+  int64_t num_keys, seed;
+};
+
+Activation parse_activation(const OpContext& context, const std::string& name) {
+  if (name == "identity") return Activation::kIdentity;
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "relu") return Activation::kRelu;
+  context.check(name == "silu",
+                "activation must be 'identity', 'gelu', 'relu' or 'silu', got '" + name + "'");
+  return Activation::kSilu;
+}
+
+AddressingParams make_addressing(const OpContext& context, const AddressingArguments& arguments,
+                                 int64_t num_slots) {
+  AddressingParams params;
+  params.num_slots = num_slots;
+  params.window = arguments.window;
+  params.expand = arguments.expand;
+  params.num_keys = arguments.num_keys;
+  params.mixed_seed = mix64(static_cast<uint64_t>(arguments.seed));
+  context.check(params.expand >= 1, "expand must be positive, got " + std::to_string(params.expand));
+  if (params.window == 0) {  // the index is the slot
+    context.check(params.expand == 1 && arguments.shuffle == "none",
+                  "expand and shuffle need a window");
+    return params;
+  }
+  context.check(params.window > 0 && params.window <= num_slots,
+                "window must be in 1..num_slots = " + std::to_string(num_slots) + ", got " +
+                    std::to_string(params.window));
+  params.offset = (arguments.offset % num_slots + num_slots) % num_slots;
+  if (arguments.shuffle == "feistel") {
+    params.shuffle = Shuffle::kFeistel;
+    context.check(params.num_keys > 0 &&
+                      params.num_keys * params.num_keys == params.expand * params.window,
+                  "shuffle='feistel' needs num_keys^2 == expand * window, got num_keys = " +
+                      std::to_string(params.num_keys) + ", expand * window = " +
+                      std::to_string(params.expand * params.window));
+  } else if (arguments.shuffle == "permutation") {
+    params.shuffle = Shuffle::kPermutation;
+    context.check(arguments.permutation.has_value(), "shuffle='permutation' needs a permutation");
+    context.check_shape("permutation", *arguments.permutation, "[expand * window",
+                        {params.expand * params.window});
+    context.check_dtype("permutation", *arguments.permutation, ScalarType::Long);
+    params.permutation = static_cast<const int64_t*>(arguments.permutation->const_data_ptr());
+  } else {
+    context.check(arguments.shuffle == "none",
+                  "shuffle must be 'none', 'feistel' or 'permutation', got '" +
+                      arguments.shuffle + "'");
+  }
+  return params;
+}
+
+// Shapes and dtypes of what the forward and the backward both take. Tensors must be contiguous.
+ValueFfnParams make_params(const OpContext& context, const Tensor& indices, const Tensor& scores,
+                           const Tensor& values, const OptionalTensor& pre_values,
+                           const OptionalTensor& pre_input, const std::string& activation,
+                           const AddressingArguments& addressing, bool sum_groups) {
+  ValueFfnParams params;
+  params.activation = parse_activation(context, activation);
+  params.sum_groups = sum_groups;
+  params.table_dtype = context.dtype("values", values);
+  context.check_shape("values", values, "[N, Dv", {-1, -1});
+  context.check_shape("indices", indices, "[T, S", {-1, -1});
+  const ScalarType index_type = indices.scalar_type();
+  context.check(index_type == ScalarType::Long || index_type == ScalarType::Int,
+                "indices must be int64 or int32");
+  params.num_tokens = indices.size(0);
+  params.num_selected = indices.size(1);
+  params.value_dim = values.size(1);
+  params.indices_are_int64 = index_type == ScalarType::Long;
+  const int64_t num_slots = values.size(0);
+  context.check(num_slots >= 1 && params.value_dim >= 1, "values must not be empty");
+
+  context.check(pre_values.has_value() == pre_input.has_value(),
+                "pre_values and pre_input go together: give both or neither");
+  params.dtype = params.table_dtype;
+  if (pre_values.has_value()) {
+    context.check_shape("pre_values", *pre_values, "[N, Dp", {num_slots, -1});
+    context.check_dtype("pre_values", *pre_values, values.scalar_type());
+    params.pre_value_dim = pre_values->size(1);
+    context.check(params.pre_value_dim >= 1, "pre_values must not be empty");
+    params.dtype = context.dtype("pre_input", *pre_input);
+    context.check_shape("pre_input", *pre_input, "[T, Dp",
+                        {params.num_tokens, params.pre_value_dim});
+    context.check((params.dtype == DType::kFloat64) == (params.table_dtype == DType::kFloat64),
+                  "values and pre_input must both be float64 or neither");
+  } else {
+    context.check(params.activation == Activation::kIdentity,
+                  "activation needs pre_values; without them it must be 'identity'");
+  }
+
+  context.check_shape("scores", scores, "[T, S, C",
+                      {params.num_tokens, params.num_selected, -1});
+  context.check_dtype("scores", scores, scalar_type(accumulation_dtype(params.table_dtype)));
+  const int64_t num_cores = scores.size(2);
+  context.check(num_cores >= 1 && num_cores <= kMaxNumCores,
+                "the number of cores C (scores.shape[2]) must be 1..4, got " +
+                    std::to_string(num_cores));
+  context.check(params.value_dim % num_cores == 0,
+                "the number of cores C must divide Dv, got C = " + std::to_string(num_cores) +
+                    ", Dv = " + std::to_string(params.value_dim));
+  params.num_cores = static_cast<int32_t>(num_cores);
+  params.addressing = make_addressing(context, addressing, num_slots);
+
+  params.indices = indices.const_data_ptr();
+  params.scores = scores.const_data_ptr();
+  params.values = values.const_data_ptr();
+  params.pre_values = data_or_null(pre_values);
+  params.pre_input = data_or_null(pre_input);
+  return params;
+}
+
+#if defined(ULTRAMEM_WITH_CUDA)
+bool debug_enabled() {
+  static const bool enabled = [] {
+    const char* value = std::getenv("ULTRAMEM_DEBUG");
+    return value != nullptr && value[0] == '1';
+  }();
+  return enabled;
+}
+
+// With ULTRAMEM_DEBUG=1 an index out of range is an exception, at the price of a synchronisation.
+void check_indices_in_debug(const OpContext& context, const ValueFfnParams& params) {
+  if (!context.is_cuda() || !debug_enabled()) return;
+  Tensor flag = context.zeros({1}, ScalarType::Int);
+  context.check(cuda::check_indices(params, static_cast<int32_t*>(flag.mutable_data_ptr()),
+                                    context.stream()));
+  Tensor host_flag = torch::stable::to(flag, torch::stable::Device("cpu"));
+  context.check(*static_cast<const int32_t*>(host_flag.const_data_ptr()) == 0,
+                "indices must be in [0, " + std::to_string(params.addressing.num_indices()) +
+                    "), found one outside");
+}
+#endif
+
+// The inputs of a backward, made contiguous, and the gradients that both kinds return.
+struct Backward {
+  Tensor grad_out, indices, scores, values, pre_activation;
+  OptionalTensor pre_values, pre_input, permutation;
+  ValueFfnBwdParams params;
+  Tensor grad_scores, grad_pre_input;
+
+  Backward(const OpContext& context, const Tensor& grad_out_, const Tensor& indices_,
+           const Tensor& scores_, const Tensor& values_, const OptionalTensor& pre_values_,
+           const OptionalTensor& pre_input_, const Tensor& pre_activation_,
+           const OptionalTensor& permutation_, const std::string& activation,
+           const AddressingArguments& addressing, bool sum_groups)
+      : grad_out(as_contiguous(grad_out_)),
+        indices(as_contiguous(indices_)),
+        scores(as_contiguous(scores_)),
+        values(as_contiguous(values_)),
+        pre_activation(as_contiguous(pre_activation_)),
+        pre_values(as_contiguous(pre_values_)),
+        pre_input(as_contiguous(pre_input_)),
+        permutation(as_contiguous(permutation_)) {
+    static_cast<ValueFfnParams&>(params) =
+        make_params(context, indices, scores, values, pre_values, pre_input, activation,
+                    {permutation, addressing.window, addressing.offset, addressing.expand,
+                     addressing.shuffle, addressing.num_keys, addressing.seed},
+                    sum_groups);
+    context.check_dtype("grad_out", grad_out, scalar_type(params.dtype));
+    const int64_t groups = sum_groups ? 1 : params.addressing.expand;
+    context.check(grad_out.numel() == params.num_tokens * groups * params.value_dim,
+                  "grad_out must have the shape of out");
+    params.grad_out = grad_out.const_data_ptr();
+    grad_scores = torch::stable::empty_like(scores);
+    params.grad_scores = grad_scores.mutable_data_ptr();
+    if (pre_input.has_value()) {
+      context.check_shape("pre_activation", pre_activation, "[T, S",
+                          {params.num_tokens, params.num_selected});
+      context.check_dtype("pre_activation", pre_activation, scores.scalar_type());
+      params.pre_activation = const_cast<void*>(pre_activation.const_data_ptr());
+      grad_pre_input = torch::stable::empty_like(*pre_input);
+      params.grad_pre_input = grad_pre_input.mutable_data_ptr();
+    } else {
+      grad_pre_input = context.empty({0}, values.scalar_type());
+    }
+  }
+
+  void run(const OpContext& context) {
+    Tensor workspace = ULTRAMEM_WORKSPACE(context, value_ffn_bwd_workspace, params);
+    params.workspace = workspace.mutable_data_ptr();
+    context.check(ULTRAMEM_CALL(context, value_ffn_bwd, params));
+  }
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> value_ffn(
+    Tensor indices, Tensor scores, Tensor values, OptionalTensor pre_values,
+    OptionalTensor pre_input, OptionalTensor permutation, OptionalTensor /*values_main_grad*/,
+    OptionalTensor /*pre_values_main_grad*/, std::string activation, int64_t window,
+    int64_t offset, int64_t expand, std::string shuffle, int64_t num_keys, int64_t seed,
+    bool sum_groups) {
+  const OpContext context("value_ffn", values);
+  indices = as_contiguous(indices);
+  scores = as_contiguous(scores);
+  values = as_contiguous(values);
+  pre_values = as_contiguous(pre_values);
+  pre_input = as_contiguous(pre_input);
+  permutation = as_contiguous(permutation);
+  ValueFfnParams params =
+      make_params(context, indices, scores, values, pre_values, pre_input, activation,
+                  {permutation, window, offset, expand, shuffle, num_keys, seed}, sum_groups);
+#if defined(ULTRAMEM_WITH_CUDA)
+  check_indices_in_debug(context, params);
+#endif
+  const int64_t T = params.num_tokens;
+  const ScalarType dtype = scalar_type(params.dtype);
+  Tensor out = sum_groups ? context.empty({T, params.value_dim}, dtype)
+                          : context.empty({T, expand, params.value_dim}, dtype);
+  Tensor pre_activation = pre_values.has_value()
+                              ? context.empty({T, params.num_selected}, scores.scalar_type())
+                              : context.empty({0}, scores.scalar_type());
+  params.out = out.mutable_data_ptr();
+  params.pre_activation =
+      pre_values.has_value() ? pre_activation.mutable_data_ptr() : nullptr;
+  Tensor workspace = ULTRAMEM_WORKSPACE(context, value_ffn_fwd_workspace, params);
+  params.workspace = workspace.mutable_data_ptr();
+  context.check(ULTRAMEM_CALL(context, value_ffn_fwd, params));
+  return {out, pre_activation};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> value_ffn_bwd(
+    Tensor grad_out, Tensor indices, Tensor scores, Tensor values, OptionalTensor pre_values,
+    OptionalTensor pre_input, Tensor pre_activation, OptionalTensor permutation,
+    std::string activation, int64_t window, int64_t offset, int64_t expand, std::string shuffle,
+    int64_t num_keys, int64_t seed, bool sum_groups, bool need_values, bool need_pre_values) {
+  const OpContext context("value_ffn_bwd", values);
+  Backward backward(context, grad_out, indices, scores, values, pre_values, pre_input,
+                    pre_activation, permutation, activation,
+                    {permutation, window, offset, expand, shuffle, num_keys, seed}, sum_groups);
+  const ScalarType dtype = values.scalar_type();
+  backward.params.grad_table_dtype = backward.params.table_dtype;
+  Tensor grad_values =
+      need_values ? context.zeros({values.size(0), values.size(1)}, dtype) : context.empty({0}, dtype);
+  if (need_values) backward.params.grad_values = grad_values.mutable_data_ptr();
+  const bool has_pre = need_pre_values && pre_values.has_value();
+  Tensor grad_pre_values = has_pre
+                               ? context.zeros({pre_values->size(0), pre_values->size(1)}, dtype)
+                               : context.empty({0}, dtype);
+  if (has_pre) backward.params.grad_pre_values = grad_pre_values.mutable_data_ptr();
+  backward.run(context);
+  return {backward.grad_scores, backward.grad_pre_input, grad_values, grad_pre_values};
+}
+
+std::tuple<Tensor, Tensor> value_ffn_bwd_main_grad(
+    Tensor grad_out, Tensor indices, Tensor scores, Tensor values, OptionalTensor pre_values,
+    OptionalTensor pre_input, Tensor pre_activation, OptionalTensor permutation,
+    std::string activation, int64_t window, int64_t offset, int64_t expand, std::string shuffle,
+    int64_t num_keys, int64_t seed, bool sum_groups, OptionalTensor values_main_grad,
+    OptionalTensor pre_values_main_grad) {
+  const OpContext context("value_ffn_bwd_main_grad", values);
+  Backward backward(context, grad_out, indices, scores, values, pre_values, pre_input,
+                    pre_activation, permutation, activation,
+                    {permutation, window, offset, expand, shuffle, num_keys, seed}, sum_groups);
+  const ScalarType acc = scalar_type(accumulation_dtype(backward.params.table_dtype));
+  backward.params.grad_table_dtype = accumulation_dtype(backward.params.table_dtype);
+  backward.params.accumulate = true;
+  if (values_main_grad.has_value()) {
+    context.check_shape("values.main_grad", *values_main_grad, "[N, Dv",
+                        {values.size(0), values.size(1)});
+    context.check_dtype("values.main_grad", *values_main_grad, acc);
+    context.check(values_main_grad->is_contiguous(), "values.main_grad must be contiguous");
+    backward.params.grad_values = values_main_grad->mutable_data_ptr();
+  }
+  if (pre_values_main_grad.has_value()) {
+    context.check(pre_values.has_value(), "pre_values_main_grad needs pre_values");
+    context.check_shape("pre_values.main_grad", *pre_values_main_grad, "[N, Dp",
+                        {pre_values->size(0), pre_values->size(1)});
+    context.check_dtype("pre_values.main_grad", *pre_values_main_grad, acc);
+    context.check(pre_values_main_grad->is_contiguous(), "pre_values.main_grad must be contiguous");
+    backward.params.grad_pre_values = pre_values_main_grad->mutable_data_ptr();
+  }
+  backward.run(context);
+  return {backward.grad_scores, backward.grad_pre_input};
+}
+
+}  // namespace ultramem::torch_binding

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The operator tests on the CPU, with the library under AddressSanitizer and UBSan.
+# PY names the Python interpreter; further arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PY="${PY:-python3}"
+
+cmake -S . -B build/sanitize -G Ninja -DULTRAMEM_SANITIZE=ON -DULTRAMEM_CPU_ONLY=ON \
+  -DULTRAMEM_BUILD_PYTHON=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython3_EXECUTABLE="$(command -v "$PY")"
+cmake --build build/sanitize
+
+# Python itself leaks by design, and is not instrumented: its runtime comes in by preloading.
+preload="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so) $(gcc -print-file-name=libstdc++.so.6)"
+export ULTRAMEM_LIBRARY="$PWD/build/sanitize/libultramem_torch.so"
+export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+LD_PRELOAD="$preload" "$PY" -m pytest -q -p no:cacheprovider tests/ops -k "not compile" "$@"

@@ -1,0 +1,37 @@
+"""UltraMemV2 memory layers (arXiv 2508.18756) on hand-written CUDA and CPU kernels.
+
+    import ultramem_cuda as um
+
+    config = um.UltraMemConfig.preset("227M-1.2B")
+    table = um.MemoryTable.from_config(config)
+    layer = um.UltraMemLayer(config, layer_index=0)
+    y = x + ffn(norm(x)) + layer(norm(x), table)
+
+The operators are in `ultramem_cuda.ops` (and under `torch.ops.ultramem`); the command is
+`ultramem`.
+"""
+
+from pathlib import Path as _Path
+
+# python_ref, profiling and examples are folders of the repository's root, shipped inside this
+# package by the wheel. In a checkout they are found where they are.
+_checkout = _Path(__file__).resolve().parent.parent
+if (_checkout / "python_ref" / "__init__.py").is_file():
+    __path__.append(str(_checkout))
+
+from . import ops, optim
+from ._version import __version__
+from .addressing import SlotAddressing
+from .config import UltraMemConfig
+from .layer import UltraMemLayer
+from .table import MemoryTable
+
+__all__ = [
+    "MemoryTable",
+    "SlotAddressing",
+    "UltraMemConfig",
+    "UltraMemLayer",
+    "__version__",
+    "ops",
+    "optim",
+]

@@ -1,0 +1,97 @@
+"""Finds and loads the native torch library, and says what it holds."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# ULTRAMEM_LIBRARY names another build of the library, such as one with sanitizers.
+_PATH = Path(
+    os.environ.get("ULTRAMEM_LIBRARY")
+    or Path(__file__).resolve().parent / "libultramem_torch.so"
+)
+
+
+def _load() -> str | None:
+    if not _PATH.is_file():
+        return (
+            f"the native library {_PATH} is missing; build it with `pip install .` "
+            "(or `pip install -e .` in a checkout)"
+        )
+    try:
+        torch.ops.load_library(_PATH)
+    except OSError as error:
+        return f"the native library {_PATH} does not load under torch {torch.__version__}: {error}"
+    return None
+
+
+_load_error = _load()
+
+
+def is_loaded() -> bool:
+    """Whether the operators are there. Importing the package never fails for want of them."""
+    return _load_error is None
+
+
+def load_error() -> str | None:
+    """Why the library is not loaded, or None."""
+    return _load_error
+
+
+def require() -> None:
+    """Raises RuntimeError, with the reason, unless the library is loaded."""
+    if _load_error is not None:
+        raise RuntimeError(f"ultramem_cuda: {_load_error}")
+
+
+def library_path() -> Path:
+    """Where the native torch library is, or would be."""
+    return _PATH
+
+
+def has_cuda_kernels() -> bool:
+    """Whether this build carries CUDA kernels (says nothing about the machine)."""
+    return is_loaded() and torch._C._dispatch_has_kernel_for_dispatch_key(
+        "ultramem::value_ffn", "CUDA"
+    )
+
+
+def cpu_capability() -> str:
+    """Instruction set the CPU operators run on here: "AVX512", "AVX2" or "DEFAULT".
+
+    ULTRAMEM_CPU_CAPABILITY (avx512, avx2, default) in the environment lowers it.
+    """
+    require()
+    function = ctypes.CDLL(str(_PATH)).ultramem_cpu_capability
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
+def build_info() -> dict[str, Any] | None:
+    """Version, compilers, architectures of this build; None where the module _C is missing.
+
+    _C belongs to one Python version; the operators do not need it.
+    """
+    try:
+        from . import _C
+    except ImportError:
+        return None
+    return _C.build_info()
+
+
+def kernel_attributes() -> list[dict[str, Any]]:
+    """Registers, shared and local memory and occupancy of each CUDA kernel on the current device.
+
+    Raises:
+        RuntimeError: without a GPU, without CUDA kernels, or without the module _C.
+    """
+    require()
+    try:
+        from . import _C
+    except ImportError as error:
+        raise RuntimeError(f"ultramem_cuda: the module _C is missing ({error})") from error
+    return _C.kernel_attributes(str(_PATH))
