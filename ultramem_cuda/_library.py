@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 from pathlib import Path
 from typing import Any
@@ -77,10 +78,10 @@ def build_info() -> dict[str, Any] | None:
     _C belongs to one Python version; the operators do not need it.
     """
     try:
-        from . import _C
+        extension = importlib.import_module("ultramem_cuda._C")
     except ImportError:
         return None
-    return _C.build_info()
+    return extension.build_info()
 
 
 def kernel_attributes() -> list[dict[str, Any]]:
@@ -91,7 +92,7 @@ def kernel_attributes() -> list[dict[str, Any]]:
     """
     require()
     try:
-        from . import _C
+        extension = importlib.import_module("ultramem_cuda._C")
     except ImportError as error:
         raise RuntimeError(f"ultramem_cuda: the module _C is missing ({error})") from error
-    return _C.kernel_attributes(str(_PATH))
+    return extension.kernel_attributes(str(_PATH))

@@ -35,10 +35,17 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _accumulation_cast(op: str, name: str, tensor: Tensor, like: torch.dtype) -> Tensor:
+    """An argument that may have any float dtype, in the one that it is used in."""
+    if not tensor.is_floating_point():
+        raise TypeError(f"{op}: {name} must be of a floating-point dtype, got {tensor.dtype}")
+    return tensor.to(_accumulation_dtype(like))
+
+
 def _cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """What torch's autocast would do to these arguments: float64 stays."""
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
@@ -60,7 +67,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6) -> Tensor:
         Like x, rounded once.
     """
     _library.require()
-    return torch.ops.ultramem.rms_norm(x, weight.to(_accumulation_dtype(x.dtype)), eps)
+    gain = _accumulation_cast("rms_norm", "weight", weight, x.dtype)
+    return torch.ops.ultramem.rms_norm(x, gain, eps)
 
 
 def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -106,7 +114,7 @@ def tucker_query(
     """
     _library.require()
     x, weight = _cast_for_autocast(x, weight)
-    gain = norm_weight.to(_accumulation_dtype(x.dtype))
+    gain = _accumulation_cast("tucker_query", "norm_weight", norm_weight, x.dtype)
     query, _ = torch.ops.ultramem.tucker_query(x, weight, gain, num_heads, eps)
     return query
 
@@ -179,7 +187,8 @@ def tucker_filter(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Source: UltraMem (arXiv 2411.12364), section 3.
     """
     _library.require()
-    u, t, sigma, _, _ = torch.ops.ultramem.tucker_filter(core.to(_accumulation_dtype(core.dtype)))
+    core = _accumulation_cast("tucker_filter", "core", core, core.dtype)
+    u, t, sigma, _, _ = torch.ops.ultramem.tucker_filter(core)
     return u, t, sigma
 
 
@@ -266,12 +275,13 @@ def product_key_topk(
     if axis_topk is None:
         axis_topk = min(keys.shape[-2], topk, _MAX_AXIS_TOPK)
     if core is not None:
-        core = core.to(_accumulation_dtype(query.dtype))
+        core = _accumulation_cast("product_key_topk", "core", core, query.dtype)
         if (u is None) != (t is None):
             raise ValueError("product_key_topk: u and t go together: give both or neither")
         if u is None or t is None:
             u, t, _ = tucker_filter(core.detach())
-        u, t = u.detach().to(core.dtype), t.detach().to(core.dtype)
+        u = _accumulation_cast("product_key_topk", "u", u.detach(), query.dtype)
+        t = _accumulation_cast("product_key_topk", "t", t.detach(), query.dtype)
     scores, indices, _, _, _ = torch.ops.ultramem.product_key_topk(
         query, keys, core, u, t, topk, axis_topk, mode
     )
@@ -423,7 +433,7 @@ def value_ffn(
     values_main_grad, pre_values_main_grad = _main_grads(values, pre_values)
     out, _ = torch.ops.ultramem.value_ffn(
         indices,
-        scores.to(_accumulation_dtype(values.dtype)),
+        _accumulation_cast("value_ffn", "scores", scores, values.dtype),
         values,
         pre_values,
         pre_input,

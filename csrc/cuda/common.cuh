@@ -25,10 +25,10 @@ inline Status to_status(cudaError_t error) {
 // After every launch. Clears the error, so that one bad launch does not fail the next operator.
 inline Status launch_status() { return to_status(cudaGetLastError()); }
 
-#define ULTRAMEM_RETURN_IF_ERROR(expr)                    \
-  do {                                                    \
-    const ::ultramem::Status status_ = (expr);            \
-    if (!status_.ok()) return status_;                    \
+#define ULTRAMEM_RETURN_IF_ERROR(expr)         \
+  do {                                         \
+    const ::ultramem::Status status_ = (expr); \
+    if (!status_.ok()) return status_;         \
   } while (0)
 
 #define ULTRAMEM_CUDA_RETURN_IF_ERROR(expr) \
@@ -74,24 +74,24 @@ __device__ __forceinline__ uint32_t sortable(float x) {
 
 // Calls the lambda with `scalar_t` bound to the element type of a CUDA tensor. The only place
 // where a runtime dtype becomes a template argument.
-#define ULTRAMEM_DISPATCH_DTYPE(dtype, scalar_t, ...)                                          \
-  [&]() -> ::ultramem::Status {                                                                \
-    switch (dtype) {                                                                           \
-      case ::ultramem::DType::kFloat32: {                                                      \
-        using scalar_t = float;                                                                \
-        return __VA_ARGS__();                                                                  \
-      }                                                                                        \
-      case ::ultramem::DType::kBFloat16: {                                                     \
-        using scalar_t = __nv_bfloat16;                                                        \
-        return __VA_ARGS__();                                                                  \
-      }                                                                                        \
-      case ::ultramem::DType::kFloat16: {                                                      \
-        using scalar_t = __half;                                                               \
-        return __VA_ARGS__();                                                                  \
-      }                                                                                        \
-      default:                                                                                 \
-        return ::ultramem::Status::invalid_argument("float64 is offered on the CPU only");     \
-    }                                                                                          \
+#define ULTRAMEM_DISPATCH_DTYPE(dtype, scalar_t, ...)                                      \
+  [&]() -> ::ultramem::Status {                                                            \
+    switch (dtype) {                                                                       \
+      case ::ultramem::DType::kFloat32: {                                                  \
+        using scalar_t = float;                                                            \
+        return __VA_ARGS__();                                                              \
+      }                                                                                    \
+      case ::ultramem::DType::kBFloat16: {                                                 \
+        using scalar_t = __nv_bfloat16;                                                    \
+        return __VA_ARGS__();                                                              \
+      }                                                                                    \
+      case ::ultramem::DType::kFloat16: {                                                  \
+        using scalar_t = __half;                                                           \
+        return __VA_ARGS__();                                                              \
+      }                                                                                    \
+      default:                                                                             \
+        return ::ultramem::Status::invalid_argument("float64 is offered on the CPU only"); \
+    }                                                                                      \
   }()
 
 }  // namespace ultramem::cuda

@@ -14,7 +14,7 @@ struct KernelEntry {
 };
 
 // At namespace scope of a .cu file, once per instantiation.
-#define ULTRAMEM_REGISTER_KERNEL(id, name, block_threads, ...) \
+#define ULTRAMEM_REGISTER_KERNEL(id, name, block_threads, ...)  \
   static const ::ultramem::cuda::KernelEntry kernel_entry_##id( \
       name, reinterpret_cast<const void*>(__VA_ARGS__), block_threads)
 

@@ -2,8 +2,20 @@
 
 #include <dlfcn.h>
 
+#include <sstream>
+#include <stdexcept>
+
 namespace ultramem::torch_binding {
 namespace {
+
+// STD_TORCH_CHECK would begin the message with this file's name; ours begin with the operator's.
+template <typename... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
 
 std::string shape_string(const Tensor& tensor) {
   std::string text = "[";
@@ -37,8 +49,8 @@ const char* dtype_name(ScalarType type) {
 
 void torch_pool_parallel_for(int64_t begin, int64_t end, int64_t grain, Executor::Body body,
                              void* context) {
-  torch::stable::parallel_for(
-      begin, end, grain, [&](int64_t first, int64_t last) { body(context, first, last); });
+  torch::stable::parallel_for(begin, end, grain,
+                              [&](int64_t first, int64_t last) { body(context, first, last); });
 }
 
 // torch's CUDA library is looked up at run time: the same binary then loads under a torch without
@@ -51,9 +63,9 @@ Stream current_cuda_stream(int32_t device_index) {
         library == nullptr ? nullptr : dlsym(library, "aoti_torch_get_current_cuda_stream");
     return reinterpret_cast<GetStream>(symbol);
   }();
-  STD_TORCH_CHECK(get_stream != nullptr,
-                  "ultramem: this torch has no aoti_torch_get_current_cuda_stream; "
-                  "a CUDA build of torch >= 2.11 is needed");
+  require(get_stream != nullptr,
+          "ultramem: this torch has no aoti_torch_get_current_cuda_stream; "
+          "a CUDA build of torch >= 2.11 is needed");
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(get_stream(device_index, &stream));
   return static_cast<Stream>(stream);
@@ -81,8 +93,7 @@ OpContext::OpContext(const char* op, const Tensor& reference)
     guard_.emplace(reference.get_device_index());
     stream_ = current_cuda_stream(reference.get_device_index());
   } else {
-    executor_ = {torch_pool_parallel_for,
-                 static_cast<int32_t>(torch::stable::get_num_threads())};
+    executor_ = {torch_pool_parallel_for, static_cast<int32_t>(torch::stable::get_num_threads())};
   }
 }
 
@@ -96,13 +107,13 @@ DType OpContext::dtype(const char* name, const Tensor& tensor) const {
     case ScalarType::Half:
       return DType::kFloat16;
     case ScalarType::Double:
-      STD_TORCH_CHECK(!is_cuda_, op_, ": ", name,
-                      " is float64, which is offered on the CPU only; use float32, bfloat16 or "
-                      "float16 on CUDA");
+      require(!is_cuda_, op_, ": ", name,
+              " is float64, which is offered on the CPU only; use float32, bfloat16 or "
+              "float16 on CUDA");
       return DType::kFloat64;
     default:
-      STD_TORCH_CHECK(false, op_, ": ", name, " must be float32, bfloat16, float16 or float64, got ",
-                      dtype_name(type));
+      require(false, op_, ": ", name, " must be float32, bfloat16, float16 or float64, got ",
+              dtype_name(type));
       return DType::kFloat32;
   }
 }
@@ -112,8 +123,8 @@ void OpContext::check_shape(const char* name, const Tensor& tensor, const char* 
   const bool same_device =
       tensor.is_cuda() == is_cuda_ && tensor.is_cpu() == reference_.is_cpu() &&
       (!is_cuda_ || tensor.get_device_index() == reference_.get_device_index());
-  STD_TORCH_CHECK(same_device, op_, ": ", name,
-                  " must be on the device of the operator's first tensor argument");
+  require(same_device, op_, ": ", name,
+          " must be on the device of the operator's first tensor argument");
   bool matches = tensor.dim() == static_cast<int64_t>(sizes.size());
   std::string expected = "[";
   int64_t i = 0;
@@ -122,21 +133,21 @@ void OpContext::check_shape(const char* name, const Tensor& tensor, const char* 
     expected += (i > 0 ? ", " : "") + (size < 0 ? std::string("*") : std::to_string(size));
     ++i;
   }
-  STD_TORCH_CHECK(matches, op_, ": ", name, " must be ", layout, " = ", expected, "], got ",
-                  shape_string(tensor));
+  require(matches, op_, ": ", name, " must be ", layout, " = ", expected, "], got ",
+          shape_string(tensor));
 }
 
 void OpContext::check_dtype(const char* name, const Tensor& tensor, ScalarType expected) const {
-  STD_TORCH_CHECK(tensor.scalar_type() == expected, op_, ": ", name, " must be ",
-                  dtype_name(expected), ", got ", dtype_name(tensor.scalar_type()));
+  require(tensor.scalar_type() == expected, op_, ": ", name, " must be ", dtype_name(expected),
+          ", got ", dtype_name(tensor.scalar_type()));
 }
 
 void OpContext::check(bool condition, const std::string& message) const {
-  STD_TORCH_CHECK(condition, op_, ": ", message);
+  require(condition, op_, ": ", message);
 }
 
 void OpContext::check(const Status& status) const {
-  STD_TORCH_CHECK(status.ok(), op_, ": ", status.message);
+  require(status.ok(), op_, ": ", status.message);
 }
 
 Tensor OpContext::empty(std::initializer_list<int64_t> sizes, ScalarType dtype) const {

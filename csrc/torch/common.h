@@ -5,6 +5,7 @@
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -76,12 +77,12 @@ inline OptionalTensor as_contiguous(const OptionalTensor& tensor) {
 // Calls the function of the backend that the operator runs on. In a build without CUDA no CUDA
 // tensor reaches a kernel: nothing is registered for that dispatch key.
 #if defined(ULTRAMEM_WITH_CUDA)
-#define ULTRAMEM_CALL(context, function, params)                       \
+#define ULTRAMEM_CALL(context, function, params)                                \
   ((context).is_cuda() ? ::ultramem::cuda::function(params, (context).stream()) \
                        : ::ultramem::cpu::function(params, (context).executor()))
-#define ULTRAMEM_WORKSPACE(context, function, params)                  \
-  (context).workspace((context).is_cuda()                              \
-                          ? ::ultramem::cuda::function(params)         \
+#define ULTRAMEM_WORKSPACE(context, function, params)          \
+  (context).workspace((context).is_cuda()                      \
+                          ? ::ultramem::cuda::function(params) \
                           : ::ultramem::cpu::function(params, (context).executor()))
 #else
 #define ULTRAMEM_CALL(context, function, params) \

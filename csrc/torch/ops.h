@@ -22,16 +22,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tucker_filter(Tensor core);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> product_key_topk(
     Tensor query, Tensor keys, OptionalTensor core, OptionalTensor u, OptionalTensor t,
     int64_t topk, int64_t axis_topk, std::string mode);
-std::tuple<Tensor, Tensor, Tensor> product_key_topk_bwd(
-    Tensor grad_scores, Tensor query, Tensor keys, OptionalTensor core, Tensor axis_indices,
-    Tensor axis_scores, Tensor grid_positions, std::string mode, bool need_query, bool need_keys,
-    bool need_core);
+std::tuple<Tensor, Tensor, Tensor> product_key_topk_bwd(Tensor grad_scores, Tensor query,
+                                                        Tensor keys, OptionalTensor core,
+                                                        Tensor axis_indices, Tensor axis_scores,
+                                                        Tensor grid_positions, std::string mode,
+                                                        bool need_query, bool need_keys,
+                                                        bool need_core);
 
-std::tuple<Tensor, Tensor> value_ffn(
-    Tensor indices, Tensor scores, Tensor values, OptionalTensor pre_values,
-    OptionalTensor pre_input, OptionalTensor permutation, OptionalTensor values_main_grad,
-    OptionalTensor pre_values_main_grad, std::string activation, int64_t window, int64_t offset,
-    int64_t expand, std::string shuffle, int64_t num_keys, int64_t seed, bool sum_groups);
+std::tuple<Tensor, Tensor> value_ffn(Tensor indices, Tensor scores, Tensor values,
+                                     OptionalTensor pre_values, OptionalTensor pre_input,
+                                     OptionalTensor permutation, OptionalTensor values_main_grad,
+                                     OptionalTensor pre_values_main_grad, std::string activation,
+                                     int64_t window, int64_t offset, int64_t expand,
+                                     std::string shuffle, int64_t num_keys, int64_t seed,
+                                     bool sum_groups);
 std::tuple<Tensor, Tensor, Tensor, Tensor> value_ffn_bwd(
     Tensor grad_out, Tensor indices, Tensor scores, Tensor values, OptionalTensor pre_values,
     OptionalTensor pre_input, Tensor pre_activation, OptionalTensor permutation,

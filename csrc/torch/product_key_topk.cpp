@@ -17,9 +17,9 @@ ProductKeyTopkParams make_params(const OpContext& context, const Tensor& query, 
   ProductKeyTopkParams params;
   params.mode = parse_mode(context, mode);
   params.dtype = context.dtype("query", query);
-  context.check_shape("query", query, "[T, 2, H, Q, Kd", {-1, 2, -1, -1, -1});
+  context.check_shape("query", query, "[T, 2, H, Q, Kd]", {-1, 2, -1, -1, -1});
   const int64_t num_heads = query.size(2), num_queries = query.size(3), key_dim = query.size(4);
-  context.check_shape("keys", keys, "[H, 2, R, n, Kd", {num_heads, 2, -1, -1, key_dim});
+  context.check_shape("keys", keys, "[H, 2, R, n, Kd]", {num_heads, 2, -1, -1, key_dim});
   context.check_dtype("keys", keys, query.scalar_type());
   const int64_t rank = keys.size(2);
   context.check(num_heads >= 1 && key_dim >= 1 && keys.size(3) >= 1,
@@ -39,7 +39,7 @@ ProductKeyTopkParams make_params(const OpContext& context, const Tensor& query, 
   const ScalarType acc = scalar_type(accumulation_dtype(params.dtype));
   if (params.mode == ScoreMode::kTucker) {
     context.check(core.has_value(), "core is required in tucker mode");
-    context.check_shape("core", *core, "[C, H, R, R", {-1, num_heads, rank, rank});
+    context.check_shape("core", *core, "[C, H, R, R]", {-1, num_heads, rank, rank});
     context.check_dtype("core", *core, acc);
     const int64_t num_cores = core->size(0);
     context.check(num_cores >= 1 && num_cores <= kMaxNumCores,
@@ -57,12 +57,13 @@ ProductKeyTopkParams make_params(const OpContext& context, const Tensor& query, 
 
 void check_topk(const OpContext& context, const ProductKeyTopkParams& params, int64_t topk,
                 int64_t axis_topk) {
+  const std::string topk_range = "topk must be in 1..min(axis_topk^2, 1024) with axis_topk = " +
+                                 std::to_string(axis_topk) + ", got " + std::to_string(topk);
+  context.check(topk >= 1, topk_range);
   context.check(axis_topk >= 1 && axis_topk <= kMaxAxisTopk && axis_topk <= params.num_keys,
-                "axis_topk must be in 1..min(n, 128) with n = " +
-                    std::to_string(params.num_keys) + ", got " + std::to_string(axis_topk));
-  context.check(topk >= 1 && topk <= kMaxTopk && topk <= axis_topk * axis_topk,
-                "topk must be in 1..min(axis_topk^2, 1024) with axis_topk = " +
-                    std::to_string(axis_topk) + ", got " + std::to_string(topk));
+                "axis_topk must be in 1..min(n, 128) with n = " + std::to_string(params.num_keys) +
+                    ", got " + std::to_string(axis_topk));
+  context.check(topk <= kMaxTopk && topk <= axis_topk * axis_topk, topk_range);
   context.check(params.mode == ScoreMode::kTucker || axis_topk >= topk ||
                     axis_topk == params.num_keys,
                 "additive mode needs axis_topk >= min(topk, n), or the best sums can be missed; "
@@ -86,9 +87,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> product_key_topk(
   const ScalarType acc = scalar_type(accumulation_dtype(params.dtype));
   if (params.mode == ScoreMode::kTucker) {
     context.check(u.has_value() && t.has_value(), "u and t are required in tucker mode");
-    context.check_shape("u", *u, "[H, R", {params.num_heads, params.tucker_rank});
+    context.check_shape("u", *u, "[H, R]", {params.num_heads, params.tucker_rank});
     context.check_dtype("u", *u, acc);
-    context.check_shape("t", *t, "[H, R", {params.num_heads, params.tucker_rank});
+    context.check_shape("t", *t, "[H, R]", {params.num_heads, params.tucker_rank});
     context.check_dtype("t", *t, acc);
   } else {
     context.check(!u.has_value() && !t.has_value(), "u and t must be None in additive mode");
@@ -115,10 +116,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> product_key_topk(
   return {scores, indices, axis_indices, axis_scores, grid_positions};
 }
 
-std::tuple<Tensor, Tensor, Tensor> product_key_topk_bwd(
-    Tensor grad_scores, Tensor query, Tensor keys, OptionalTensor core, Tensor axis_indices,
-    Tensor axis_scores, Tensor grid_positions, std::string mode, bool need_query, bool need_keys,
-    bool need_core) {
+std::tuple<Tensor, Tensor, Tensor> product_key_topk_bwd(Tensor grad_scores, Tensor query,
+                                                        Tensor keys, OptionalTensor core,
+                                                        Tensor axis_indices, Tensor axis_scores,
+                                                        Tensor grid_positions, std::string mode,
+                                                        bool need_query, bool need_keys,
+                                                        bool need_core) {
   const OpContext context("product_key_topk_bwd", query);
   query = as_contiguous(query);
   keys = as_contiguous(keys);
@@ -132,25 +135,24 @@ std::tuple<Tensor, Tensor, Tensor> product_key_topk_bwd(
 
   const int64_t T = params.num_tokens, H = params.num_heads;
   const ScalarType acc = scalar_type(accumulation_dtype(params.dtype));
-  context.check_shape("grid_positions", grid_positions, "[T, H, M", {T, H, -1});
+  context.check_shape("grid_positions", grid_positions, "[T, H, M]", {T, H, -1});
   context.check_dtype("grid_positions", grid_positions, ScalarType::Short);
   const int64_t topk = grid_positions.size(2);
-  context.check_shape("axis_indices", axis_indices, "[T, H, 2, m", {T, H, 2, -1});
+  context.check_shape("axis_indices", axis_indices, "[T, H, 2, m]", {T, H, 2, -1});
   context.check_dtype("axis_indices", axis_indices, ScalarType::Int);
   const int64_t axis_topk = axis_indices.size(3);
   check_topk(context, params, topk, axis_topk);
-  context.check_shape("axis_scores", axis_scores, "[T, H, 2, R, m",
+  context.check_shape("axis_scores", axis_scores, "[T, H, 2, R, m]",
                       {T, H, 2, params.tucker_rank, axis_topk});
   context.check_dtype("axis_scores", axis_scores, acc);
-  context.check_shape("grad_scores", grad_scores, "[T, H, M, C", {T, H, topk, params.num_cores});
+  context.check_shape("grad_scores", grad_scores, "[T, H, M, C]", {T, H, topk, params.num_cores});
   context.check_dtype("grad_scores", grad_scores, acc);
   params.topk = static_cast<int32_t>(topk);
   params.axis_topk = static_cast<int32_t>(axis_topk);
   // The backward reads what the forward wrote; the struct's pointers are the forward's outputs.
   params.axis_indices = static_cast<int32_t*>(const_cast<void*>(axis_indices.const_data_ptr()));
   params.axis_scores = const_cast<void*>(axis_scores.const_data_ptr());
-  params.grid_positions =
-      static_cast<int16_t*>(const_cast<void*>(grid_positions.const_data_ptr()));
+  params.grid_positions = static_cast<int16_t*>(const_cast<void*>(grid_positions.const_data_ptr()));
   params.grad_scores = grad_scores.const_data_ptr();
 
   const ScalarType dtype = query.scalar_type();

@@ -12,7 +12,7 @@ RmsNormParams make_params(const OpContext& context, const Tensor& x, const Tenso
   context.check(x.dim() >= 1, "x must have at least one dimension");
   params.dim = x.size(x.dim() - 1);
   context.check(params.dim >= 1, "the last dimension of x must not be empty");
-  context.check_shape("weight", weight, "[dim of x", {params.dim});
+  context.check_shape("weight", weight, "[dim of x]", {params.dim});
   context.check_dtype("weight", weight, scalar_type(accumulation_dtype(params.dtype)));
   context.check(eps >= 0, "eps must not be negative, got " + std::to_string(eps));
   params.num_rows = x.numel() / params.dim;

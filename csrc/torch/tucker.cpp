@@ -7,7 +7,6 @@
 namespace ultramem::torch_binding {
 namespace {
 
-
 struct QueryShape {
   int64_t num_tokens, d_model, num_heads, num_queries, key_dim;
 };
@@ -15,10 +14,10 @@ struct QueryShape {
 QueryShape check_query_arguments(const OpContext& context, const Tensor& x, const Tensor& weight,
                                  const Tensor& norm_weight, int64_t num_heads, double eps) {
   const DType dtype = context.dtype("x", x);
-  context.check_shape("x", x, "[T, D", {-1, -1});
-  context.check_shape("weight", weight, "[2*H*Q*Kd, D", {-1, x.size(1)});
+  context.check_shape("x", x, "[T, D]", {-1, -1});
+  context.check_shape("weight", weight, "[2*H*Q*Kd, D]", {-1, x.size(1)});
   context.check_dtype("weight", weight, x.scalar_type());
-  context.check_shape("norm_weight", norm_weight, "[Kd", {-1});
+  context.check_shape("norm_weight", norm_weight, "[Kd]", {-1});
   context.check_dtype("norm_weight", norm_weight, scalar_type(accumulation_dtype(dtype)));
   context.check(num_heads >= 1, "num_heads must be positive, got " + std::to_string(num_heads));
   context.check(eps >= 0, "eps must not be negative, got " + std::to_string(eps));
@@ -26,11 +25,10 @@ QueryShape check_query_arguments(const OpContext& context, const Tensor& x, cons
   context.check(key_dim >= 1, "norm_weight must not be empty");
   const int64_t segment = 2 * num_heads * key_dim;
   const int64_t num_queries = weight.size(0) / segment;
-  context.check(num_queries >= 1 && num_queries <= kMaxTuckerRank &&
-                    weight.size(0) == num_queries * segment,
-                "weight must have 2*H*Q*Kd rows with H = " + std::to_string(num_heads) +
-                    ", Kd = " + std::to_string(key_dim) + " and Q in 1..4, got " +
-                    std::to_string(weight.size(0)));
+  context.check(
+      num_queries >= 1 && num_queries <= kMaxTuckerRank && weight.size(0) == num_queries * segment,
+      "weight must have 2*H*Q*Kd rows with H = " + std::to_string(num_heads) + ", Kd = " +
+          std::to_string(key_dim) + " and Q in 1..4, got " + std::to_string(weight.size(0)));
   return {x.size(0), x.size(1), num_heads, num_queries, key_dim};
 }
 
@@ -39,8 +37,7 @@ QueryShape check_query_arguments(const OpContext& context, const Tensor& x, cons
 std::tuple<Tensor, Tensor> tucker_query(Tensor x, Tensor weight, Tensor norm_weight,
                                         int64_t num_heads, double eps) {
   const OpContext context("tucker_query", x);
-  const QueryShape shape =
-      check_query_arguments(context, x, weight, norm_weight, num_heads, eps);
+  const QueryShape shape = check_query_arguments(context, x, weight, norm_weight, num_heads, eps);
   norm_weight = as_contiguous(norm_weight);
   Tensor projection = as_contiguous(matmul(x, transpose(weight, 0, 1)));
   Tensor query = context.empty(
@@ -98,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tucker_filter(Tensor core) {
   params.dtype = context.dtype("core", core);
   context.check(params.dtype == accumulation_dtype(params.dtype),
                 "core must be float32 or float64 here; the Python wrapper casts");
-  context.check_shape("core", core, "[C, H, R, R", {-1, -1, -1, -1});
+  context.check_shape("core", core, "[C, H, R, R]", {-1, -1, -1, -1});
   const int64_t num_cores = core.size(0), num_heads = core.size(1), rank = core.size(2);
   context.check(core.size(3) == rank, "the last two dimensions of core must be equal");
   context.check(rank >= 1 && rank <= kMaxTuckerRank,

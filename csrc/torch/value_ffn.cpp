@@ -32,7 +32,8 @@ AddressingParams make_addressing(const OpContext& context, const AddressingArgum
   params.expand = arguments.expand;
   params.num_keys = arguments.num_keys;
   params.mixed_seed = mix64(static_cast<uint64_t>(arguments.seed));
-  context.check(params.expand >= 1, "expand must be positive, got " + std::to_string(params.expand));
+  context.check(params.expand >= 1,
+                "expand must be positive, got " + std::to_string(params.expand));
   if (params.window == 0) {  // the index is the slot
     context.check(params.expand == 1 && arguments.shuffle == "none",
                   "expand and shuffle need a window");
@@ -44,22 +45,22 @@ AddressingParams make_addressing(const OpContext& context, const AddressingArgum
   params.offset = (arguments.offset % num_slots + num_slots) % num_slots;
   if (arguments.shuffle == "feistel") {
     params.shuffle = Shuffle::kFeistel;
-    context.check(params.num_keys > 0 &&
-                      params.num_keys * params.num_keys == params.expand * params.window,
-                  "shuffle='feistel' needs num_keys^2 == expand * window, got num_keys = " +
-                      std::to_string(params.num_keys) + ", expand * window = " +
-                      std::to_string(params.expand * params.window));
+    context.check(
+        params.num_keys > 0 && params.num_keys * params.num_keys == params.expand * params.window,
+        "shuffle='feistel' needs num_keys^2 == expand * window, got num_keys = " +
+            std::to_string(params.num_keys) +
+            ", expand * window = " + std::to_string(params.expand * params.window));
   } else if (arguments.shuffle == "permutation") {
     params.shuffle = Shuffle::kPermutation;
     context.check(arguments.permutation.has_value(), "shuffle='permutation' needs a permutation");
-    context.check_shape("permutation", *arguments.permutation, "[expand * window",
+    context.check_shape("permutation", *arguments.permutation, "[expand * window]",
                         {params.expand * params.window});
     context.check_dtype("permutation", *arguments.permutation, ScalarType::Long);
     params.permutation = static_cast<const int64_t*>(arguments.permutation->const_data_ptr());
   } else {
-    context.check(arguments.shuffle == "none",
-                  "shuffle must be 'none', 'feistel' or 'permutation', got '" +
-                      arguments.shuffle + "'");
+    context.check(
+        arguments.shuffle == "none",
+        "shuffle must be 'none', 'feistel' or 'permutation', got '" + arguments.shuffle + "'");
   }
   return params;
 }
@@ -73,8 +74,8 @@ ValueFfnParams make_params(const OpContext& context, const Tensor& indices, cons
   params.activation = parse_activation(context, activation);
   params.sum_groups = sum_groups;
   params.table_dtype = context.dtype("values", values);
-  context.check_shape("values", values, "[N, Dv", {-1, -1});
-  context.check_shape("indices", indices, "[T, S", {-1, -1});
+  context.check_shape("values", values, "[N, Dv]", {-1, -1});
+  context.check_shape("indices", indices, "[T, S]", {-1, -1});
   const ScalarType index_type = indices.scalar_type();
   context.check(index_type == ScalarType::Long || index_type == ScalarType::Int,
                 "indices must be int64 or int32");
@@ -89,12 +90,12 @@ ValueFfnParams make_params(const OpContext& context, const Tensor& indices, cons
                 "pre_values and pre_input go together: give both or neither");
   params.dtype = params.table_dtype;
   if (pre_values.has_value()) {
-    context.check_shape("pre_values", *pre_values, "[N, Dp", {num_slots, -1});
+    context.check_shape("pre_values", *pre_values, "[N, Dp]", {num_slots, -1});
     context.check_dtype("pre_values", *pre_values, values.scalar_type());
     params.pre_value_dim = pre_values->size(1);
     context.check(params.pre_value_dim >= 1, "pre_values must not be empty");
     params.dtype = context.dtype("pre_input", *pre_input);
-    context.check_shape("pre_input", *pre_input, "[T, Dp",
+    context.check_shape("pre_input", *pre_input, "[T, Dp]",
                         {params.num_tokens, params.pre_value_dim});
     context.check((params.dtype == DType::kFloat64) == (params.table_dtype == DType::kFloat64),
                   "values and pre_input must both be float64 or neither");
@@ -103,13 +104,12 @@ ValueFfnParams make_params(const OpContext& context, const Tensor& indices, cons
                   "activation needs pre_values; without them it must be 'identity'");
   }
 
-  context.check_shape("scores", scores, "[T, S, C",
-                      {params.num_tokens, params.num_selected, -1});
+  context.check_shape("scores", scores, "[T, S, C]", {params.num_tokens, params.num_selected, -1});
   context.check_dtype("scores", scores, scalar_type(accumulation_dtype(params.table_dtype)));
   const int64_t num_cores = scores.size(2);
-  context.check(num_cores >= 1 && num_cores <= kMaxNumCores,
-                "the number of cores C (scores.shape[2]) must be 1..4, got " +
-                    std::to_string(num_cores));
+  context.check(
+      num_cores >= 1 && num_cores <= kMaxNumCores,
+      "the number of cores C (scores.shape[2]) must be 1..4, got " + std::to_string(num_cores));
   context.check(params.value_dim % num_cores == 0,
                 "the number of cores C must divide Dv, got C = " + std::to_string(num_cores) +
                     ", Dv = " + std::to_string(params.value_dim));
@@ -139,7 +139,8 @@ void check_indices_in_debug(const OpContext& context, const ValueFfnParams& para
   Tensor flag = context.zeros({1}, ScalarType::Int);
   context.check(cuda::check_indices(params, static_cast<int32_t*>(flag.mutable_data_ptr()),
                                     context.stream()));
-  Tensor host_flag = torch::stable::to(flag, torch::stable::Device("cpu"));
+  Tensor host_flag =
+      torch::stable::to(flag, torch::stable::Device(torch::headeronly::DeviceType::CPU));
   context.check(*static_cast<const int32_t*>(host_flag.const_data_ptr()) == 0,
                 "indices must be in [0, " + std::to_string(params.addressing.num_indices()) +
                     "), found one outside");
@@ -179,7 +180,7 @@ struct Backward {
     grad_scores = torch::stable::empty_like(scores);
     params.grad_scores = grad_scores.mutable_data_ptr();
     if (pre_input.has_value()) {
-      context.check_shape("pre_activation", pre_activation, "[T, S",
+      context.check_shape("pre_activation", pre_activation, "[T, S]",
                           {params.num_tokens, params.num_selected});
       context.check_dtype("pre_activation", pre_activation, scores.scalar_type());
       params.pre_activation = const_cast<void*>(pre_activation.const_data_ptr());
@@ -202,9 +203,8 @@ struct Backward {
 std::tuple<Tensor, Tensor> value_ffn(
     Tensor indices, Tensor scores, Tensor values, OptionalTensor pre_values,
     OptionalTensor pre_input, OptionalTensor permutation, OptionalTensor /*values_main_grad*/,
-    OptionalTensor /*pre_values_main_grad*/, std::string activation, int64_t window,
-    int64_t offset, int64_t expand, std::string shuffle, int64_t num_keys, int64_t seed,
-    bool sum_groups) {
+    OptionalTensor /*pre_values_main_grad*/, std::string activation, int64_t window, int64_t offset,
+    int64_t expand, std::string shuffle, int64_t num_keys, int64_t seed, bool sum_groups) {
   const OpContext context("value_ffn", values);
   indices = as_contiguous(indices);
   scores = as_contiguous(scores);
@@ -226,8 +226,7 @@ std::tuple<Tensor, Tensor> value_ffn(
                               ? context.empty({T, params.num_selected}, scores.scalar_type())
                               : context.empty({0}, scores.scalar_type());
   params.out = out.mutable_data_ptr();
-  params.pre_activation =
-      pre_values.has_value() ? pre_activation.mutable_data_ptr() : nullptr;
+  params.pre_activation = pre_values.has_value() ? pre_activation.mutable_data_ptr() : nullptr;
   Tensor workspace = ULTRAMEM_WORKSPACE(context, value_ffn_fwd_workspace, params);
   params.workspace = workspace.mutable_data_ptr();
   context.check(ULTRAMEM_CALL(context, value_ffn_fwd, params));
@@ -245,8 +244,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> value_ffn_bwd(
                     {permutation, window, offset, expand, shuffle, num_keys, seed}, sum_groups);
   const ScalarType dtype = values.scalar_type();
   backward.params.grad_table_dtype = backward.params.table_dtype;
-  Tensor grad_values =
-      need_values ? context.zeros({values.size(0), values.size(1)}, dtype) : context.empty({0}, dtype);
+  Tensor grad_values = need_values ? context.zeros({values.size(0), values.size(1)}, dtype)
+                                   : context.empty({0}, dtype);
   if (need_values) backward.params.grad_values = grad_values.mutable_data_ptr();
   const bool has_pre = need_pre_values && pre_values.has_value();
   Tensor grad_pre_values = has_pre
@@ -271,7 +270,7 @@ std::tuple<Tensor, Tensor> value_ffn_bwd_main_grad(
   backward.params.grad_table_dtype = accumulation_dtype(backward.params.table_dtype);
   backward.params.accumulate = true;
   if (values_main_grad.has_value()) {
-    context.check_shape("values.main_grad", *values_main_grad, "[N, Dv",
+    context.check_shape("values.main_grad", *values_main_grad, "[N, Dv]",
                         {values.size(0), values.size(1)});
     context.check_dtype("values.main_grad", *values_main_grad, acc);
     context.check(values_main_grad->is_contiguous(), "values.main_grad must be contiguous");
@@ -279,7 +278,7 @@ std::tuple<Tensor, Tensor> value_ffn_bwd_main_grad(
   }
   if (pre_values_main_grad.has_value()) {
     context.check(pre_values.has_value(), "pre_values_main_grad needs pre_values");
-    context.check_shape("pre_values.main_grad", *pre_values_main_grad, "[N, Dp",
+    context.check_shape("pre_values.main_grad", *pre_values_main_grad, "[N, Dp]",
                         {pre_values->size(0), pre_values->size(1)});
     context.check_dtype("pre_values.main_grad", *pre_values_main_grad, acc);
     context.check(pre_values_main_grad->is_contiguous(), "pre_values.main_grad must be contiguous");

@@ -12,9 +12,9 @@ struct KernelAttributes {
   int32_t max_dynamic_shared_bytes;
   int32_t local_bytes_per_thread;  // spills and stack
   int32_t max_threads_per_block;
-  int32_t block_threads;            // as launched
+  int32_t block_threads;                     // as launched
   int32_t active_blocks_per_multiprocessor;  // at block_threads and no dynamic shared memory
-  int32_t binary_version;           // 10 * major + minor of the code that was loaded
+  int32_t binary_version;                    // 10 * major + minor of the code that was loaded
 };
 
 namespace cpu {

@@ -1,0 +1,126 @@
+// Dot products and weighted sums of rows: what every operator's inner loops are made of.
+//
+// The order of the additions depends on the lengths alone.
+#pragma once
+
+#include "vec.h"
+
+namespace ultramem::cpu::ULTRAMEM_CPU_CAPABILITY {
+namespace {
+
+template <typename Acc, typename T>
+inline Acc dot(const Acc* x, const T* y, int64_t count) {
+  constexpr int kW = kLanes<Acc>;
+  Vec<Acc> sum0 = {}, sum1 = {}, sum2 = {}, sum3 = {};
+  int64_t i = 0;
+  for (; i + 4 * kW <= count; i += 4 * kW) {
+    sum0 += load(x + i) * load(y + i);
+    sum1 += load(x + i + kW) * load(y + i + kW);
+    sum2 += load(x + i + 2 * kW) * load(y + i + 2 * kW);
+    sum3 += load(x + i + 3 * kW) * load(y + i + 3 * kW);
+  }
+  for (; i + kW <= count; i += kW) sum0 += load(x + i) * load(y + i);
+  if (i < count) sum1 += load_partial(x + i, count - i) * load_partial(y + i, count - i);
+  return sum_lanes((sum0 + sum1) + (sum2 + sum3));
+}
+
+template <typename T>
+ULTRAMEM_ALWAYS_INLINE void prefetch_row(const T* row, int64_t count) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(row);
+  const uintptr_t end = begin + static_cast<uintptr_t>(count) * sizeof(T);
+  for (uintptr_t line = begin / 64 * 64; line < end; line += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(line));
+  }
+}
+
+// sum += weight * row
+template <typename Acc, typename T>
+inline void add_scaled(Acc* sum, Acc weight, const T* row, int64_t count) {
+  constexpr int kW = kLanes<Acc>;
+  int64_t i = 0;
+  for (; i + kW <= count; i += kW) store(sum + i, load(sum + i) + load(row + i) * weight);
+  for (; i < count; ++i) sum[i] += to_acc(row[i]) * weight;
+}
+
+template <typename T>
+inline void widen(AccOf<T>* to, const T* from, int64_t count) {
+  constexpr int kW = kLanes<AccOf<T>>;
+  int64_t i = 0;
+  for (; i + kW <= count; i += kW) store(to + i, load(from + i));
+  for (; i < count; ++i) to[i] = to_acc(from[i]);
+}
+
+template <typename T>
+inline void round_to(T* to, const AccOf<T>* from, int64_t count) {
+  constexpr int kW = kLanes<AccOf<T>>;
+  int64_t i = 0;
+  for (; i + kW <= count; i += kW) store(to + i, load(from + i));
+  for (; i < count; ++i) to[i] = from_acc<T>(from[i]);
+}
+
+template <typename T>
+inline void set_zero(T* p, int64_t count) {
+  __builtin_memset(p, 0, static_cast<size_t>(count) * sizeof(T));
+}
+
+// A weighted sum's terms; more than kMaxTerms are added in pieces of that length, which also keeps
+// the rounding error of long sums small.
+constexpr int kMaxTerms = 512;
+
+template <typename Row>
+struct Terms {
+  int count = 0;
+  AccOf<Row> weight[kMaxTerms];
+  const Row* row[kMaxTerms];
+
+  void add(AccOf<Row> w, const Row* r) {
+    weight[count] = w;
+    row[count++] = r;
+  }
+};
+
+// The columns [first, first + kVecs * lanes) of weighted_sum, in registers.
+template <int kVecs, typename Out, typename Row>
+ULTRAMEM_ALWAYS_INLINE void weighted_sum_columns(Out* out, const Terms<Row>& terms, int64_t first,
+                                                 const AccOf<Row>* carry, bool accumulate) {
+  using Acc = AccOf<Row>;
+  constexpr int kW = kLanes<Acc>;
+  Vec<Acc> sum[kVecs] = {};
+  for (int e = 0; e < terms.count; ++e) {
+    const Acc weight = terms.weight[e];
+    const Row* row = terms.row[e] + first;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) sum[v] += load(row + v * kW) * weight;
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < kVecs; ++v) {
+    const int64_t column = first + v * kW;
+    if (carry != nullptr) sum[v] += load(carry + column);
+    if (accumulate) sum[v] += load(out + column);
+    store(out + column, sum[v]);
+  }
+}
+
+// out[j] = sum_e weight[e] * row[e][j] + carry[j] (unless null) + out[j] (if accumulate), rounded
+// once.
+template <typename Out, typename Row>
+inline void weighted_sum(Out* out, int64_t columns, const Terms<Row>& terms,
+                         const AccOf<Row>* carry, bool accumulate) {
+  using Acc = AccOf<Row>;
+  constexpr int kW = kLanes<Acc>;
+  int64_t j = 0;
+  for (; j + 4 * kW <= columns; j += 4 * kW) {
+    weighted_sum_columns<4>(out, terms, j, carry, accumulate);
+  }
+  for (; j + kW <= columns; j += kW) weighted_sum_columns<1>(out, terms, j, carry, accumulate);
+  for (; j < columns; ++j) {
+    Acc sum = 0;
+    for (int e = 0; e < terms.count; ++e) sum += to_acc(terms.row[e][j]) * terms.weight[e];
+    if (carry != nullptr) sum += carry[j];
+    if (accumulate) sum += to_acc(out[j]);
+    out[j] = from_acc<Out>(sum);
+  }
+}
+
+}  // namespace
+}  // namespace ultramem::cpu::ULTRAMEM_CPU_CAPABILITY

@@ -1,0 +1,149 @@
+// Exact top-k in a total order, as pieces that a warp or a block puts together.
+//
+// A candidate is one 64-bit key: the sortable rank above, the inverted position below. Unsigned
+// descending order of such keys is the order of product_key_topk.h, and since no two candidates of
+// a row share a position, no two keys are equal: whatever order candidates are found in, the sorted
+// list is the same. Selection is a threshold search (bisection of the bits of a rank),
+// a collection and a bitonic sort of the k survivors only; no input is a bad case for any of them.
+#pragma once
+
+#include "common.cuh"
+
+namespace ultramem::cuda {
+
+__host__ __device__ __forceinline__ uint64_t make_candidate(uint32_t rank, uint32_t position) {
+  return static_cast<uint64_t>(rank) << 32 | static_cast<uint32_t>(~position);
+}
+__host__ __device__ __forceinline__ uint32_t candidate_rank(uint64_t candidate) {
+  return static_cast<uint32_t>(candidate >> 32);
+}
+__host__ __device__ __forceinline__ uint32_t candidate_position(uint64_t candidate) {
+  return ~static_cast<uint32_t>(candidate);
+}
+
+__host__ __device__ constexpr int next_power_of_two(int x) {
+  int power = 1;
+  while (power < x) power *= 2;
+  return power;
+}
+
+struct Threshold {
+  uint32_t value;
+  bool exact;  // exactly k values are >= value; otherwise more are, and value is the k-th largest
+};
+
+// Where to cut a set of unsigned values below 2^num_bits, of which there are at least k, to keep
+// the k largest. count_at_least(x) is how many are >= x, for x > 0, and the same in all
+// participating threads; it may contain barriers.
+template <typename CountAtLeast>
+__device__ __forceinline__ Threshold find_threshold(int k, int num_bits,
+                                                    CountAtLeast count_at_least) {
+  uint32_t value = 0;
+  for (int bit = num_bits - 1; bit >= 0; --bit) {
+    const uint32_t raised = value | 1u << bit;
+    const int count = count_at_least(raised);
+    if (count == k) return {raised, true};
+    if (count > k) value = raised;
+  }
+  return {value, false};
+}
+
+// Sorts `size` (a power of two) candidates in shared memory, largest first. sync() is the barrier
+// of the `num_threads` threads that take part; one must lie between the writes of `data` and this.
+template <typename Sync>
+__device__ __forceinline__ void bitonic_sort_descending(uint64_t* data, int size, int thread,
+                                                        int num_threads, Sync sync) {
+  for (int width = 2; width <= size; width *= 2) {
+    for (int stride = width / 2; stride > 0; stride /= 2) {
+      for (int pair = thread; pair < size / 2; pair += num_threads) {
+        const int low = 2 * pair - (pair & (stride - 1));
+        const int high = low + stride;
+        const bool descending = (low & width) == 0;
+        const uint64_t first = data[low];
+        const uint64_t second = data[high];
+        if ((first < second) == descending) {
+          data[low] = second;
+          data[high] = first;
+        }
+      }
+      sync();
+    }
+  }
+}
+
+// Adds integers over a block with one barrier. The scratch is used in turns: a warp can only be
+// one call ahead of the slowest reader, so it never overwrites what that one still reads.
+template <int kWarps>
+class BlockCounter {
+ public:
+  static constexpr int kScratchInts = 2 * kWarps;
+
+  __device__ BlockCounter(int* scratch, int warp, int lane)
+      : scratch_(scratch), warp_(warp), lane_(lane) {}
+
+  __device__ int sum(int count) {
+    int* slots = scratch_ + turn_ * kWarps;
+    turn_ ^= 1;
+    const int warp_count = __reduce_add_sync(kFullMask, count);
+    if (lane_ == 0) slots[warp_] = warp_count;
+    __syncthreads();
+    int total = 0;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) total += slots[i];
+    return total;
+  }
+
+ private:
+  int* scratch_;
+  int warp_;
+  int lane_;
+  int turn_ = 0;
+};
+
+// One warp: makes `kept` the best `limit` of itself and of `num_ranks` new entries, whose
+// positions count up from first_position and lie above all positions kept so far. Entries stay in
+// the order of their positions, which is what resolves ties: the first of equals are taken.
+// Returns how many are kept. The warp must be synchronised (__syncwarp) after the writes of
+// `kept` and `ranks`; it is when this returns.
+__device__ __forceinline__ int merge_best(uint64_t* kept, int num_kept, const uint32_t* ranks,
+                                          int num_ranks, uint32_t first_position, int limit,
+                                          int lane) {
+  const int num_items = num_kept + num_ranks;
+  const int k = min(limit, num_items);
+  const auto count_at_least = [&](uint32_t threshold) {
+    int count = 0;
+    for (int i = lane; i < num_kept; i += kWarpSize) count += candidate_rank(kept[i]) >= threshold;
+    for (int i = lane; i < num_ranks; i += kWarpSize) count += ranks[i] >= threshold;
+    return __reduce_add_sync(kFullMask, count);
+  };
+  const Threshold threshold = find_threshold(k, 32, count_at_least);
+  // No rank is 2^32 - 1 (+inf is the largest), so the sum does not wrap.
+  int ties_left = threshold.exact ? num_items : k - count_at_least(threshold.value + 1);
+
+  const unsigned lower_lanes = (1u << lane) - 1;
+  int out = 0;
+  for (int base = 0; base < num_items; base += kWarpSize) {
+    const int i = base + lane;
+    uint64_t item = 0;
+    if (i < num_kept) {
+      item = kept[i];
+    } else if (i < num_items) {
+      item = make_candidate(ranks[i - num_kept], first_position + (i - num_kept));
+    }
+    const uint32_t rank = candidate_rank(item);
+    const bool tie = i < num_items && rank == threshold.value;
+    const unsigned ties = __ballot_sync(kFullMask, tie);
+    const bool take = i < num_items &&
+                      (rank > threshold.value || (tie && __popc(ties & lower_lanes) < ties_left));
+    const unsigned taken = __ballot_sync(kFullMask, take);
+    // out <= base: a write can only hit an entry of this or an earlier round.
+    __syncwarp();
+    if (take) kept[out + __popc(taken & lower_lanes)] = item;
+    out += __popc(taken);
+    ties_left -= min(ties_left, __popc(ties));
+  }
+  __syncwarp();
+  return out;
+}
+
+}  // namespace ultramem::cuda

@@ -1,0 +1,120 @@
+// What the forward and the backward of product_key_topk share: the shapes they offer, packets of
+// elements, and shared memory beyond 48 KB.
+#pragma once
+
+#include "common.cuh"
+#include "ultramem/product_key_topk.h"
+
+namespace ultramem::cuda {
+
+// Elements a thread moves at once where rows allow it. Four floats of shared memory are one
+// conflict-free 16-byte access of a warp, whatever the element type on the other side.
+inline constexpr int kPacket = 4;
+
+template <typename scalar_t, int kVec>
+struct alignas(sizeof(scalar_t) * kVec) Packet {
+  scalar_t elements[kVec];
+};
+
+template <int kVec, typename scalar_t>
+__device__ __forceinline__ void load_floats(const scalar_t* from, float (&to)[kVec]) {
+  const auto packet = *reinterpret_cast<const Packet<scalar_t, kVec>*>(from);
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) to[i] = to_float(packet.elements[i]);
+}
+
+template <int kVec, typename scalar_t>
+__device__ __forceinline__ void store_rounded(const float (&from)[kVec], scalar_t* to) {
+  Packet<scalar_t, kVec> packet;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) packet.elements[i] = from_float<scalar_t>(from[i]);
+  *reinterpret_cast<Packet<scalar_t, kVec>*>(to) = packet;
+}
+
+// Whether rows of `dim` elements that start at `pointer` can be moved in packets.
+inline bool packets_fit(const void* pointer, int64_t dim, DType dtype) {
+  const auto bytes = static_cast<uintptr_t>(kPacket * element_size(dtype));
+  return dim % kPacket == 0 && reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
+// Hands out 16-byte aligned offsets into dynamic shared memory. A layout built with it is computed
+// by the same code on the host, for the launch, and in the kernel.
+class SharedLayout {
+ public:
+  __host__ __device__ int take(int64_t bytes) {
+    const int64_t offset = bytes_;
+    bytes_ += (bytes + 15) / 16 * 16;
+    return static_cast<int>(offset);
+  }
+  __host__ __device__ int64_t bytes() const { return bytes_; }
+
+ private:
+  int64_t bytes_ = 0;
+};
+
+// Lets a kernel without static shared memory be launched with `bytes` of it. The limit is set to
+// the device's maximum, not to `bytes`: it belongs to the kernel, and another host thread may be
+// about to launch the same one with more.
+template <typename Kernel>
+Status allow_shared_memory(Kernel* kernel, int64_t bytes) {
+  constexpr int64_t kWithoutOptIn = 48 * 1024;
+  if (bytes <= kWithoutOptIn) return {};
+  int device = 0;
+  int limit = 0;
+  ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaGetDevice(&device));
+  ULTRAMEM_CUDA_RETURN_IF_ERROR(
+      cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  if (bytes > limit) {
+    return Status::invalid_argument(
+        "product_key_topk: num_queries * key_dim needs more shared memory than the device has");
+  }
+  return to_status(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit));
+}
+
+// The shapes on offer. Counts of blocks and of (head, side, key) rows stay below 2^31.
+inline Status check_product_key_topk(const ProductKeyTopkParams& p) {
+  constexpr int64_t kMaxInt = 0x7fffffff;
+  constexpr int64_t kMaxKeyDim = 1 << 20;
+  if (p.dtype == DType::kFloat64) {
+    return Status::invalid_argument("product_key_topk: float64 is offered on the CPU only");
+  }
+  if (p.num_tokens < 0 || p.num_heads < 1) {
+    return Status::invalid_argument(
+        "product_key_topk: num_tokens must be at least 0, num_heads at least 1");
+  }
+  if (p.tucker_rank < 1 || p.tucker_rank > kMaxTuckerRank || p.num_cores < 1 ||
+      p.num_cores > kMaxNumCores) {
+    return Status::invalid_argument(
+        "product_key_topk: tucker_rank and num_cores must be in [1, 4]");
+  }
+  if (p.num_queries != 1 && p.num_queries != p.tucker_rank) {
+    return Status::invalid_argument("product_key_topk: num_queries must be 1 or tucker_rank");
+  }
+  if (p.mode == ScoreMode::kAdditive && (p.tucker_rank != 1 || p.num_cores != 1)) {
+    return Status::invalid_argument(
+        "product_key_topk: additive mode needs tucker_rank = num_cores = 1");
+  }
+  if (p.key_dim < 1 || p.key_dim > kMaxKeyDim) {
+    return Status::invalid_argument("product_key_topk: key_dim must be in [1, 2^20]");
+  }
+  if (p.num_keys < 1 || p.num_keys > kMaxInt / 2 / p.num_heads) {
+    return Status::invalid_argument(
+        "product_key_topk: num_keys must be at least 1, 2 * num_heads * num_keys below 2^31");
+  }
+  if (p.axis_topk < 1 || p.axis_topk > kMaxAxisTopk || p.axis_topk > p.num_keys) {
+    return Status::invalid_argument(
+        "product_key_topk: axis_topk must be in [1, min(num_keys, 128)]");
+  }
+  if (p.topk < 1 || p.topk > kMaxTopk || p.topk > p.axis_topk * p.axis_topk) {
+    return Status::invalid_argument(
+        "product_key_topk: topk must be in [1, min(axis_topk^2, 1024)]");
+  }
+  if (p.num_tokens > kMaxInt / 2 / p.num_heads) {
+    return Status::invalid_argument(
+        "product_key_topk: 2 * num_heads * num_tokens must be below 2^31");
+  }
+  return {};
+}
+
+}  // namespace ultramem::cuda

@@ -1,0 +1,83 @@
+"""Slot-usage statistics."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from module_cases import layer_and_table, reference_config, reference_parameters, to_numpy, tokens
+
+from ultramem_cuda import python_ref as ref
+from ultramem_cuda import stats
+
+
+def test_counts_are_those_of_the_slots_read() -> None:
+    layer, table = layer_and_table(torch.float64, layer_index=2, num_heads=2, key_expand=2)
+    x = tokens(9, 24, dtype=torch.float64)
+    with stats.collect_usage(layer) as usage:
+        layer(x[:4], table)
+        layer(x[4:], table)
+    output = ref.memory_layer(
+        to_numpy(x), reference_parameters(layer, table), reference_config(layer)
+    )
+    slot, _ = layer.addressing.slots(torch.from_numpy(output.indices))
+    expected = np.bincount(slot.numpy().ravel(), minlength=250)
+    table_counts = usage[""].table_counts()
+    np.testing.assert_array_equal(table_counts.numpy(), expected)
+    summary = usage[""].summary()
+    assert summary.num_slots == 36
+    assert summary.reads == 9 * 2 * 7
+    assert summary.distinct == np.count_nonzero(expected)
+
+
+def test_summary_of_known_counts() -> None:
+    summary = stats.summarize_counts(torch.tensor([6, 0, 2, 0]))
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert (summary.num_slots, summary.reads, summary.distinct) == (4, 8, 2)
+    assert summary.fraction_touched == 0.5
+    assert summary.entropy == pytest.approx(entropy)
+    assert summary.uniform_entropy == pytest.approx(math.log(4))
+    assert summary.relative_entropy == pytest.approx(math.log(4) - entropy)
+    assert summary.effective_slots == pytest.approx(math.exp(entropy))
+    assert summary.top_share == 0.75
+
+
+def test_even_use_and_no_use() -> None:
+    even = stats.summarize_counts(torch.full((400,), 3))
+    assert even.relative_entropy == pytest.approx(0.0, abs=1e-12)
+    assert even.top_share == pytest.approx(0.01)
+    assert even.effective_slots == pytest.approx(400)
+    unused = stats.summarize_counts(torch.zeros(400, dtype=torch.int64))
+    assert (unused.reads, unused.distinct, unused.fraction_touched) == (0, 0, 0.0)
+    assert unused.relative_entropy == pytest.approx(math.log(400))
+
+
+def test_collectors_come_and_go() -> None:
+    layer, table = layer_and_table()
+    model = torch.nn.ModuleDict({"memory": layer})
+    assert layer.usage is None
+    with stats.collect_usage(model) as outer:
+        layer(tokens(3, 24), table)
+        with stats.collect_usage(model) as inner:
+            layer(tokens(2, 24), table)
+        assert layer.usage is outer["memory"]
+    assert layer.usage is None
+    layer(tokens(5, 24), table)
+    assert outer["memory"].summary().reads == 3 * 7
+    assert inner["memory"].summary().reads == 2 * 7
+
+
+def test_counts_under_compile() -> None:
+    layer, table = layer_and_table()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    compiled(tokens(3, 24), table)
+    with stats.collect_usage(layer) as usage:
+        compiled(tokens(3, 24), table)
+    compiled(tokens(3, 24), table)
+    with stats.collect_usage(layer) as eager:
+        layer(tokens(3, 24), table)
+    assert usage[""].summary().reads == 21
+    assert torch.equal(usage[""].counts, eager[""].counts)

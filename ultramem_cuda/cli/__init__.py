@@ -1,0 +1,111 @@
+"""The command ``ultramem``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .._version import __version__
+from ..examples.lm import arguments as lm_arguments
+from ..examples.lm.errors import UsageError
+from ..examples.lm.train import TrainingDiverged
+from . import check, demo, doctor
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="ultramem",
+        description="Memory layers for transformers: examine the build, check it, train with it.",
+        epilog="exit codes: 0 success, 1 a check failed or training broke down, 2 wrong usage",
+    )
+    parser.add_argument("--version", action="version", version=f"ultramem {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "doctor",
+        help="what was built, what this machine has, what will be used",
+        description="Says what was built, what this machine has and what will be used. "
+        "Exits with 1 where the native library is missing or does not load.",
+    )
+    command.set_defaults(run=lambda args: doctor.run())
+
+    command = commands.add_parser(
+        "check",
+        help="compare every operator and gradient with the reference",
+        description="Compares every operator and its gradients, in every dtype, with the NumPy "
+        "float64 reference, and prints errors beside their bounds. Exits with 1 on a failure.",
+    )
+    lm_arguments.add_device_argument(command, "cpu or cuda (default: both where there is a GPU)")
+    command.add_argument("--seed", type=int, default=0, help="of the inputs (default: 0)")
+    command.set_defaults(run=lambda args: check.run(args.device, args.seed))
+
+    command = commands.add_parser(
+        "train",
+        help="train the example language model",
+        description="Trains the byte-level language model of examples/lm with blocks of one or "
+        "more kinds, matched in active parameters.",
+    )
+    lm_arguments.add_train_arguments(command)
+    command.set_defaults(run=lm_arguments.run_train)
+
+    command = commands.add_parser(
+        "pack",
+        help="pack text into one archive",
+        description="Packs text into one compressed archive for --data, so that several machines "
+        "train on the same bytes, and prints its digest.",
+    )
+    lm_arguments.add_pack_arguments(command)
+    command.set_defaults(run=lm_arguments.run_pack)
+
+    command = commands.add_parser(
+        "demo",
+        help="doctor, check, train every kind, count memory traffic, write a report",
+        description="Runs doctor and check, trains dense, moe, pkm and ultramem_v2 on real text, "
+        "counts memory traffic against MoE and writes report.html. Minutes on two CPU cores.",
+    )
+    lm_arguments.add_data_arguments(command)
+    lm_arguments.add_device_argument(command)
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=Path("ultramem-demo"),
+        metavar="DIR",
+        help="where the report goes (default: %(default)s)",
+    )
+    command.add_argument("--seed", type=int, default=0, help="of weights and data (default: 0)")
+    command.add_argument("--steps", type=int, metavar="N", help="training steps of each kind")
+    command.add_argument("--quiet", action="store_true", help="print summaries only")
+    command.set_defaults(run=demo.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except UsageError as error:
+        print(f"ultramem {args.command}: error: argument {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except TrainingDiverged as error:
+        print(f"ultramem {args.command}: error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print(f"ultramem {args.command}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone; a second flush at exit would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK

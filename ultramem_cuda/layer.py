@@ -1,0 +1,310 @@
+"""The memory layer of a transformer block (UltraMemV2, sections 3.2-3.5)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from ._retrieval_cache import CachedRetrieval
+from .addressing import SlotAddressing
+from .config import UltraMemConfig
+from .init import initialize_layer
+from .losses import axis_filter_scores, key_balance_loss, tucker_penalty
+from .stats import SlotUsage
+from .table import MemoryTable
+
+
+class UltraMemLayer(nn.Module):
+    """Product-key memory with Tucker-decomposed scores and FFN-valued slots.
+
+    It runs beside the block's FFN, on the same normed input::
+
+        x = x + ffn(norm(x)) + memory(norm(x), table)
+
+    Parameters and modules: ``query_proj`` (weight [2*H*Q*Kd, D], rows ordered side, head, rank,
+    Kd), ``query_norm`` [Kd], ``keys`` [H, 2, R, n, Kd], ``key_norm`` [Kd], ``cores`` [C, H, R, R]
+    (None in additive mode), ``pre_proj`` (weight [Dp, D], None without pre-values), ``value_proj``
+    (weight [D, Dv], or [D, E*Dv] without summed groups).
+
+    In eval mode without gradients, normalised keys and the filter are cached. The cache follows
+    changes of the parameters made by ordinary tensor operations, optimizers, ``load_state_dict``,
+    ``train()`` and moves; only writes through ``param.data`` escape it, call :meth:`refresh_cache`
+    after those. A captured CUDA graph reads the cache as it is at replay: after changing parameters
+    call :meth:`refresh_cache`, which writes to the same memory. Compiled code does not use the
+    cache.
+
+    Attributes:
+        addressing: how the layer's virtual indices map to rows of the table.
+        usage: a :class:`~ultramem_cuda.stats.SlotUsage` that counts slots, or None (the default,
+            free).
+        last_losses: weighted auxiliary losses of the last forward pass in training mode, by name
+            ("tucker_penalty", "key_balance"); empty while they are off. They hold the graph of
+            that pass, which reentrant activation checkpointing does not record.
+            :func:`~ultramem_cuda.losses.collect_aux_losses` sums them over layers.
+
+    Args:
+        config: shapes and options.
+        layer_index: which of ``config.num_layers`` memory layers this is; it sets the window and
+            the shuffle.
+        permutation: int64 [E * window], the shuffle to use with ``config.shuffle="permutation"``;
+            random by default. It is copied to the buffer ``shuffle_index``, which is part of the
+            state dict.
+    """
+
+    query_norm: nn.Parameter
+    keys: nn.Parameter
+    key_norm: nn.Parameter
+    cores: nn.Parameter | None
+    pre_proj: nn.Linear | None
+    shuffle_index: Tensor | None
+
+    def __init__(
+        self,
+        config: UltraMemConfig,
+        layer_index: int,
+        *,
+        permutation: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_index = layer_index
+        window, offset = config.layer_window(layer_index)
+        if permutation is not None and config.shuffle != "permutation":
+            raise ValueError(
+                "permutation: must be None unless config.shuffle is 'permutation', "
+                f"which is {config.shuffle!r}"
+            )
+        self._window = (window, offset)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+
+        def linear(fan_in: int, fan_out: int) -> nn.Linear:
+            return nn.Linear(fan_in, fan_out, bias=False, dtype=dtype, device=device)
+
+        c = config
+        query_dim = 2 * c.num_heads * c.num_queries * c.key_dim
+        self.query_proj = linear(c.d_model, query_dim)
+        self.query_norm = parameter(c.key_dim)
+        self.keys = parameter(c.num_heads, 2, c.tucker_rank, c.num_keys, c.key_dim)
+        self.key_norm = parameter(c.key_dim)
+        if c.mode == "tucker":
+            self.cores = parameter(c.num_cores, c.num_heads, c.tucker_rank, c.tucker_rank)
+        else:
+            self.register_parameter("cores", None)
+        self.pre_proj = linear(c.d_model, c.pre_value_dim) if c.pre_value_dim else None
+        self.value_proj = linear(c.output_groups * c.value_dim, c.d_model)
+        self._init_addressing(permutation)
+        self.usage: SlotUsage | None = None
+        self.last_losses: dict[str, Tensor] = {}
+        self._cache: dict[torch.dtype, CachedRetrieval] = {}
+        self.reset_parameters()
+
+    def _init_addressing(self, permutation: Tensor | None) -> None:
+        config, (window, offset) = self.config, self._window
+        shuffle: str | Tensor | None = None if config.shuffle == "none" else config.shuffle
+        self.register_buffer("shuffle_index", None)
+        self._random_permutation = config.shuffle == "permutation" and permutation is None
+        if config.shuffle == "permutation":
+            content = self._draw_permutation() if permutation is None else permutation.detach()
+            shuffle = self.shuffle_index = content.clone().to(self.keys.device)
+        seed = self._shuffle_seed if shuffle == "feistel" else 0
+        self.addressing = SlotAddressing(
+            config.num_slots, window, offset, config.expand, shuffle, seed
+        )
+
+    def _draw_permutation(self) -> Tensor:
+        generator = torch.Generator("cpu").manual_seed(self._shuffle_seed)
+        virtual = self.config.expand * self.config.window
+        return torch.randperm(virtual, generator=generator, device="cpu")
+
+    @property
+    def _shuffle_seed(self) -> int:
+        return self.config.seed * (1 << 16) + self.layer_index
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters as ``config.init`` says, with torch's default generator.
+
+        A random permutation depends on the configuration's seed alone and is written again.
+        """
+        initialize_layer(self)
+        if self._random_permutation and self.shuffle_index is not None:
+            self.shuffle_index.copy_(self._draw_permutation())
+        self._invalidate_cache()
+
+    def forward(self, x: Tensor, table: MemoryTable) -> Tensor:
+        """Memory output for each token.
+
+        Args:
+            x: [..., D], of the parameters' dtype unless autocast is on.
+            table: the model's table; its rows may have a dtype of their own.
+
+        Returns:
+            [..., D], of x's dtype (under autocast, of autocast's).
+        """
+        config = self.config
+        if x.shape[-1] != config.d_model:
+            raise ValueError(
+                f"x: last dimension must be d_model = {config.d_model}, got shape {list(x.shape)}"
+            )
+        table.check_matches(config)
+        tokens = x.reshape(-1, config.d_model)
+        query = ops.tucker_query(
+            tokens,
+            self.query_proj.weight,
+            self.query_norm,
+            num_heads=config.num_heads,
+            eps=config.eps,
+        )
+        scores, indices = self._retrieve(query)
+        if self.training and (config.tucker_penalty or config.key_balance):
+            self.last_losses = self._aux_losses(query)
+        indices, scores = indices.flatten(1), scores.flatten(1, 2)
+        if self.usage is not None:
+            self.usage.update(indices)
+        out = ops.value_ffn(
+            indices,
+            scores,
+            table.values,
+            table.pre_values,
+            None if self.pre_proj is None else self.pre_proj(tokens),
+            activation=config.activation,
+            addressing=self.addressing,
+            sum_groups=config.sum_groups,
+        )
+        # Without pre-values the rows' dtype comes out, which need not be that of the network.
+        out = out.flatten(1).to(query.dtype)
+        return self.value_proj(out).reshape(x.shape)
+
+    def _retrieve(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores [T, H, M, C] and virtual indices [T, H, M] of the kept slots."""
+        config = self.config
+        cached = self._cached_retrieval(query)
+        u, t = (None, None) if cached is None or cached.filter is None else cached.filter
+        scores, indices = ops.product_key_topk(
+            query,
+            self.keys if cached is None else cached.keys,
+            self.cores,
+            topk=config.topk,
+            axis_topk=config.kept_per_axis,
+            u=u,
+            t=t,
+            key_norm_weight=self.key_norm if cached is None else None,
+            eps=config.eps,
+            mode=config.mode,
+        )
+        if config.score_norm == "softmax":
+            scores = scores.softmax(2)
+        return scores, indices
+
+    def _aux_losses(self, query: Tensor) -> dict[str, Tensor]:
+        config = self.config
+        losses: dict[str, Tensor] = {}
+        directions, sigma = self._filter()
+        if config.tucker_penalty and sigma is not None:
+            penalty = tucker_penalty(sigma, margin=config.tucker_margin)
+            losses["tucker_penalty"] = config.tucker_penalty * penalty
+        if config.key_balance:
+            keys = ops.rms_norm(self.keys, self.key_norm, eps=config.eps)
+            axes = axis_filter_scores(query, keys, directions)
+            kept = axes.detach().topk(config.kept_per_axis, dim=-1).indices
+            normalize = config.key_balance_normalize
+            row = key_balance_loss(axes[0], kept[0], normalize=normalize)
+            col = key_balance_loss(axes[1], kept[1], normalize=normalize)
+            losses["key_balance"] = config.key_balance * (row + col)
+        return losses
+
+    def _filter(self) -> tuple[Tensor, Tensor | None]:
+        """Directions [2, H, R], detached, and singular values [H, R] (None in additive mode)."""
+        if self.cores is None:
+            return torch.ones_like(self.keys[:, :, :, 0, 0]).transpose(0, 1), None
+        u, t, sigma = ops.tucker_filter(self.cores)
+        return torch.stack((u, t)).detach(), sigma
+
+    def refresh_cache(self) -> None:
+        """Recompute, in place, all that eval mode has cached."""
+        for dtype in self._cache:
+            self._fill_cache(dtype)
+
+    def _cached_retrieval(self, query: Tensor) -> CachedRetrieval | None:
+        """The cache, brought up to date, or None where it must not be used."""
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        parameters = self._cache_parameters()
+        # Swapped-in tensors and parameters of tensor subclasses or inference mode have no version
+        # to follow.
+        if not all(type(p) is nn.Parameter and not p.is_inference() for p in parameters):
+            return None
+        entry = self._cache.get(query.dtype)
+        if entry is not None and entry.is_current(parameters):
+            return entry
+        if query.is_cuda and torch.cuda.is_current_stream_capturing():
+            # Capture does not execute: what it would leave in the cache is not computed before the
+            # first replay.
+            return None
+        return self._fill_cache(query.dtype)
+
+    def _cache_parameters(self) -> tuple[nn.Parameter, ...]:
+        if self.cores is None:
+            return self.keys, self.key_norm
+        return self.keys, self.key_norm, self.cores
+
+    def _fill_cache(self, dtype: torch.dtype) -> CachedRetrieval:
+        # Ordinary tensors, also under inference_mode: they are written again in place.
+        with torch.inference_mode(False), torch.no_grad():
+            keys = ops.rms_norm(self.keys.to(dtype), self.key_norm, eps=self.config.eps)
+            filter_ = None if self.cores is None else ops.tucker_filter(self.cores)[:2]
+            entry = self._cache.get(dtype)
+            if entry is None:
+                entry = self._cache[dtype] = CachedRetrieval(keys, filter_)
+            else:
+                entry.update(keys, filter_)
+            entry.stamp(self._cache_parameters())
+        return entry
+
+    def _invalidate_cache(self) -> None:
+        for entry in self._cache.values():
+            entry.invalidate()
+
+    def train(self, mode: bool = True) -> UltraMemLayer:
+        self._invalidate_cache()
+        self.last_losses = {}
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> UltraMemLayer:
+        super()._apply(fn, recurse)
+        self._cache.clear()
+        if self.shuffle_index is not None:
+            self.addressing = self.addressing._with_permutation(self.shuffle_index)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        self._invalidate_cache()
+        if self.shuffle_index is not None:
+            window, offset = self._window
+            try:
+                self.addressing = SlotAddressing(
+                    self.config.num_slots, window, offset, self.config.expand, self.shuffle_index
+                )
+            except (TypeError, ValueError) as error:
+                error_msgs: list[str] = args[-1]
+                error_msgs.append(f"{prefix}shuffle_index: {error}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Neither belongs in a copy or a pickle: the cache is recomputed, losses hold a graph.
+        return {**self.__dict__, "_cache": {}, "last_losses": {}}
+
+    def extra_repr(self) -> str:
+        window, offset = self._window
+        return (
+            f"layer_index={self.layer_index}, window={window}, offset={offset}, "
+            f"mode={self.config.mode!r}"
+        )

@@ -1,0 +1,123 @@
+"""Which slots a model uses, and how evenly. Costs nothing while no collector is attached.
+
+::
+
+    with um.stats.collect_usage(model) as usage:
+        evaluate(model)
+    print(usage["blocks.3.memory"].summary())
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .addressing import SlotAddressing
+
+
+@dataclasses.dataclass(frozen=True)
+class UsageSummary:
+    """How evenly reads spread over ``num_slots`` slots.
+
+    Entropies are in nats and those of the sample: with fewer reads than slots even uniform slots
+    fall short of ``uniform_entropy``.
+    """
+
+    num_slots: int
+    reads: int
+    distinct: int
+    fraction_touched: float
+    entropy: float
+    uniform_entropy: float
+    relative_entropy: float
+    """``uniform_entropy - entropy``: the divergence (KL) from uniform use, 0 for even use."""
+    effective_slots: float
+    """exp(entropy): the number of equally used slots with the same entropy."""
+    top_share: float
+    """Share of the reads that went to the most read hundredth of the slots; 0.01 for even use."""
+
+
+def summarize_counts(counts: Tensor) -> UsageSummary:
+    """Summary of the reads of each slot, an integer tensor [num_slots]. Synchronises with the
+    host."""
+    num_slots, reads = counts.numel(), int(counts.sum())
+    uniform = math.log(num_slots)
+    if reads == 0:
+        return UsageSummary(num_slots, 0, 0, 0.0, 0.0, uniform, uniform, 1.0, 0.0)
+    touched = counts[counts > 0].double()
+    share = touched / reads
+    entropy = -float((share * share.log()).sum())
+    top = counts.topk(max(1, num_slots // 100)).values.sum()
+    return UsageSummary(
+        num_slots=num_slots,
+        reads=reads,
+        distinct=touched.numel(),
+        fraction_touched=touched.numel() / num_slots,
+        entropy=entropy,
+        uniform_entropy=uniform,
+        relative_entropy=uniform - entropy,
+        effective_slots=math.exp(entropy),
+        top_share=int(top) / reads,
+    )
+
+
+class SlotUsage:
+    """Reads of each slot in the window of one layer, counted on the device without synchronising.
+
+    A recomputed forward pass (activation checkpointing) counts again, which doubles ``reads`` and
+    changes nothing else.
+
+    Attributes:
+        counts: int64 [window]; entry i is row (offset + i) % num_slots of the table.
+    """
+
+    def __init__(
+        self, addressing: SlotAddressing, device: torch.device | str | None = None
+    ) -> None:
+        self.addressing = addressing
+        self.counts = torch.zeros(addressing.window, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def update(self, indices: Tensor) -> None:
+        """Count virtual indices, an integer tensor of any shape."""
+        slots, _ = self.addressing.slots(indices.reshape(-1))
+        local = (slots - self.addressing.offset) % self.addressing.num_slots
+        self.counts.index_add_(0, local, torch.ones_like(local))
+
+    def summary(self) -> UsageSummary:
+        """Statistics within the window. Synchronises with the host."""
+        return summarize_counts(self.counts)
+
+    def table_counts(self) -> Tensor:
+        """Counts as rows of the table, int64 [num_slots]; add those of several layers to see the
+        table's own use."""
+        table = self.counts.new_zeros(self.addressing.num_slots)
+        rows = torch.arange(self.counts.numel(), device=self.counts.device) + self.addressing.offset
+        table[rows % self.addressing.num_slots] = self.counts
+        return table
+
+
+@contextlib.contextmanager
+def collect_usage(model: nn.Module) -> Iterator[dict[str, SlotUsage]]:
+    """Count the slots that every memory layer of ``model`` reads inside the block.
+
+    Yields:
+        A collector a layer, by the layer's name in ``model``; still readable after the block.
+    """
+    from .layer import UltraMemLayer
+
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, UltraMemLayer)}
+    before = {name: layer.usage for name, layer in layers.items()}
+    usage = {name: SlotUsage(m.addressing, m.keys.device) for name, m in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer.usage = usage[name]
+        yield usage
+    finally:
+        for name, layer in layers.items():
+            layer.usage = before[name]
