@@ -13,13 +13,7 @@ The operators are in `ultramem_cuda.ops` (and under `torch.ops.ultramem`); the c
 
 from pathlib import Path as _Path
 
-# python_ref, profiling and examples are folders of the repository's root, shipped inside this
-# package by the wheel. In a checkout they are found where they are.
-_checkout = _Path(__file__).resolve().parent.parent
-if (_checkout / "python_ref" / "__init__.py").is_file():
-    __path__.append(str(_checkout))
-
-from . import ops, optim
+from . import init, losses, ops, optim, stats, topology
 from ._version import __version__
 from .addressing import SlotAddressing
 from .config import UltraMemConfig
@@ -32,6 +26,16 @@ __all__ = [
     "UltraMemConfig",
     "UltraMemLayer",
     "__version__",
+    "init",
+    "losses",
     "ops",
     "optim",
+    "stats",
+    "topology",
 ]
+
+# python_ref, profiling and examples are folders of the repository's root, shipped inside this
+# package by the wheel. In a checkout they are found where they are.
+_checkout = _Path(__file__).resolve().parent.parent
+if (_checkout / "python_ref" / "__init__.py").is_file():
+    __path__.append(str(_checkout))

@@ -12,8 +12,7 @@ import torch
 
 # ULTRAMEM_LIBRARY names another build of the library, such as one with sanitizers.
 _PATH = Path(
-    os.environ.get("ULTRAMEM_LIBRARY")
-    or Path(__file__).resolve().parent / "libultramem_torch.so"
+    os.environ.get("ULTRAMEM_LIBRARY") or Path(__file__).resolve().parent / "libultramem_torch.so"
 )
 
 

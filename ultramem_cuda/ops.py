@@ -452,9 +452,7 @@ def value_ffn(
     return out
 
 
-def _main_grads(
-    values: Tensor, pre_values: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
+def _main_grads(values: Tensor, pre_values: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """The buffers that the gradients of the tables go to, for those that train and have one."""
     trained = [t for t in (values, pre_values) if t is not None and t.requires_grad]
     if not trained or not torch.is_grad_enabled():
@@ -463,9 +461,7 @@ def _main_grads(
     if all(buffer is None for buffer in buffers):
         return None, None
     if any(buffer is None for buffer in buffers):
-        raise ValueError(
-            "value_ffn: values and pre_values must both have a main_grad, or neither"
-        )
+        raise ValueError("value_ffn: values and pre_values must both have a main_grad, or neither")
     for table in trained:
         table.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     by_table = dict(zip(map(id, trained), buffers, strict=True))
@@ -551,7 +547,11 @@ def _value_ffn_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
     optional = (pre_values, pre_input, permutation)
     ctx.present = tuple(tensor is not None for tensor in optional)
     ctx.save_for_backward(
-        indices, scores, values, pre_activation, *[tensor for tensor in optional if tensor is not None]
+        indices,
+        scores,
+        values,
+        pre_activation,
+        *[tensor for tensor in optional if tensor is not None],
     )
 
 

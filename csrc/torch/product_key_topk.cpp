@@ -57,18 +57,19 @@ ProductKeyTopkParams make_params(const OpContext& context, const Tensor& query, 
 
 void check_topk(const OpContext& context, const ProductKeyTopkParams& params, int64_t topk,
                 int64_t axis_topk) {
-  const std::string topk_range = "topk must be in 1..min(axis_topk^2, 1024) with axis_topk = " +
-                                 std::to_string(axis_topk) + ", got " + std::to_string(topk);
+  const std::string topk_range =
+      "topk must be in 1..min(axis_topk^2, 1024) with axis_topk = " + std::to_string(axis_topk) +
+      ", got " + std::to_string(topk);
   context.check(topk >= 1, topk_range);
   context.check(axis_topk >= 1 && axis_topk <= kMaxAxisTopk && axis_topk <= params.num_keys,
                 "axis_topk must be in 1..min(n, 128) with n = " + std::to_string(params.num_keys) +
                     ", got " + std::to_string(axis_topk));
   context.check(topk <= kMaxTopk && topk <= axis_topk * axis_topk, topk_range);
-  context.check(params.mode == ScoreMode::kTucker || axis_topk >= topk ||
-                    axis_topk == params.num_keys,
-                "additive mode needs axis_topk >= min(topk, n), or the best sums can be missed; "
-                "got axis_topk = " +
-                    std::to_string(axis_topk) + ", topk = " + std::to_string(topk));
+  context.check(
+      params.mode == ScoreMode::kTucker || axis_topk >= topk || axis_topk == params.num_keys,
+      "additive mode needs axis_topk >= min(topk, n), or the best sums can be missed; "
+      "got axis_topk = " +
+          std::to_string(axis_topk) + ", topk = " + std::to_string(topk));
 }
 
 }  // namespace

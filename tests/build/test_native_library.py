@@ -105,8 +105,12 @@ def default_architectures() -> bool:
 
 @pytest.mark.skipif(not default_architectures(), reason="architectures were chosen by hand")
 def test_carries_sm80_sm90a_and_ptx(cuobjdump: str):
-    machine_code = set(re.findall(r"\.(sm_\w+)\.cubin", tool(cuobjdump, "--list-elf", str(LIBRARY))))
-    ptx = set(re.findall(r"\.(sm_\w+|compute_\w+)\.ptx", tool(cuobjdump, "--list-ptx", str(LIBRARY))))
+    machine_code = set(
+        re.findall(r"\.(sm_\w+)\.cubin", tool(cuobjdump, "--list-elf", str(LIBRARY)))
+    )
+    ptx = set(
+        re.findall(r"\.(sm_\w+|compute_\w+)\.ptx", tool(cuobjdump, "--list-ptx", str(LIBRARY)))
+    )
     assert machine_code == {"sm_80", "sm_90a"}
     assert {name.split("_")[1] for name in ptx} == {"80"}
 
@@ -137,8 +141,14 @@ def test_kernel_attributes():
     kernels = _library.kernel_attributes()
     names = [kernel["name"] for kernel in kernels]
     assert len(set(names)) == len(names)
-    for operator in ("product_key_topk_fwd", "product_key_topk_bwd", "value_ffn_fwd",
-                     "value_ffn_bwd", "rms_norm", "tucker_filter"):
+    for operator in (
+        "product_key_topk_fwd",
+        "product_key_topk_bwd",
+        "value_ffn_fwd",
+        "value_ffn_bwd",
+        "rms_norm",
+        "tucker_filter",
+    ):
         assert any(name.startswith(operator) for name in names), operator
     major, minor = torch.cuda.get_device_capability()
     for kernel in kernels:
@@ -159,7 +169,10 @@ def test_missing_library_is_explained(tmp_path: Path):
         "um.ops.tucker_filter(torch.ones(1, 1, 1, 1))\n"
     )
     result = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True,
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
     )
     assert result.returncode != 0
