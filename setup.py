@@ -44,7 +44,10 @@ class CMakeBuild(build_ext):
         package_dir.mkdir(parents=True, exist_ok=True)
         (python_module,) = build_dir.glob("_C.*.so")
         for library in (build_dir / TORCH_LIBRARY, python_module):
-            shutil.copy2(library, package_dir / library.name)
+            # Renamed into place: a process that has the old file loaded must keep it whole.
+            partial = package_dir / f"{library.name}.partial"
+            shutil.copy2(library, partial)
+            os.replace(partial, package_dir / library.name)
 
     def configure(self) -> Path:
         cpu_only = os.environ.get("ULTRAMEM_CPU_ONLY", "0") == "1"

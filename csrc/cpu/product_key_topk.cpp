@@ -60,9 +60,6 @@ Status check_fwd(const ProductKeyTopkParams& p) {
 Status check_bwd(const ProductKeyTopkBwdParams& p) {
   const Status status = check(p);
   if (!status.ok()) return status;
-  if (p.mode == ScoreMode::kTucker && p.grad_core == nullptr) {
-    return Status::invalid_argument("product_key_topk backward: grad_core is null");
-  }
   if (p.num_tokens >= kMaxGroupedEntries / (2 * p.num_heads * p.axis_topk)) {
     return Status::invalid_argument(
         "product_key_topk backward: num_tokens * num_heads * 2 * axis_topk must be below 2^32");
@@ -71,13 +68,14 @@ Status check_bwd(const ProductKeyTopkBwdParams& p) {
 }
 
 void zero_parameter_gradients(const ProductKeyTopkBwdParams& p) {
-  std::memset(p.grad_keys, 0,
-              static_cast<size_t>(2 * p.num_heads * p.tucker_rank * p.num_keys * p.key_dim *
-                                  element_size(p.dtype)));
-  if (p.mode == ScoreMode::kTucker) {
-    std::memset(p.grad_core, 0,
-                static_cast<size_t>(p.num_cores * p.num_heads * p.tucker_rank * p.tucker_rank *
-                                    element_size(accumulation_dtype(p.dtype))));
+  const int64_t key_elements = 2 * p.num_heads * p.tucker_rank * p.num_keys * p.key_dim;
+  const int64_t core_elements = int64_t{p.num_cores} * p.num_heads * p.tucker_rank * p.tucker_rank;
+  if (p.grad_keys != nullptr) {
+    std::memset(p.grad_keys, 0, static_cast<size_t>(key_elements * element_size(p.dtype)));
+  }
+  if (p.grad_core != nullptr) {
+    const DType acc = accumulation_dtype(p.dtype);
+    std::memset(p.grad_core, 0, static_cast<size_t>(core_elements * element_size(acc)));
   }
 }
 

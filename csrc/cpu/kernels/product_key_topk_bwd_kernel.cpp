@@ -56,8 +56,8 @@ class Backward {
       if (!token_tile(tile)) __atomic_fetch_add(&bad_tiles, 1, __ATOMIC_RELAXED);
     });
     if (bad_tiles != 0) return StatusCode::kOutOfRange;
-    if (p_.mode == ScoreMode::kTucker) sum_core_pieces(tiles);
-    grad_keys();
+    if (p_.grad_core != nullptr) sum_core_pieces(tiles);
+    if (p_.grad_keys != nullptr) grad_keys();
     return StatusCode::kOk;
   }
 
@@ -83,6 +83,7 @@ class Backward {
     for (int64_t token = tile * kTokenTile; token < last; ++token) {
       for (int64_t head = 0; head < p_.num_heads; ++head) {
         if (!key_rows(token, head) || !grad_axis(token, head, core_piece)) return false;
+        if (p_.grad_query == nullptr) continue;
         for (int side = 0; side < 2; ++side) grad_query(token, head, side);
       }
     }

@@ -24,7 +24,7 @@ template <typename Acc>
 struct Scratch {  // of one worker
   Acc* queries;   // [kTokenTile / kTileTokens, depth, kTileTokens]
   Acc* scores;    // [kTokenTile, padded_keys]
-  Acc* query;     // [Q, Kd]
+  Acc* query;     // [Q, Kd]; of every token where keys are not packed
   Acc* grid;      // [m * m], padded
   Candidate<Acc>* candidates;
 };
@@ -50,7 +50,7 @@ Scratch<Acc> lay_out_scratch(const ProductKeyTopkParams& p, int64_t padded_keys,
   Scratch<Acc> scratch;
   scratch.queries = arena->take<Acc>(packs_keys(p) ? kTokenTile * axis_shape(p).depth() : 0);
   scratch.scores = arena->take<Acc>(packs_keys(p) ? kTokenTile * padded_keys : 0);
-  scratch.query = arena->take<Acc>(p.num_queries * p.key_dim);
+  scratch.query = arena->take<Acc>((packs_keys(p) ? 1 : p.num_tokens) * p.num_queries * p.key_dim);
   scratch.grid = arena->take<Acc>(grid);
   scratch.candidates = arena->take<Candidate<Acc>>(larger(padded_keys, grid) + kLanes<Acc>);
   return scratch;
@@ -176,21 +176,39 @@ class Forward {
       const int64_t last = smaller(p_.num_keys, first + kKeysPerTile);
       const T* keys = keys_of(axis / 2, axis % 2);
       const Acc* filter = filter_of(axis / 2, axis % 2);
-      Acc* query = scratch_of(worker).query;
+      const int64_t query_size = p_.num_queries * p_.key_dim;
+      Acc* queries = scratch_of(worker).query;
       for (int64_t token = 0; token < p_.num_tokens; ++token) {
-        widen(query, query_of(token, axis / 2, axis % 2), p_.num_queries * p_.key_dim);
-        Acc* scores = layout_.all_scores + (axis * p_.num_tokens + token) * layout_.padded_keys;
-        for (int64_t key = first; key < last; ++key) {
-          Acc sum = 0;
-          for (int64_t r = 0; r < p_.tucker_rank; ++r) {
-            const Acc score = dot(query + (p_.num_queries == 1 ? 0 : r * p_.key_dim),
-                                  keys + (r * p_.num_keys + key) * p_.key_dim, p_.key_dim);
-            sum += filter == nullptr ? score : filter[r] * score;
+        widen(queries + token * query_size, query_of(token, axis / 2, axis % 2), query_size);
+      }
+      Acc* scores = layout_.all_scores + axis * p_.num_tokens * layout_.padded_keys;
+      for (int64_t key = first; key < last; ++key) {
+        Acc sums[kMaxUnpackedTokens] = {};
+        for (int64_t r = 0; r < p_.tucker_rank; ++r) {
+          Acc rank_scores[kMaxUnpackedTokens];
+          score_key(queries + (p_.num_queries == 1 ? 0 : r * p_.key_dim), query_size,
+                    keys + (r * p_.num_keys + key) * p_.key_dim, rank_scores);
+          const Acc weight = filter == nullptr ? Acc{1} : filter[r];
+          for (int64_t token = 0; token < p_.num_tokens; ++token) {
+            sums[token] += weight * rank_scores[token];
           }
-          scores[key] = sum;
+        }
+        for (int64_t token = 0; token < p_.num_tokens; ++token) {
+          scores[token * layout_.padded_keys + key] = sums[token];
         }
       }
     });
+  }
+
+  // <query, key> for every token.
+  void score_key(const Acc* queries, int64_t query_size, const T* key, Acc* scores) const {
+    int64_t token = 0;
+    for (; token + 4 <= p_.num_tokens; token += 4) {
+      dot_four(queries + token * query_size, query_size, key, p_.key_dim, scores + token);
+    }
+    for (; token < p_.num_tokens; ++token) {
+      scores[token] = dot(queries + token * query_size, key, p_.key_dim);
+    }
   }
 
   // The m best keys of one side and their R scores.

@@ -24,6 +24,28 @@ inline Acc dot(const Acc* x, const T* y, int64_t count) {
   return sum_lanes((sum0 + sum1) + (sum2 + sum3));
 }
 
+// out[k] = <x + k * stride, y> for four k, loading y once.
+template <typename Acc, typename T>
+inline void dot_four(const Acc* x, int64_t stride, const T* y, int64_t count, Acc* out) {
+  constexpr int kW = kLanes<Acc>;
+  Vec<Acc> sum[4][2] = {};
+  int64_t i = 0;
+  for (; i + 2 * kW <= count; i += 2 * kW) {
+    const Vec<Acc> low = load(y + i), high = load(y + i + kW);
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      sum[k][0] += load(x + k * stride + i) * low;
+      sum[k][1] += load(x + k * stride + i + kW) * high;
+    }
+  }
+  for (; i < count; i += kW) {
+    const int64_t rest = smaller<int64_t>(kW, count - i);
+    const Vec<Acc> row = load_partial(y + i, rest);
+    for (int k = 0; k < 4; ++k) sum[k][0] += load_partial(x + k * stride + i, rest) * row;
+  }
+  for (int k = 0; k < 4; ++k) out[k] = sum_lanes(sum[k][0] + sum[k][1]);
+}
+
 template <typename T>
 ULTRAMEM_ALWAYS_INLINE void prefetch_row(const T* row, int64_t count) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(row);

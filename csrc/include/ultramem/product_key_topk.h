@@ -47,7 +47,7 @@ struct ProductKeyTopkParams {
 };
 
 // Reads query, keys, core, axis_indices, axis_scores and grid_positions of the forward; writes no
-// output of it. Selection is not differentiated.
+// output of it. Selection is not differentiated. Null gradients are not computed.
 struct ProductKeyTopkBwdParams : ProductKeyTopkParams {
   const void* grad_scores = nullptr;  // [T, H, M, C] acc
   void* grad_query = nullptr;         // like query

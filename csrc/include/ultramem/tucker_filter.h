@@ -16,8 +16,9 @@ struct TuckerFilterParams {
   DType dtype = DType::kFloat32;  // float32 or float64, of everything below
 
   const void* core = nullptr;  // [C, H, R, R]
-  // The filter: the leading singular vectors with sum(u) >= 0; e_1 where Cbar is zero or its two
-  // largest singular values are equal.
+  // The filter: the leading singular vectors with sum(u) >= 0 (where |sum(u)| <= 1e-9, the first
+  // component above 1e-9 is positive); e_1 where Cbar is zero, its two largest singular values are
+  // equal (to 1e-9 of the first), or it is not finite (sigma, left and right are then NaN).
   void* u = nullptr;      // [H, R]
   void* t = nullptr;      // [H, R]
   void* sigma = nullptr;  // [H, R], descending
