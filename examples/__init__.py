@@ -1,0 +1,1 @@
+"""Programs that use the package the way a reader of the README would."""

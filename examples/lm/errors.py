@@ -1,0 +1,14 @@
+"""The one exception that the command line turns into a single line and exit code 2."""
+
+from __future__ import annotations
+
+
+class UsageError(Exception):
+    """Something the caller gave cannot be used.
+
+    ``argument`` is the command-line option (``--data``) or file the message is about.
+    """
+
+    def __init__(self, argument: str, message: str) -> None:
+        super().__init__(f"{argument}: {message}")
+        self.argument = argument

@@ -1,0 +1,1 @@
+"""What the kernels do to memory, counted and measured."""

@@ -1,0 +1,176 @@
+"""The demo, end to end at a size of seconds, and the page it writes."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from ultramem_cuda import cli
+from ultramem_cuda.cli import check, report, svg
+
+VOID = frozenset({"meta"})
+
+
+class Page(html.parser.HTMLParser):
+    """Collects elements and text; fails on tags that do not nest."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: dict[str, list[str]] = {}
+        self.feed(content)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        for tag in set(self.open):
+            self.text.setdefault(tag, []).append(data)
+
+    def all_text(self, tag: str) -> str:
+        return " ".join(self.text.get(tag, []))
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("demo")
+    source = folder / "source"
+    source.mkdir()
+    for number in range(80):
+        (source / f"file{number}.py").write_text(f"# {number} <&>\n" + "value = [1]\n" * 40)
+    arguments = ["--data", str(source), "--steps", "3", "--device", "cpu", "--quiet"]
+    # The check has its own test; here one operator is enough.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check, "_OPERATORS", {"rms_norm": check._OPERATORS["rms_norm"]})
+        assert cli.main(["demo", *arguments, "--out", str(folder / "out")]) == 0
+    page = (folder / "out" / "report.html").read_text(encoding="utf-8")
+    return folder / "out", page
+
+
+def test_report_is_one_well_formed_page(demo: tuple[Path, str]) -> None:
+    _, content = demo
+    page = Page(content)
+    assert content.startswith("<!DOCTYPE html>")
+    assert [tag for tag, _ in page.tags].count("svg") == 3
+    # Nothing is loaded from anywhere, nothing is executed.
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "img", "iframe")
+        assert not {"src", "href", "onload", "onclick"} & attributes.keys()
+    assert [a["type"] for tag, a in page.tags if tag == "script"] == ["application/json"]
+    assert "http" not in content
+    assert "prefers-color-scheme: dark" in content
+
+
+def test_report_shows_what_was_measured(demo: tuple[Path, str]) -> None:
+    _, content = demo
+    page = Page(content)
+    data = json.loads(page.all_text("script"))
+    kinds = [result["model"]["kind"] for result in data["results"]]
+    assert kinds == ["dense", "moe", "pkm", "ultramem_v2"]
+    body = page.all_text("td")
+    for result in data["results"]:
+        assert f"{result['parameters']['active']:,}" in body
+        assert f"{result['validation']['loss'][-1]:.4f}" in body
+        assert result["model"]["kind"] in page.all_text("svg")
+    assert data["corpus"]["sha256"] in page.all_text("code")
+    assert {row["operator"] for row in data["comparisons"]} == {"rms_norm"}
+    assert "rms_norm" in body
+    assert [row["kind"] for row in data["traffic"]] == kinds[1:]
+    for row in data["traffic"]:
+        assert row["counted_share"][0] == pytest.approx(row["expected_share"][0])
+        assert all(0 < share <= 1 for share in row["counted_share"])
+    assert "crossover" in page.all_text("svg")
+    losses = {
+        result["model"]["kind"]: result["validation"]["loss"][-1] for result in data["results"]
+    }
+    lower = losses["ultramem_v2"] < losses["dense"]
+    assert ("not lower than dense" in page.all_text("p")) == (not lower)
+
+
+def test_runs_leave_logs_and_checkpoints(demo: tuple[Path, str]) -> None:
+    out, _ = demo
+    for kind in ("dense", "moe", "pkm", "ultramem_v2"):
+        assert (out / "runs" / kind / "log.jsonl").exists()
+        assert (out / "runs" / kind / "checkpoint.pt").exists()
+
+
+def test_demo_fails_with_its_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(60):
+        (tmp_path / f"f{number}.py").write_text(f"# {number}\n" + "x = 1\n" * 60)
+    wrong = check.Comparison("cpu", "value_ffn", "fp32", "out", math.nan, 1e-6)
+    monkeypatch.setattr(check, "compare", lambda on, seed=0: [wrong])
+    arguments = ["--data", str(tmp_path), "--steps", "1", "--device", "cpu", "--quiet"]
+    assert cli.main(["demo", *arguments, "--out", str(tmp_path / "out")]) == 1
+    assert "FAILED" in capsys.readouterr().out
+    page = Page((tmp_path / "out" / "report.html").read_text())
+    assert "FAILED" in page.all_text("td")
+    assert json.loads(page.all_text("script"))["comparisons"][0]["error"] is None
+
+
+def test_unwritable_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert cli.main(["demo", "--out", str(tmp_path / "file" / "out"), "--device", "cpu"]) == 2
+    assert "argument --out: cannot create" in capsys.readouterr().err
+
+
+def points(chart: str) -> list[list[tuple[float, float]]]:
+    return [
+        [tuple(map(float, pair.split(","))) for pair in found.split()]  # type: ignore[misc]
+        for found in re.findall(r'points="([^"]+)"', chart)
+    ]
+
+
+def test_chart_places_points_by_value() -> None:
+    chart = svg.line_chart(
+        [
+            svg.Series("a", [1, 10, 100], [3.0, 2.0, 1.0], "dense"),
+            svg.Series("b", [1, 10, 100], [1.0, 1.0, 1.0], "moe", dashed=True),
+        ],
+        svg.Axis("x <axis>", log=True),
+        svg.Axis("y"),
+        title="two & more",
+        markers=[svg.Marker(10, "here")],
+    )
+    Page(chart)
+    assert "x &lt;axis&gt;" in chart
+    assert 'aria-label="two &amp; more"' in chart
+    falling, flat = points(chart)
+    assert falling[0][1] < falling[1][1] < falling[2][1]
+    assert falling[1][1] - falling[0][1] == pytest.approx(falling[2][1] - falling[1][1], abs=0.2)
+    # Equal ratios are equal distances on a logarithmic axis.
+    assert falling[1][0] - falling[0][0] == pytest.approx(falling[2][0] - falling[1][0], abs=0.2)
+    assert len({y for _, y in flat}) == 1
+    assert flat[-1] == falling[-1]
+    labels = [float(y) for y in re.findall(r'class="name"[^>]* y="([\d.]+)"', chart)]
+    assert abs(labels[0] - labels[1]) >= svg.LABEL_GAP
+
+
+def test_verdict_says_what_came_out() -> None:
+    class Result:
+        def __init__(self, kind: str, loss: float) -> None:
+            self.model_config = type("Config", (), {"kind": kind})
+            self.final_loss = loss
+            self.validation = type("Curve", (), {"tokens": [0, 1000]})
+
+    better = report.verdict([Result("dense", 2.0), Result("ultramem_v2", 1.5)])  # type: ignore[list-item]
+    assert "1.5000 nats a byte, lower than dense's 2.0000 (difference -0.5000)" in better
+    worse = report.verdict([Result("dense", 2.0), Result("ultramem_v2", 2.5)])  # type: ignore[list-item]
+    assert "not lower than dense's 2.0000 (difference +0.5000)" in worse

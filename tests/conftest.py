@@ -1,0 +1,74 @@
+"""What all tests share: devices, the marker `gpu`, hypothesis profiles, the count of band use."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import helpers
+import hypothesis
+import pytest
+import torch
+
+from ultramem_cuda import _library
+
+# No deadlines: the first call of an operator loads code. The same examples in every run, so that a
+# failure here is a failure everywhere; HYPOTHESIS_PROFILE=thorough looks for new ones.
+_COMMON = {
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": [hypothesis.HealthCheck.too_slow],
+}
+hypothesis.settings.register_profile("ci", max_examples=30, derandomize=True, **_COMMON)
+hypothesis.settings.register_profile("thorough", max_examples=500, print_blob=True, **_COMMON)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@cache
+def _why_no_gpu() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA GPU on this machine"
+    if not _library.has_cuda_kernels():
+        return "this build has no CUDA kernels"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") is not None and (reason := _why_no_gpu()):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+# Session-scoped, because hypothesis refuses fixtures that it would have to make anew per example.
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Every device that the operators run on."""
+    return request.param
+
+
+def _device_dtype(device: str, dtype: torch.dtype) -> object:
+    marks = [pytest.mark.gpu] if device == "cuda" else []
+    return pytest.param((device, dtype), id=f"{device}-{helpers.short_name(dtype)}", marks=marks)
+
+
+@pytest.fixture(
+    scope="session",
+    params=[
+        *(_device_dtype("cpu", dtype) for dtype in _CPU_DTYPES),
+        *(_device_dtype("cuda", dtype) for dtype in _CUDA_DTYPES),
+    ],
+)
+def device_dtype(request: pytest.FixtureRequest) -> tuple[str, torch.dtype]:
+    """Every device with every dtype that it is offered in."""
+    return request.param
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for device, use in sorted(helpers.BAND_USE.items()):
+        terminalreporter.write_line(
+            f"product_key_topk on {device}: {use.kept} kept slots held against the reference, "
+            f"{use.band_used} of them differ within the error band"
+        )

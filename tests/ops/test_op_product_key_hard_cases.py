@@ -1,0 +1,369 @@
+"""product_key_topk where selections go wrong: ties, signed zeros, NaN, Inf, extreme sizes.
+
+Most inputs are small integers: float32 sums them exactly, so that ranks tie often, the reference
+has the same ranks, and the kept slots and their order must be equal, not merely close.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    Data,
+    accumulation_dtype,
+    array,
+    check_product_key_topk,
+    check_zero_gradients,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ultramem_cuda import ops
+from ultramem_cuda import python_ref as ref
+
+
+def from_axis_scores(
+    rows: list[float], cols: list[float], device: str, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """query and keys (T = H = R = Kd = 1) whose axis scores are these."""
+    keys = torch.tensor([rows, cols], dtype=dtype, device=device).reshape(1, 2, 1, len(rows), 1)
+    return torch.ones(1, 2, 1, 1, 1, dtype=dtype, device=device), keys
+
+
+def unit_core(device: str) -> Tensor:
+    return torch.ones(1, 1, 1, 1, device=device)
+
+
+def check_exact(
+    query: Tensor, keys: Tensor, core: Tensor | None, *, topk: int, axis_topk: int, mode: str
+) -> None:
+    """Indices and scores equal the reference's; u = 1 .. R and t = R .. 1 keep ranks integers."""
+    u = t = None
+    if core is not None:
+        rank, heads = core.shape[-1], core.shape[1]
+        u = torch.arange(1.0, rank + 1, device=core.device).expand(heads, rank)
+        t = u.flip(-1)
+    scores, indices = ops.product_key_topk(
+        query, keys, core, topk=topk, axis_topk=axis_topk, u=u, t=t, mode=mode
+    )
+    expected = ref.product_key_topk(
+        array(query),
+        array(keys),
+        None if core is None else array(core),
+        topk=topk,
+        axis_topk=axis_topk,
+        u=None if u is None else array(u),
+        t=None if t is None else array(t),
+        mode=mode,
+    )
+    np.testing.assert_array_equal(array(indices), expected.indices)
+    np.testing.assert_array_equal(array(scores), expected.scores)
+
+
+def integers(data: Data, *shape: int, dtype: torch.dtype, high: int = 4) -> Tensor:
+    return (data.integers(2 * high + 1, *shape) - high).to(dtype)
+
+
+@given(
+    tokens=st.sampled_from([1, 7, 40]),
+    heads=st.integers(1, 2),
+    rank=st.integers(1, 4),
+    cores=st.integers(1, 3),
+    key_dim=st.integers(1, 33),
+    num_keys=st.integers(1, 150),
+    mode=st.sampled_from(["tucker", "additive"]),
+    sizes=st.data(),
+    seed=st.integers(0, 2**32),
+)
+def test_drawn_ties(
+    device_dtype: tuple[str, torch.dtype],
+    tokens: int,
+    heads: int,
+    rank: int,
+    cores: int,
+    key_dim: int,
+    num_keys: int,
+    mode: str,
+    sizes: st.DataObject,
+    seed: int,
+) -> None:
+    device, dtype = device_dtype
+    axis_topk = sizes.draw(st.integers(1, min(num_keys, 40)), label="axis_topk")
+    topk = axis_topk if mode == "additive" else sizes.draw(st.integers(1, axis_topk**2), "topk")
+    topk = min(topk, 1024)
+    rank = 1 if mode == "additive" else rank
+    data = Data(seed, device)
+    query = integers(data, tokens, 2, heads, rank, key_dim, dtype=dtype)
+    keys = integers(data, heads, 2, rank, num_keys, key_dim, dtype=dtype)
+    core = None
+    if mode == "tucker":
+        core = integers(data, cores, heads, rank, rank, dtype=accumulation_dtype(dtype), high=2)
+    check_exact(query, keys, core, topk=topk, axis_topk=axis_topk, mode=mode)
+
+
+@pytest.mark.parametrize("num_keys", [1, 2, 7, 8, 9, 15, 17, 31, 33, 63, 65, 127, 129, 1138])
+@pytest.mark.parametrize("mode", ["tucker", "additive"])
+def test_number_of_keys_around_multiples_of_vector_widths(
+    device: str, num_keys: int, mode: str
+) -> None:
+    data = Data(num_keys, device)
+    query = integers(data, 5, 2, 1, 1, 11, dtype=torch.float32)
+    keys = integers(data, 1, 2, 1, num_keys, 11, dtype=torch.float32)
+    core = unit_core(device) if mode == "tucker" else None
+    axis_topk = min(num_keys, 16)
+    check_exact(query, keys, core, topk=axis_topk, axis_topk=axis_topk, mode=mode)
+
+
+@pytest.mark.parametrize("key_dim", [1, 3, 8, 15, 16, 17, 31, 64, 65, 513])
+def test_key_dimension_around_multiples_of_vector_widths(
+    device_dtype: tuple[str, torch.dtype], key_dim: int
+) -> None:
+    device, dtype = device_dtype
+    data = Data(key_dim, device)
+    query = integers(data, 9, 2, 1, 2, key_dim, dtype=dtype)
+    keys = integers(data, 1, 2, 2, 21, key_dim, dtype=dtype)
+    core = integers(data, 2, 1, 2, 2, dtype=accumulation_dtype(dtype), high=2)
+    check_exact(query, keys, core, topk=20, axis_topk=5, mode="tucker")
+
+
+def test_no_tokens(device_dtype: tuple[str, torch.dtype]) -> None:
+    device, dtype = device_dtype
+    data = Data(1, device)
+    query = data.normal(0, 2, 2, 2, 9, dtype=dtype, requires_grad=True)
+    keys = data.normal(2, 2, 2, 20, 9, dtype=dtype, requires_grad=True)
+    core = data.cores(3, 2, 2, requires_grad=True)
+    gain = data.gains(9, requires_grad=True)
+    scores, indices = ops.product_key_topk(query, keys, core, topk=5, key_norm_weight=gain)
+    assert scores.shape == (0, 2, 5, 3)
+    assert indices.shape == (0, 2, 5)
+    scores.sum().backward()
+    check_zero_gradients([query, keys, core, gain])
+
+
+def test_no_tokens_additive(device: str) -> None:
+    data = Data(1, device)
+    query = data.normal(0, 2, 1, 1, 9, requires_grad=True)
+    keys = data.normal(1, 2, 1, 20, 9, requires_grad=True)
+    scores, _ = ops.product_key_topk(query, keys, None, topk=5, mode="additive")
+    assert scores.shape == (0, 1, 5, 1)
+    scores.sum().backward()
+    check_zero_gradients([query, keys])
+
+
+def test_one_token(device_dtype: tuple[str, torch.dtype]) -> None:
+    device, dtype = device_dtype
+    data = Data(2, device)
+    query = data.normal(1, 2, 1, 2, 60, dtype=dtype)
+    keys = data.normal(1, 2, 2, 333, 60, dtype=dtype)
+    check_product_key_topk(query, keys, data.cores(2, 1, 2), topk=32, axis_topk=16)
+
+
+def test_one_key(device_dtype: tuple[str, torch.dtype]) -> None:
+    device, dtype = device_dtype
+    data = Data(3, device)
+    query, keys = data.normal(6, 2, 2, 2, 20, dtype=dtype), data.normal(2, 2, 2, 1, 20, dtype=dtype)
+    _, indices = check_product_key_topk(query, keys, data.cores(2, 2, 2), topk=1)
+    assert not indices.any()
+
+
+@pytest.mark.parametrize("axis_topk", [1, 3, 10, 32])
+def test_topk_is_every_candidate(device_dtype: tuple[str, torch.dtype], axis_topk: int) -> None:
+    device, dtype = device_dtype
+    data = Data(4, device)
+    query, keys = (
+        data.normal(6, 2, 1, 2, 20, dtype=dtype),
+        data.normal(1, 2, 2, 70, 20, dtype=dtype),
+    )
+    core = data.cores(2, 1, 2)
+    check_product_key_topk(query, keys, core, topk=axis_topk**2, axis_topk=axis_topk)
+
+
+def test_everything_kept(device: str) -> None:
+    """m = n and M = n * n: the kept set is no choice, and every key has a gradient."""
+    data = Data(5, device)
+    query, keys = data.normal(3, 2, 1, 2, 20), data.normal(1, 2, 2, 12, 20)
+    _, indices = check_product_key_topk(query, keys, data.cores(2, 1, 2), topk=144, axis_topk=12)
+    assert torch.equal(indices.sort(-1).values, torch.arange(144, device=device).expand(3, 1, 144))
+
+
+def test_largest_sizes(device: str) -> None:
+    data = Data(6, device)
+    query, keys = data.normal(5, 2, 1, 4, 30), data.normal(1, 2, 4, 131, 30)
+    check_product_key_topk(query, keys, data.cores(4, 1, 4), topk=1024, axis_topk=128)
+
+
+@pytest.mark.parametrize("mode", ["tucker", "additive"])
+@pytest.mark.parametrize("num_keys", [6, 200])
+def test_all_scores_equal(device: str, mode: str, num_keys: int) -> None:
+    query, keys = from_axis_scores([3.0] * num_keys, [2.0] * num_keys, device)
+    core = unit_core(device) if mode == "tucker" else None
+    _, indices = ops.product_key_topk(query, keys, core, topk=5, axis_topk=5, mode=mode)
+    assert indices.flatten().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_all_scores_equal_grid_goes_by_index_not_by_position(device: str) -> None:
+    """Rows 4 and 1 are kept in this order, but slots of equal rank go by row * n + col."""
+    query, keys = from_axis_scores([0, 2, 0, 0, 3], [0, 3, 0, 0, 2], device)
+    core = unit_core(device)
+    scores, indices = ops.product_key_topk(query, keys, core, topk=4, axis_topk=2)
+    # Rows {4: 3, 1: 2}, columns {1: 3, 4: 2}: products 9, 6, 6, 4.
+    assert indices.flatten().tolist() == [21, 6, 24, 9]
+    assert scores.flatten().tolist() == [9.0, 6.0, 6.0, 4.0]
+
+
+def test_equal_ranks_at_the_axis_threshold(device: str) -> None:
+    """Of keys 1, 3, 5, 7 with the same rank the two lowest join key 6."""
+    query, keys = from_axis_scores([0, 1, 0, 1, 0, 1, 2, 1], [1, 0, 0, 0, 0, 0, 0, 0], device)
+    _, indices = ops.product_key_topk(query, keys, None, topk=3, axis_topk=3, mode="additive")
+    assert indices.flatten().tolist() == [6 * 8, 1 * 8, 3 * 8]
+
+
+@pytest.mark.parametrize("order", ["ascending", "descending"])
+@pytest.mark.parametrize("mode", ["tucker", "additive"])
+@pytest.mark.parametrize(("num_keys", "axis_topk"), [(37, 8), (1138, 32), (1138, 128)])
+def test_sorted_scores(device: str, order: str, mode: str, num_keys: int, axis_topk: int) -> None:
+    ascending = [float(i) for i in range(num_keys)]
+    line = ascending if order == "ascending" else ascending[::-1]
+    query, keys = from_axis_scores(line, line, device)
+    core = unit_core(device) if mode == "tucker" else None
+    check_exact(query, keys, core, topk=axis_topk, axis_topk=axis_topk, mode=mode)
+
+
+@pytest.mark.parametrize("copies", [2, 40])
+def test_identical_keys_go_by_the_lower_id(
+    device_dtype: tuple[str, torch.dtype], copies: int
+) -> None:
+    """Equal keys have equal ranks wherever they stand, whatever the rounding: copies of one key are
+    kept in order of id."""
+    device, dtype = device_dtype
+    data = Data(7, device)
+    key_dim = 37
+    query = data.normal(6, 2, 1, 2, key_dim, dtype=dtype)
+    keys = data.normal(1, 2, 2, 1, key_dim, dtype=dtype).repeat(1, 1, 1, copies, 1)
+    axis_topk = min(copies, 5)
+    _, indices = ops.product_key_topk(
+        query, keys, data.cores(2, 1, 2), topk=axis_topk**2, axis_topk=axis_topk
+    )
+    square = torch.arange(axis_topk)[:, None] * copies + torch.arange(axis_topk)
+    assert torch.equal(indices.cpu(), square.flatten().expand(6, 1, -1))
+
+
+@pytest.mark.parametrize("mode", ["tucker", "additive"])
+def test_negative_zero_equals_zero_on_the_axis(device: str, mode: str) -> None:
+    query, keys = from_axis_scores([-0.0, 0.0, -0.0, 0.0], [0.0, -0.0, 0.0, -0.0], device)
+    core = unit_core(device) if mode == "tucker" else None
+    _, indices = ops.product_key_topk(query, keys, core, topk=3, axis_topk=3, mode=mode)
+    assert indices.flatten().tolist() == [0, 1, 2]
+
+
+def test_negative_zero_equals_zero_in_the_grid(device: str) -> None:
+    """Row 0 has score -1 and ranks -1 * 0 = -0; row 1 has 1 and ranks +0: still the lower index."""
+    query, keys = from_axis_scores([-1.0, 1.0], [0.0, 0.0], device)
+    _, indices = ops.product_key_topk(query, keys, unit_core(device), topk=4, axis_topk=2)
+    assert indices.flatten().tolist() == [0, 1, 2, 3]
+
+
+def test_nan_ranks_below_negative_infinity(device_dtype: tuple[str, torch.dtype]) -> None:
+    device, dtype = device_dtype
+    rows = [math.nan, -math.inf, 1.0, math.nan, 2.0]
+    query, keys = from_axis_scores(rows, [0.0] * 5, device, dtype)
+    scores, indices = ops.product_key_topk(query, keys, None, topk=25, axis_topk=5, mode="additive")
+    expected = [row * 5 + col for row in (4, 2, 1) for col in range(5)]
+    # The NaN slots tie with one another and go by index.
+    expected += [row * 5 + col for row in (0, 3) for col in range(5)]
+    assert indices.flatten().tolist() == expected
+    assert scores.flatten()[10:15].tolist() == [-math.inf] * 5
+    assert torch.isnan(scores.flatten()[15:]).all()
+
+
+def test_infinities_keep_their_order(device: str) -> None:
+    rows = [1.0, math.inf, -math.inf, math.inf, 5.0]
+    query, keys = from_axis_scores(rows, [0.0] * 5, device)
+    _, indices = ops.product_key_topk(query, keys, None, topk=5, axis_topk=5, mode="additive")
+    assert indices.flatten().tolist() == [5, 6, 7, 8, 9]
+    _, indices = ops.product_key_topk(query, keys, None, topk=25, axis_topk=5, mode="additive")
+    assert (indices.flatten() // 5).tolist() == [1] * 5 + [3] * 5 + [4] * 5 + [0] * 5 + [2] * 5
+
+
+def test_negative_nan_is_a_nan(device: str) -> None:
+    """The sign bit of a NaN does not lift it."""
+    negative = torch.tensor(math.nan).copysign(torch.tensor(-1.0)).item()
+    query, keys = from_axis_scores([negative, math.nan, -7.0], [1.0, 1.0, 1.0], device)
+    _, indices = ops.product_key_topk(query, keys, unit_core(device), topk=9, axis_topk=3)
+    assert indices.flatten().tolist() == [6, 7, 8, 0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_non_finite_query_stays_with_its_token(
+    device_dtype: tuple[str, torch.dtype], value: float
+) -> None:
+    device, dtype = device_dtype
+    data = Data(8, device)
+    query, keys = (
+        data.normal(6, 2, 1, 2, 20, dtype=dtype),
+        data.normal(1, 2, 2, 40, 20, dtype=dtype),
+    )
+    core = data.cores(2, 1, 2)
+    clean_scores, clean_indices = ops.product_key_topk(query, keys, core, topk=16, axis_topk=8)
+    query[3, 0, 0, 1, 5] = value
+    scores, indices = ops.product_key_topk(query, keys, core, topk=16, axis_topk=8)
+    rest = [0, 1, 2, 4, 5]
+    assert torch.equal(scores[rest], clean_scores[rest])
+    assert torch.equal(indices[rest], clean_indices[rest])
+    spoiled = indices[3, 0]
+    assert spoiled.unique().numel() == 16
+    assert ((spoiled >= 0) & (spoiled < 1600)).all()
+    if math.isnan(value):
+        assert torch.isnan(scores[3]).all()
+        # All rows tie at NaN: the eight lowest are kept, and of all their slots the lowest.
+        assert (spoiled[:8] // 40 == 0).all()
+        assert (spoiled[8:] // 40 == 1).all()
+
+
+def test_nan_key_is_the_last_choice_and_leaks_no_gradient(
+    device_dtype: tuple[str, torch.dtype],
+) -> None:
+    device, dtype = device_dtype
+    data = Data(9, device)
+    query = data.normal(6, 2, 1, 2, 20, dtype=dtype, requires_grad=True)
+    keys = data.normal(1, 2, 2, 40, 20, dtype=dtype)
+    keys[0, 0, 0, 7] = math.nan
+    keys[0, 1, 1, 11, 3] = math.nan
+    keys.requires_grad_()
+    core = data.cores(2, 1, 2, requires_grad=True)
+    scores, indices = ops.product_key_topk(query, keys, core, topk=16, axis_topk=8)
+    assert not (indices // 40 == 7).any()
+    assert not (indices % 40 == 11).any()
+    for grad in torch.autograd.grad(scores.sum(), [query, keys, core]):
+        assert torch.isfinite(grad).all()
+
+
+def test_nan_gradient_stays_with_its_token_and_keys(device: str) -> None:
+    data = Data(10, device)
+    query = data.normal(4, 2, 1, 2, 20, requires_grad=True)
+    keys = data.normal(1, 2, 2, 60, 20, requires_grad=True)
+    scores, indices = ops.product_key_topk(query, keys, data.cores(2, 1, 2), topk=8, axis_topk=4)
+    upstream = torch.ones_like(scores)
+    upstream[2, 0, 5, 1] = math.nan
+    grad_query, grad_keys = torch.autograd.grad(scores, [query, keys], upstream)
+    assert torch.isfinite(grad_query[[0, 1, 3]]).all()
+    assert torch.isnan(grad_query[2]).any()
+    spoiled = indices[2, 0, 5].item()
+    for side, key in enumerate((spoiled // 60, spoiled % 60)):
+        others = [i for i in range(60) if i != key]
+        assert torch.isfinite(grad_keys[0, side][:, others]).all()
+        assert torch.isnan(grad_keys[0, side][:, key]).any()
+
+
+def test_keys_nobody_kept_have_zero_gradient(device: str) -> None:
+    data = Data(11, device)
+    query, keys = data.normal(3, 2, 1, 1, 20), data.normal(1, 2, 1, 500, 20, requires_grad=True)
+    scores, indices = ops.product_key_topk(query, keys, unit_core(device), topk=4, axis_topk=4)
+    (grad,) = torch.autograd.grad(scores.sum(), [keys])
+    for side, kept in enumerate((indices // 500, indices % 500)):
+        touched = grad[0, side, 0].any(-1).nonzero().flatten()
+        assert torch.equal(touched, kept.unique())

@@ -1,0 +1,256 @@
+"""Operators as torch sees them: opcheck, fake tensors, what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import Data, accumulation_dtype
+from torch import Tensor
+
+from ultramem_cuda import ops
+
+
+def rms_norm_args(data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5) -> tuple[Any, ...]:
+    x = data.normal(2, tokens, 12, dtype=dtype, requires_grad=grad)
+    return x, data.gains(12, accumulation_dtype(dtype), grad), 1e-6
+
+
+def rms_norm_bwd_args(
+    data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5
+) -> tuple[Any, ...]:
+    return data.normal(2, tokens, 12, dtype=dtype), *rms_norm_args(data, dtype, grad, tokens)
+
+
+def tucker_query_args(
+    data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5
+) -> tuple[Any, ...]:
+    x = data.normal(tokens, 10, dtype=dtype, requires_grad=grad)
+    weight = data.normal(2 * 2 * 3 * 6, 10, dtype=dtype, requires_grad=grad)
+    return x, weight, data.gains(6, accumulation_dtype(dtype), grad), 2, 1e-6
+
+
+def tucker_query_bwd_args(
+    data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5
+) -> tuple[Any, ...]:
+    x, weight, gain, num_heads, eps = tucker_query_args(data, dtype, grad, tokens)
+    query, projection = torch.ops.ultramem.tucker_query(x, weight, gain, num_heads, eps)
+    return torch.ones_like(query), x, weight, gain, projection.detach(), eps, True, True
+
+
+def tucker_filter_args(
+    data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5
+) -> tuple[Any, ...]:
+    return (data.normal(3, 2, 4, 4, dtype=accumulation_dtype(dtype), requires_grad=grad),)
+
+
+def product_key_topk_args(
+    data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5
+) -> tuple[Any, ...]:
+    query = data.normal(tokens, 2, 2, 3, 8, dtype=dtype, requires_grad=grad)
+    keys = data.normal(2, 2, 3, 20, 8, dtype=dtype, requires_grad=grad)
+    core = data.cores(2, 2, 3, accumulation_dtype(dtype), grad)
+    u, t, _ = ops.tucker_filter(core.detach())
+    return query, keys, core, u, t, 9, 4, "tucker"
+
+
+def product_key_topk_bwd_args(
+    data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5
+) -> tuple[Any, ...]:
+    query, keys, core, *rest = product_key_topk_args(data, dtype, grad, tokens)
+    scores, _, *saved = torch.ops.ultramem.product_key_topk(query, keys, core, *rest)
+    saved = [tensor.detach() for tensor in saved]
+    return torch.ones_like(scores), query, keys, core, *saved, "tucker", True, True, True
+
+
+def additive_args(data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5) -> tuple[Any, ...]:
+    query = data.normal(tokens, 2, 2, 1, 8, dtype=dtype, requires_grad=grad)
+    keys = data.normal(2, 2, 1, 20, 8, dtype=dtype, requires_grad=grad)
+    return query, keys, None, None, None, 4, 4, "additive"
+
+
+def additive_bwd_args(
+    data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5
+) -> tuple[Any, ...]:
+    query, keys, *rest = additive_args(data, dtype, grad, tokens)
+    scores, _, *saved = torch.ops.ultramem.product_key_topk(query, keys, *rest)
+    saved = [tensor.detach() for tensor in saved]
+    return torch.ones_like(scores), query, keys, None, *saved, "additive", True, True, False
+
+
+OPTIONS = ("silu", 9, 4, 4, "feistel", 6, 3)
+
+
+def value_ffn_args(data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5) -> tuple[Any, ...]:
+    indices = data.integers(36, tokens, 4)
+    scores = data.normal(tokens, 4, 2, dtype=accumulation_dtype(dtype), requires_grad=grad)
+    values = data.normal(12, 6, dtype=dtype, requires_grad=grad)
+    pre_values = data.normal(12, 7, dtype=dtype, requires_grad=grad)
+    pre_input = data.normal(tokens, 7, dtype=dtype, requires_grad=grad)
+    tensors = indices, scores, values, pre_values, pre_input, None, None, None
+    return *tensors, *OPTIONS, False
+
+
+def bag_args(data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5) -> tuple[Any, ...]:
+    scores = data.normal(tokens, 4, 2, dtype=accumulation_dtype(dtype), requires_grad=grad)
+    values = data.normal(12, 6, dtype=dtype, requires_grad=grad)
+    tensors = data.integers(12, tokens, 4, dtype=torch.int32), scores, values, *[None] * 5
+    return *tensors, "identity", 0, 0, 1, "none", 0, 0, True
+
+
+def saved_of_value_ffn(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """grad_out, the inputs, pre_activation, permutation and options, as the backward takes them."""
+    out, pre_activation = torch.ops.ultramem.value_ffn(*arguments)
+    tensors, permutation, options = arguments[:5], arguments[5], arguments[8:]
+    return torch.ones_like(out), *tensors, pre_activation.detach(), permutation, *options
+
+
+def value_ffn_bwd_args(
+    data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5
+) -> tuple[Any, ...]:
+    return *saved_of_value_ffn(value_ffn_args(data, dtype, grad, tokens)), True, True
+
+
+def bag_bwd_args(data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5) -> tuple[Any, ...]:
+    return *saved_of_value_ffn(bag_args(data, dtype, grad, tokens)), True, False
+
+
+def main_grad_args(data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5) -> tuple[Any, ...]:
+    acc = accumulation_dtype(dtype)
+    buffers = [torch.zeros(12, width, dtype=acc, device=data.device) for width in (6, 7)]
+    return *saved_of_value_ffn(value_ffn_args(data, dtype, False, tokens)), *buffers
+
+
+MakeArgs = Callable[..., tuple[Any, ...]]
+FORWARDS: dict[str, tuple[str, MakeArgs]] = {
+    "rms_norm": ("rms_norm", rms_norm_args),
+    "tucker_query": ("tucker_query", tucker_query_args),
+    "tucker_filter": ("tucker_filter", tucker_filter_args),
+    "product_key_topk": ("product_key_topk", product_key_topk_args),
+    "product_key_topk_additive": ("product_key_topk", additive_args),
+    "value_ffn": ("value_ffn", value_ffn_args),
+    "value_ffn_bag": ("value_ffn", bag_args),
+}
+BACKWARDS: dict[str, tuple[str, MakeArgs]] = {
+    "rms_norm_bwd": ("rms_norm_bwd", rms_norm_bwd_args),
+    "tucker_query_bwd": ("tucker_query_bwd", tucker_query_bwd_args),
+    "product_key_topk_bwd": ("product_key_topk_bwd", product_key_topk_bwd_args),
+    "product_key_topk_bwd_additive": ("product_key_topk_bwd", additive_bwd_args),
+    "value_ffn_bwd": ("value_ffn_bwd", value_ffn_bwd_args),
+    "value_ffn_bwd_bag": ("value_ffn_bwd", bag_bwd_args),
+    "value_ffn_bwd_main_grad": ("value_ffn_bwd_main_grad", main_grad_args),
+}
+ALL = FORWARDS | BACKWARDS
+
+
+def test_every_operator_is_checked() -> None:
+    registered = {
+        name.removeprefix("ultramem::").partition(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("ultramem::")
+    }
+    assert registered == {name for name, _ in ALL.values()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ALL)
+def test_opcheck(device: str, case: str, dtype: torch.dtype) -> None:
+    name, make = ALL[case]
+    # A gradient operator is not differentiable; that is tested below.
+    arguments = make(Data(1, device), dtype, case in FORWARDS)
+    torch.library.opcheck(getattr(torch.ops.ultramem, name).default, arguments)
+
+
+@pytest.mark.parametrize("case", [case for case in ALL if case != "tucker_filter"])
+def test_opcheck_without_tokens(device: str, case: str) -> None:
+    name, make = ALL[case]
+    arguments = make(Data(2, device), torch.float32, case in FORWARDS, 0)
+    torch.library.opcheck(getattr(torch.ops.ultramem, name).default, arguments)
+
+
+def tensors_of(outputs: Any) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("case", ALL)
+def test_meta_agrees_with_cpu(case: str, dtype: torch.dtype) -> None:
+    """Shapes, dtypes and strides of every output."""
+    name, make = ALL[case]
+    arguments = make(Data(3), dtype, False)
+    op = getattr(torch.ops.ultramem, name)
+    real = tensors_of(op(*arguments))
+    meta = tensors_of(op(*(x.to("meta") if isinstance(x, Tensor) else x for x in arguments)))
+    for a, b in zip(real, meta, strict=True):
+        assert b.is_meta
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+def public_calls(data: Data) -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]:
+    """Each public operator as a function of its differentiable inputs."""
+    core = data.cores(2, 1, 2, requires_grad=True)
+    u, t, _ = ops.tucker_filter(core.detach())
+    query = data.normal(4, 2, 1, 2, 6, requires_grad=True)
+    keys = data.normal(1, 2, 2, 9, 6, requires_grad=True)
+    indices = data.integers(9, 4, 3)
+    slots = tuple(
+        data.normal(*shape, requires_grad=True) for shape in ((4, 3, 2), (9, 4), (9, 5), (4, 5))
+    )
+    return {
+        "rms_norm": (
+            ops.rms_norm,
+            (data.normal(3, 6, requires_grad=True), data.gains(6, requires_grad=True)),
+        ),
+        "tucker_query": (
+            ops.tucker_query,
+            (
+                data.normal(3, 5, requires_grad=True),
+                data.normal(12, 5, requires_grad=True),
+                data.gains(6, requires_grad=True),
+            ),
+        ),
+        "tucker_filter": (lambda core: ops.tucker_filter(core)[2], (core,)),
+        "product_key_topk": (
+            # With the filter given: the default would be tucker_filter's refusal.
+            lambda *inputs: ops.product_key_topk(*inputs, topk=4, u=u, t=t)[0],
+            (query, keys, core),
+        ),
+        "value_ffn": (lambda *inputs: ops.value_ffn(indices, *inputs), slots),
+    }
+
+
+PUBLIC = ["rms_norm", "tucker_query", "tucker_filter", "product_key_topk", "value_ffn"]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_double_backward_raises(device: str, name: str) -> None:
+    function, inputs = public_calls(Data(4, device))[name]
+
+    def differentiate_twice() -> None:
+        grads = torch.autograd.grad(function(*inputs).square().sum(), inputs, create_graph=True)
+        torch.autograd.grad(sum(grad.square().sum() for grad in grads), inputs)
+
+    with pytest.raises(RuntimeError, match=f"{name}: differentiating twice is not supported"):
+        differentiate_twice()
+
+
+def test_double_backward_with_main_grad_raises(device: str) -> None:
+    function, inputs = public_calls(Data(4, device))["value_ffn"]
+    for table in inputs[1:3]:
+        table.main_grad = torch.zeros_like(table)
+    with pytest.raises(RuntimeError, match="value_ffn: differentiating twice is not supported"):
+        function(*inputs).sum().backward(create_graph=True)
+    assert not any(table.main_grad.any() for table in inputs[1:3])
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_vmap_raises(device: str, name: str) -> None:
+    function, inputs = public_calls(Data(5, device))[name]
+    batch = tuple(torch.stack([tensor.detach()] * 2) for tensor in inputs)
+    with pytest.raises(NotImplementedError, match=f"{name}: vmap is not supported"):
+        torch.vmap(function)(*batch)

@@ -1,0 +1,145 @@
+"""tucker_query against the reference: forward, all gradients, hard cases."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from helpers import (
+    FORWARD_BOUND,
+    GRADIENT_BOUND,
+    Data,
+    accumulation_dtype,
+    array,
+    check_close,
+    check_gradient,
+    check_only_some_train,
+    check_zero_gradients,
+    proper_subsets,
+    scalar_gradients,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ultramem_cuda import ops
+from ultramem_cuda import python_ref as ref
+
+
+def check_tucker_query(
+    x: Tensor, weight: Tensor, norm_weight: Tensor, num_heads: int, seed: int = 0
+) -> None:
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, norm_weight)]
+    query = ops.tucker_query(*leaves, num_heads=num_heads)
+    assert query.dtype == x.dtype
+    inputs = [array(x), array(weight), array(norm_weight.to(accumulation_dtype(x.dtype)))]
+    expected = ref.tucker_query(*inputs, num_heads)
+    check_close("query", query, expected, FORWARD_BOUND[x.dtype])
+
+    upstream = Data(seed, x.device.type).normal(*query.shape, dtype=x.dtype)
+    grads = scalar_gradients(query, upstream, leaves)
+    expected_grads = ref.tucker_query_bwd(array(upstream), *inputs, num_heads)
+    # The projection is rounded to x's dtype before the norm, and so is its gradient.
+    bound = max(GRADIENT_BOUND[x.dtype], GRADIENT_BOUND[norm_weight.dtype])
+    names = ("grad_x", "grad_weight", "grad_norm_weight")
+    for name, grad, wanted in zip(names, grads, expected_grads, strict=True):
+        check_gradient(name, grad, wanted, bound=bound)
+
+
+@given(
+    tokens=st.sampled_from([0, 1, 7, 129]),
+    d_model=st.integers(8, 90),
+    num_heads=st.integers(1, 3),
+    num_queries=st.integers(1, 4),
+    key_dim=st.integers(5, 70),
+    seed=st.integers(0, 2**32),
+)
+def test_drawn_shapes(
+    device_dtype: tuple[str, torch.dtype],
+    tokens: int,
+    d_model: int,
+    num_heads: int,
+    num_queries: int,
+    key_dim: int,
+    seed: int,
+) -> None:
+    device, dtype = device_dtype
+    data = Data(seed, device)
+    rows = 2 * num_heads * num_queries * key_dim
+    check_tucker_query(
+        data.normal(tokens, d_model, dtype=dtype),
+        data.normal(rows, d_model, dtype=dtype, scale=d_model**-0.5),
+        data.gains(key_dim),
+        num_heads,
+        seed,
+    )
+
+
+def test_fixed_shape(device_dtype: tuple[str, torch.dtype]) -> None:
+    device, dtype = device_dtype
+    data = Data(1, device)
+    weight = data.normal(2 * 2 * 192, 768, dtype=dtype, scale=768**-0.5)
+    check_tucker_query(data.normal(200, 768, dtype=dtype), weight, data.gains(192), 1)
+
+
+def test_layout_is_side_head_rank(device: str) -> None:
+    """Rows of the weight are ordered as the dimensions of the query after the first."""
+    num_heads, num_queries, key_dim = 3, 2, 5
+    weight = torch.zeros(2 * num_heads * num_queries * key_dim, 4, device=device)
+    row = ((1 * num_heads + 2) * num_queries + 1) * key_dim + 3
+    weight[row, 0] = 1.0
+    x = torch.eye(1, 4, device=device)
+    query = ops.tucker_query(x, weight, torch.ones(key_dim, device=device), num_heads=num_heads)
+    assert query.shape == (1, 2, num_heads, num_queries, key_dim)
+    assert query.nonzero().tolist() == [[0, 1, 2, 1, 3]]
+
+
+def test_no_tokens(device_dtype: tuple[str, torch.dtype]) -> None:
+    device, dtype = device_dtype
+    data = Data(2, device)
+    x = torch.zeros(0, 6, dtype=dtype, device=device, requires_grad=True)
+    weight = data.normal(2 * 2 * 3 * 5, 6, dtype=dtype, requires_grad=True)
+    gain = data.gains(5, requires_grad=True)
+    query = ops.tucker_query(x, weight, gain, num_heads=2)
+    assert query.shape == (0, 2, 2, 3, 5)
+    query.sum().backward()
+    check_zero_gradients([x, weight, gain])
+
+
+@pytest.mark.parametrize("trained", proper_subsets("x", "weight", "norm_weight"), ids="-".join)
+def test_only_some_inputs_train(device: str, trained: tuple[str, ...]) -> None:
+    data = Data(3, device)
+    inputs = {
+        "x": data.normal(9, 6, requires_grad=True),
+        "weight": data.normal(20, 6, requires_grad=True),
+        "norm_weight": data.gains(5, requires_grad=True),
+    }
+    check_only_some_train(functools.partial(ops.tucker_query, num_heads=2), inputs, trained)
+
+
+def test_not_contiguous(device_dtype: tuple[str, torch.dtype]) -> None:
+    device, dtype = device_dtype
+    data = Data(4, device)
+    x = data.normal(16, 12, dtype=dtype).t()[::2]
+    weight = data.normal(16, 40, dtype=dtype).t()[:20]
+    gain = data.gains(10)[::2]
+    assert not any(tensor.is_contiguous() for tensor in (x, weight, gain))
+    outcomes = []
+    for make in (torch.clone, torch.detach):
+        leaves = [make(tensor).requires_grad_() for tensor in (x, weight, gain)]
+        query = ops.tucker_query(*leaves, num_heads=2)
+        upstream = torch.ones((), dtype=dtype, device=device).expand_as(query)
+        outcomes.append([query, *torch.autograd.grad(query, leaves, upstream)])
+    for a, b in zip(*outcomes, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_nan_token_stays_apart(device: str) -> None:
+    data = Data(5, device)
+    x, weight, gain = data.normal(4, 8), data.normal(12, 8), data.gains(6)
+    clean = ops.tucker_query(x, weight, gain)
+    x[1, 3] = torch.nan
+    query = ops.tucker_query(x, weight, gain)
+    assert torch.isnan(query[1]).all()
+    torch.testing.assert_close(query[[0, 2, 3]], clean[[0, 2, 3]])
