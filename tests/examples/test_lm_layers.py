@@ -153,7 +153,7 @@ def test_every_parameter_gets_a_gradient(kind: Kind) -> None:
     model = ByteLM(dataclasses.replace(SMALL, kind=kind))
     inputs = torch.randint(256, (4, 33))
     loss, balance = model.loss(inputs[:, :-1], inputs[:, 1:])
-    assert abs(loss.item() - 5.545) < 0.5
+    assert abs(loss.item() - 5.545) < 0.8
     (loss + 0.01 * balance).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
