@@ -271,6 +271,11 @@ def product_key_topk(
         raise ValueError(f"product_key_topk: mode must be one of {_MODES}, got {mode!r}")
     query, keys = _cast_for_autocast(query, keys)
     if key_norm_weight is not None:
+        if key_norm_weight.shape != keys.shape[-1:]:
+            raise ValueError(
+                f"product_key_topk: key_norm_weight must be [Kd] = [{keys.shape[-1]}], "
+                f"got {list(key_norm_weight.shape)}"
+            )
         keys = rms_norm(keys, key_norm_weight, eps=eps)
     if axis_topk is None:
         axis_topk = min(keys.shape[-2], topk, _MAX_AXIS_TOPK)

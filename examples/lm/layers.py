@@ -36,9 +36,9 @@ class Attention(nn.Module):
         batch, length, d_model = x.shape
         heads = self.qkv(x).view(batch, length, 3, self.num_heads, self.head_dim)
         query, key, value = heads.permute(2, 0, 3, 1, 4)
-        # The norms' gains are float32: under autocast the result is cast back.
-        query = self._rotate(self.query_norm(query)).to(value.dtype)
-        key = self._rotate(self.key_norm(key)).to(value.dtype)
+        # In float32, like the norms' gains; under autocast the result is cast back.
+        query = self._rotate(self.query_norm(query.float())).to(value.dtype)
+        key = self._rotate(self.key_norm(key.float())).to(value.dtype)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.out(mixed.transpose(1, 2).reshape(batch, length, d_model))
 
@@ -46,8 +46,7 @@ class Attention(nn.Module):
         length = x.shape[-2]
         cos, sin = self.cos[:length], self.sin[:length]
         first, second = x.chunk(2, dim=-1)
-        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-        return turned.to(x.dtype)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 class SwiGLU(nn.Module):

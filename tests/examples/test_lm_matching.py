@@ -46,7 +46,9 @@ def tiny(kind: Kind) -> ModelConfig:
 def by_hand(kind: Kind) -> tuple[int, int]:
     """(total, active), from the shapes in the papers."""
     width, layers = 16, 2
-    shared = 2 * 256 * width + width + layers * (4 * width * width + 2 * width)
+    head_dim = width // 2
+    attention = 4 * width * width + 2 * head_dim
+    shared = 2 * 256 * width + width + layers * (attention + 2 * width)
     ffn = 3 * width * 24
     if kind == "dense":
         return (shared + layers * ffn,) * 2

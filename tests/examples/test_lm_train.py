@@ -120,7 +120,7 @@ def test_resumed_run_is_bit_identical(tmp_path: Path, kind: Kind) -> None:
 def test_training_learns_and_logs(tmp_path: Path) -> None:
     result = trainer(tmp_path, "ultramem_v2", steps=60, eval_every=20, checkpoint_every=60).run()
     assert result.validation.tokens == [0, 20 * 128, 40 * 128, 60 * 128]
-    assert 5.0 < result.validation.loss[0] < 6.2
+    assert 5.0 < result.validation.loss[0] < 7.0
     assert result.final_loss < 2.9
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert records[0]["event"] == "start"
