@@ -25,16 +25,26 @@ endif
 
 # A CUDA build takes minutes: the demo makes one only where a GPU can use it.
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1)
-DEMO_CPU_ONLY := $(if $(HAS_GPU),0,1)
+DEMO_CPU_ONLY := $(or $(ULTRAMEM_CPU_ONLY),$(if $(HAS_GPU),0,1))
+
+# pip hides what CMake says, so the library that was built is asked. $(1): the reason.
+NO_GPU_HERE = $(if $(ULTRAMEM_CPU_ONLY),ULTRAMEM_CPU_ONLY=1,nvidia-smi finds no GPU; ULTRAMEM_CPU_ONLY=0 forces a CUDA build)
+NO_NVCC := no working nvcc was found; set CUDACXX or CUDA_HOME where there is one
+define SAY_IF_CPU_ONLY
+@$(PY) -c "from ultramem_cuda import _library; _library.has_cuda_kernels() or \
+print('ultramem_cuda: this build is CPU-only ($(1)).')"
+endef
 
 .PHONY: demo test lint bench sanitize build clean
 
 demo: $(READY)
-	ULTRAMEM_CPU_ONLY=$(or $(ULTRAMEM_CPU_ONLY),$(DEMO_CPU_ONLY)) $(BUILD)
+	ULTRAMEM_CPU_ONLY=$(DEMO_CPU_ONLY) $(BUILD)
+	$(call SAY_IF_CPU_ONLY,$(if $(filter 1,$(DEMO_CPU_ONLY)),$(NO_GPU_HERE),$(NO_NVCC)))
 	$(PY) -m ultramem_cuda demo
 
 build: $(READY)
 	$(BUILD)
+	$(call SAY_IF_CPU_ONLY,$(if $(filter 1,$(ULTRAMEM_CPU_ONLY)),ULTRAMEM_CPU_ONLY=1,$(NO_NVCC)))
 
 test: build
 	$(PY) -m pytest -q

@@ -2,9 +2,10 @@
 
 Environment variables:
   ULTRAMEM_CPU_ONLY=1     leave CUDA out even where nvcc is present
+  CUDACXX                 nvcc, where it is not on PATH; else CUDA_HOME or CUDA_PATH, its toolkit
   TORCH_CUDA_ARCH_LIST    GPU architectures, torch's way ("8.0;9.0a+PTX")
-  CUDAARCHS               the same, CMake's way ("80;90a-real")
-  CMAKE_ARGS              further arguments to CMake (e.g. -DCMAKE_CUDA_ARCHITECTURES=90a-real)
+  CUDAARCHS               the same, CMake's way ("80;90a-real"); or CMAKE_CUDA_ARCHITECTURES
+  CMAKE_ARGS              further arguments to CMake (e.g. -DCMAKE_BUILD_TYPE=RelWithDebInfo)
   MAX_JOBS                how many compilers run at once
 """
 
@@ -57,6 +58,9 @@ class CMakeBuild(build_ext):
         torch_spec = importlib.util.find_spec("torch")
         if torch_spec is None or not torch_spec.submodule_search_locations:
             raise RuntimeError("building ultramem_cuda needs torch >= 2.11 (its headers)")
+        ninja = shutil.which("ninja")
+        if ninja is None:
+            raise RuntimeError("building ultramem_cuda needs ninja on PATH")
         self.cmake(
             "-S",
             str(ROOT),
@@ -64,6 +68,9 @@ class CMakeBuild(build_ext):
             str(build_dir),
             "-G",
             "Ninja",
+            # Every path is given anew: pip builds in environments that it deletes, and CMake's
+            # cache would still name the last one.
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DULTRAMEM_CPU_ONLY={'ON' if cpu_only else 'OFF'}",
             f"-DULTRAMEM_VERSION={self.distribution.get_version()}",
             f"-DULTRAMEM_TORCH_DIR={torch_spec.submodule_search_locations[0]}",

@@ -1,6 +1,7 @@
 # Which GPU code the library carries, in CMake's notation, from the variables people already use:
-# CMAKE_CUDA_ARCHITECTURES (CMake), CUDAARCHS (CMake's environment variable), or
-# TORCH_CUDA_ARCH_LIST (torch's environment variable, e.g. "8.0;9.0a+PTX").
+# CMAKE_CUDA_ARCHITECTURES (CMake's variable, or an environment variable of that name), CUDAARCHS
+# (CMake's environment variable), or TORCH_CUDA_ARCH_LIST (torch's environment variable, e.g.
+# "8.0;9.0a+PTX"). The first that is set counts.
 #
 # Default: machine code for sm_80 and sm_90a, and PTX of compute_80 for everything later
 # (compute_90a PTX is not forward-compatible).
@@ -9,10 +10,12 @@ function(ultramem_cuda_architectures out)
     set(${out} "${CMAKE_CUDA_ARCHITECTURES}" PARENT_SCOPE)
     return()
   endif()
-  if(DEFINED ENV{CUDAARCHS})
-    set(${out} "$ENV{CUDAARCHS}" PARENT_SCOPE)
-    return()
-  endif()
+  foreach(variable IN ITEMS CMAKE_CUDA_ARCHITECTURES CUDAARCHS)
+    if(NOT "$ENV{${variable}}" STREQUAL "")
+      set(${out} "$ENV{${variable}}" PARENT_SCOPE)
+      return()
+    endif()
+  endforeach()
   if(NOT "$ENV{TORCH_CUDA_ARCH_LIST}" STREQUAL "")
     string(REGEX REPLACE "[ ,]+" ";" requested "$ENV{TORCH_CUDA_ARCH_LIST}")
     set(architectures "")

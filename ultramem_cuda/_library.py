@@ -30,6 +30,9 @@ def _load() -> str | None:
 
 
 _load_error = _load()
+_has_cuda_kernels = _load_error is None and torch._C._dispatch_has_kernel_for_dispatch_key(
+    "ultramem::value_ffn", "CUDA"
+)
 
 
 def is_loaded() -> bool:
@@ -42,10 +45,15 @@ def load_error() -> str | None:
     return _load_error
 
 
-def require() -> None:
-    """Raises RuntimeError, with the reason, unless the library is loaded."""
+def require(device_type: str = "cpu") -> None:
+    """Raises RuntimeError, with the reason, unless operators can run on this type of device."""
     if _load_error is not None:
         raise RuntimeError(f"ultramem_cuda: {_load_error}")
+    if device_type == "cuda" and not _has_cuda_kernels:
+        raise RuntimeError(
+            "ultramem_cuda: this build is CPU-only, so CUDA tensors are refused; "
+            "build it again where nvcc is found (`ultramem doctor` says what was found)"
+        )
 
 
 def library_path() -> Path:
@@ -55,9 +63,7 @@ def library_path() -> Path:
 
 def has_cuda_kernels() -> bool:
     """Whether this build carries CUDA kernels (says nothing about the machine)."""
-    return is_loaded() and torch._C._dispatch_has_kernel_for_dispatch_key(
-        "ultramem::value_ffn", "CUDA"
-    )
+    return _has_cuda_kernels
 
 
 def cpu_capability() -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -31,6 +33,64 @@ class _OptimizerSteps:
 _optimizer_steps = _OptimizerSteps()
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream of ``device`` is capturing a CUDA graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+class StreamOrder:
+    """Orders the CUDA streams that fill and read some tensors; elsewhere it has nothing to do."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+        self._device = tensors[0].device
+        self._on_cuda = self._device.type == "cuda"
+        self._fill: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
+        # Streams that have used the content since, and in, the last fill.
+        self._users: set[torch.cuda.Stream] = set()
+
+    def before_fill(self) -> None:
+        """Let the current stream wait for the last fill and all reads of its content."""
+        if not self._on_cuda:
+            return
+        stream = torch.cuda.current_stream(self._device)
+        for user in self._users - {stream}:
+            stream.wait_stream(user)
+        self._keep_for(stream)
+
+    def after_fill(self) -> None:
+        """Note that the current stream has filled the tensors."""
+        if not self._on_cuda:
+            return
+        stream = torch.cuda.current_stream(self._device)
+        self._fill = stream, stream.record_event()
+        self._users = {stream}
+
+    def before_read(self) -> None:
+        """Let the current stream wait for the last fill.
+
+        A stream that is capturing cannot wait for what the capture does not hold: whoever replays
+        the graph orders it.
+        """
+        if self._fill is None:
+            return
+        stream = torch.cuda.current_stream(self._device)
+        filler, filled = self._fill
+        if stream == filler or is_capturing(self._device):
+            return
+        stream.wait_event(filled)
+        self._keep_for(stream)
+        self._users.add(stream)
+
+    def _keep_for(self, stream: torch.cuda.Stream) -> None:
+        """Keep memory that is freed from being reused before ``stream`` is done with it."""
+        for tensor in self._tensors:
+            tensor.record_stream(stream)
+
+
 @dataclasses.dataclass
 class CachedRetrieval:
     """Normalised keys [H, 2, R, n, Kd] and the filter (u, t), and the parameters they came from.
@@ -46,6 +106,11 @@ class CachedRetrieval:
     sources: tuple[Tensor, ...] = ()
     versions: tuple[int, ...] = ()
     optimizer_steps: int = 0
+    order: StreamOrder = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.order = StreamOrder((self.keys, *(self.filter or ())))
+        self.order.after_fill()
 
     def is_current(self, parameters: tuple[nn.Parameter, ...]) -> bool:
         """Whether nothing has changed ``parameters`` since :meth:`stamp`."""
@@ -72,9 +137,18 @@ class CachedRetrieval:
         """Forget the parameters but keep the memory, which a captured graph may still read."""
         self.parameters = self.sources = self.versions = ()
 
+    def fits(self, keys: Tensor, filter_: tuple[Tensor, Tensor] | None) -> bool:
+        """Whether :meth:`update` can take this content as it is."""
+        mine, theirs = (self.keys, *(self.filter or ())), (keys, *(filter_ or ()))
+        return [(x.device, x.dtype, x.shape) for x in mine] == [
+            (x.device, x.dtype, x.shape) for x in theirs
+        ]
+
     def update(self, keys: Tensor, filter_: tuple[Tensor, Tensor] | None) -> None:
         """Write new content to the same memory: captured graphs hold its addresses."""
+        self.order.before_fill()
         self.keys.copy_(keys)
         if self.filter is not None and filter_ is not None:
             self.filter[0].copy_(filter_[0])
             self.filter[1].copy_(filter_[1])
+        self.order.after_fill()

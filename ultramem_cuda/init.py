@@ -52,7 +52,7 @@ def score_statistics(
 
     Axis scores are drawn from N(0, 1) and cores from U(0, 1); the real top-m and top-M are run.
     Statistics are over tokens, kept slots and cores. The result does not depend on torch's global
-    generator or default device.
+    generator, default device or default dtype.
     """
     generator = torch.Generator(device="cpu").manual_seed(_SIMULATION_SEED)
     rank, cores = tucker_rank, num_cores
@@ -70,15 +70,17 @@ def score_statistics(
 
     with torch.no_grad():
         if mode == "additive":
-            ones = torch.ones(tokens, 1, device="cpu")
+            ones = torch.ones(tokens, 1, device="cpu", dtype=torch.float32)
             row, col = keep_best(axis(), ones), keep_best(axis(), ones)
             per_core = row[:, :, :, None] + col[:, :, None, :]
         else:
-            core = torch.rand(tokens, cores, rank, rank, generator=generator, device="cpu")
+            shape = (tokens, cores, rank, rank)
+            core = torch.rand(shape, generator=generator, device="cpu", dtype=torch.float32)
             left, _, right = torch.linalg.svd(core.sum(1).double())
             u, t = left[:, :, 0].float(), right[:, 0, :].float()
-            sign = torch.where(u.sum(1, keepdim=True) < 0, -1.0, 1.0)
-            row, col = keep_best(axis(), u * sign), keep_best(axis(), t * sign)
+            flip = u.sum(1, keepdim=True) < 0
+            row = keep_best(axis(), torch.where(flip, -u, u))
+            col = keep_best(axis(), torch.where(flip, -t, t))
             per_core = torch.einsum("tri,tcrs,tsj->tcij", row, core, col)
         best = per_core.sum(1).flatten(1).topk(topk, dim=1, sorted=False).indices
         kept = per_core.flatten(2).gather(2, best[:, None].expand(-1, per_core.shape[1], -1))

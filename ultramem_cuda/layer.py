@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from ._retrieval_cache import CachedRetrieval
+from ._retrieval_cache import CachedRetrieval, is_capturing
 from .addressing import SlotAddressing
 from .config import UltraMemConfig
 from .init import initialize_layer
@@ -32,9 +32,16 @@ class UltraMemLayer(nn.Module):
     In eval mode without gradients, normalised keys and the filter are cached. The cache follows
     changes of the parameters made by ordinary tensor operations, optimizers, ``load_state_dict``,
     ``train()`` and moves; only writes through ``param.data`` escape it, call :meth:`refresh_cache`
-    after those. A captured CUDA graph reads the cache as it is at replay: after changing parameters
-    call :meth:`refresh_cache`, which writes to the same memory. Compiled code does not use the
-    cache.
+    after those. Compiled code does not use the cache.
+
+    A captured CUDA graph reads the cache as it is at replay: after changing parameters call
+    :meth:`refresh_cache`, which writes to the same memory. That memory stays until the parameters
+    change device or dtype; a graph captured before such a move must be captured again. Streams may
+    share the cache: reads wait for the fill, and a refill for what the streams that have read it
+    hold by then. Not seen, and so to be ordered by the caller (as ``torch.cuda.graph`` does by
+    synchronising before capture): replays of graphs, which must run after the fill and not beside
+    a refill; and, as everywhere, writes to parameters on other streams. Host threads that may fill
+    the cache must not run the same layer at once.
 
     Attributes:
         addressing: how the layer's virtual indices map to rows of the table.
@@ -227,7 +234,17 @@ class UltraMemLayer(nn.Module):
         return torch.stack((u, t)).detach(), sigma
 
     def refresh_cache(self) -> None:
-        """Recompute, in place, all that eval mode has cached."""
+        """Recompute, in place, all that eval mode has cached.
+
+        Runs on the current stream; order replays of captured graphs on other streams after it. What
+        a move to another device or dtype has dropped is not made again: graphs that read it must be
+        captured again.
+
+        Raises:
+            RuntimeError: on a stream that is capturing a CUDA graph.
+        """
+        if is_capturing(self.keys.device):
+            raise RuntimeError("refresh_cache: must not be called while a CUDA graph is captured")
         for dtype in self._cache:
             self._fill_cache(dtype)
 
@@ -242,8 +259,9 @@ class UltraMemLayer(nn.Module):
             return None
         entry = self._cache.get(query.dtype)
         if entry is not None and entry.is_current(parameters):
+            entry.order.before_read()
             return entry
-        if query.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_capturing(query.device):
             # Capture does not execute: what it would leave in the cache is not computed before the
             # first replay.
             return None
@@ -254,13 +272,16 @@ class UltraMemLayer(nn.Module):
             return self.keys, self.key_norm
         return self.keys, self.key_norm, self.cores
 
+    def _cache_placement(self) -> list[tuple[torch.device, torch.dtype]]:
+        return [(p.device, p.dtype) for p in self._cache_parameters()]
+
     def _fill_cache(self, dtype: torch.dtype) -> CachedRetrieval:
         # Ordinary tensors, also under inference_mode: they are written again in place.
         with torch.inference_mode(False), torch.no_grad():
             keys = ops.rms_norm(self.keys.to(dtype), self.key_norm, eps=self.config.eps)
             filter_ = None if self.cores is None else ops.tucker_filter(self.cores)[:2]
             entry = self._cache.get(dtype)
-            if entry is None:
+            if entry is None or not entry.fits(keys, filter_):
                 entry = self._cache[dtype] = CachedRetrieval(keys, filter_)
             else:
                 entry.update(keys, filter_)
@@ -277,8 +298,13 @@ class UltraMemLayer(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> UltraMemLayer:
+        before = self._cache_placement()
         super()._apply(fn, recurse)
-        self._cache.clear()
+        if self._cache_placement() == before:
+            # A move to where the layer already is must not free what captured graphs read.
+            self._invalidate_cache()
+        else:
+            self._cache.clear()
         if self.shuffle_index is not None:
             self.addressing = self.addressing._with_permutation(self.shuffle_index)
         return self

@@ -28,6 +28,7 @@ from .addressing import SlotAddressing
 __all__ = ["product_key_topk", "rms_norm", "tucker_filter", "tucker_query", "value_ffn"]
 
 _MAX_AXIS_TOPK = 128
+_MAX_TOPK = 1024
 _MODES = ("tucker", "additive")
 
 
@@ -40,6 +41,11 @@ def _accumulation_cast(op: str, name: str, tensor: Tensor, like: torch.dtype) ->
     if not tensor.is_floating_point():
         raise TypeError(f"{op}: {name} must be of a floating-point dtype, got {tensor.dtype}")
     return tensor.to(_accumulation_dtype(like))
+
+
+def _check_rank(op: str, name: str, tensor: Tensor, layout: str, rank: int) -> None:
+    if tensor.dim() != rank:
+        raise ValueError(f"{op}: {name} must be {layout}, got {list(tensor.shape)}")
 
 
 def _cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -66,7 +72,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6) -> Tensor:
     Returns:
         Like x, rounded once.
     """
-    _library.require()
+    _library.require(x.device.type)
     gain = _accumulation_cast("rms_norm", "weight", weight, x.dtype)
     return torch.ops.ultramem.rms_norm(x, gain, eps)
 
@@ -112,7 +118,7 @@ def tucker_query(
 
     Source: UltraMemV2 (arXiv 2508.18756), section 3.2.
     """
-    _library.require()
+    _library.require(x.device.type)
     x, weight = _cast_for_autocast(x, weight)
     gain = _accumulation_cast("tucker_query", "norm_weight", norm_weight, x.dtype)
     query, _ = torch.ops.ultramem.tucker_query(x, weight, gain, num_heads, eps)
@@ -122,6 +128,13 @@ def tucker_query(
 def _tucker_query_fake(
     x: Tensor, weight: Tensor, norm_weight: Tensor, num_heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:
+    _check_rank("tucker_query", "x", x, "[T, D]", 2)
+    _check_rank("tucker_query", "weight", weight, "[2*H*Q*Kd, D]", 2)
+    if x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"tucker_query: weight must be [2*H*Q*Kd, D] = [*, {x.shape[1]}], "
+            f"got {list(weight.shape)}"
+        )
     key_dim = norm_weight.shape[0]
     num_queries = weight.shape[0] // (2 * num_heads * key_dim)
     query = x.new_empty((x.shape[0], 2, num_heads, num_queries, key_dim))
@@ -186,13 +199,14 @@ def tucker_filter(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Source: UltraMem (arXiv 2411.12364), section 3.
     """
-    _library.require()
+    _library.require(core.device.type)
     core = _accumulation_cast("tucker_filter", "core", core, core.dtype)
     u, t, sigma, _, _ = torch.ops.ultramem.tucker_filter(core)
     return u, t, sigma
 
 
 def _tucker_filter_fake(core: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_rank("tucker_filter", "core", core, "[C, H, R, R]", 4)
     _, heads, rank, _ = core.shape
     vectors = [core.new_empty((heads, rank)) for _ in range(3)]
     matrices = [core.new_empty((heads, rank, rank)) for _ in range(2)]
@@ -202,20 +216,28 @@ def _tucker_filter_fake(core: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, T
 def _tucker_filter_setup(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, ...]) -> None:
     (core,) = inputs
     u, t, _, left, right = output
-    ctx.num_cores = core.shape[0]
     ctx.mark_non_differentiable(u, t, left, right)
-    ctx.save_for_backward(left, right)
+    ctx.save_for_backward(core, left, right)
 
 
-def _tucker_filter_backward(ctx: Any, *grads: Tensor | None) -> Tensor | None:
-    if torch.is_grad_enabled():
-        _raise_double_backward("tucker_filter")
-    grad_sigma = grads[2]
-    if grad_sigma is None:
-        return None
-    left, right = ctx.saved_tensors
+def _tucker_filter_backward(ctx: Any, *grads: Tensor) -> Tensor:
+    core, left, right = ctx.saved_tensors
+    return torch.ops.ultramem.tucker_filter_bwd(grads[2], core, left, right)
+
+
+def _tucker_filter_bwd(grad_sigma: Tensor, core: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """d sigma_i / d core_c = u_i t_i^T, the same for every core: [H, R] -> [C, H, R, R].
+
+    Takes core so that differentiating again is seen to depend on it, and refused.
+    """
     grad = (left * grad_sigma.unsqueeze(-2)) @ right.transpose(-1, -2)
-    return grad.expand(ctx.num_cores, *grad.shape)
+    return grad.repeat(core.shape[0], 1, 1, 1)
+
+
+def _tucker_filter_bwd_fake(
+    grad_sigma: Tensor, core: Tensor, left: Tensor, right: Tensor
+) -> Tensor:
+    return core.new_empty(core.shape)
 
 
 # ---- product_key_topk ----------------------------------------------------------------------------
@@ -266,9 +288,11 @@ def product_key_topk(
 
     Source: UltraMem (arXiv 2411.12364), section 3; PKM (arXiv 1907.05242).
     """
-    _library.require()
+    _library.require(query.device.type)
     if mode not in _MODES:
         raise ValueError(f"product_key_topk: mode must be one of {_MODES}, got {mode!r}")
+    _check_rank("product_key_topk", "query", query, "[T, 2, H, Q, Kd]", 5)
+    _check_rank("product_key_topk", "keys", keys, "[H, 2, R, n, Kd]", 5)
     query, keys = _cast_for_autocast(query, keys)
     if key_norm_weight is not None:
         if key_norm_weight.shape != keys.shape[-1:]:
@@ -280,6 +304,7 @@ def product_key_topk(
     if axis_topk is None:
         axis_topk = min(keys.shape[-2], topk, _MAX_AXIS_TOPK)
     if core is not None:
+        _check_rank("product_key_topk", "core", core, "[C, H, R, R]", 4)
         core = _accumulation_cast("product_key_topk", "core", core, query.dtype)
         if (u is None) != (t is None):
             raise ValueError("product_key_topk: u and t go together: give both or neither")
@@ -304,7 +329,17 @@ def _product_key_topk_fake(
     mode: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens, _, heads, _, _ = query.shape
-    rank = keys.shape[2]
+    rank, num_keys = keys.shape[2:4]
+    if not 1 <= axis_topk <= min(num_keys, _MAX_AXIS_TOPK):
+        raise ValueError(
+            f"product_key_topk: axis_topk must be in 1..min(n, 128) with n = {num_keys}, "
+            f"got {axis_topk}"
+        )
+    if not 1 <= topk <= min(axis_topk**2, _MAX_TOPK):
+        raise ValueError(
+            "product_key_topk: topk must be in 1..min(axis_topk^2, 1024) with "
+            f"axis_topk = {axis_topk}, got {topk}"
+        )
     cores = 1 if core is None else core.shape[0]
     acc = _accumulation_dtype(query.dtype)
     return (
@@ -412,13 +447,16 @@ def value_ffn(
     Gradients go to scores, pre_input, values and pre_values. Those of the tables are dense,
     accumulated in the accumulation dtype and rounded once. Where the tables have an attribute
     ``main_grad`` (contiguous, float32, or float64 for float64) they are accumulated there in place
-    instead: ``.grad`` stays None and ``grad_added_to_main_grad`` is set to True.
+    instead: ``.grad`` stays None and ``grad_added_to_main_grad`` is set to True by the backward
+    (under torch.compile: by the forward). Any backward through the operator then adds to it, one
+    that was asked for other gradients only (``torch.autograd.grad``) too; with
+    ``create_graph=True`` it raises.
 
     Under autocast pre_input is cast; tables and scores never.
 
     Source: PEER (arXiv 2407.04153); UltraMemV2 (arXiv 2508.18756), section 3.
     """
-    _library.require()
+    _library.require(values.device.type)
     if pre_input is not None:
         (pre_input,) = _cast_for_autocast(pre_input)
     permutation: Tensor | None = None
@@ -459,18 +497,37 @@ def value_ffn(
 
 def _main_grads(values: Tensor, pre_values: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """The buffers that the gradients of the tables go to, for those that train and have one."""
-    trained = [t for t in (values, pre_values) if t is not None and t.requires_grad]
+    tables = {"values": values, "pre_values": pre_values}
+    trained = {name: t for name, t in tables.items() if t is not None and t.requires_grad}
     if not trained or not torch.is_grad_enabled():
         return None, None
-    buffers = [getattr(table, "main_grad", None) for table in trained]
-    if all(buffer is None for buffer in buffers):
+    buffers = {name: getattr(table, "main_grad", None) for name, table in trained.items()}
+    if all(buffer is None for buffer in buffers.values()):
         return None, None
-    if any(buffer is None for buffer in buffers):
-        raise ValueError("value_ffn: values and pre_values must both have a main_grad, or neither")
-    for table in trained:
-        table.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    by_table = dict(zip(map(id, trained), buffers, strict=True))
-    return by_table.get(id(values)), by_table.get(id(pre_values))
+    for name, buffer in buffers.items():
+        table = trained[name]
+        if buffer is None:
+            raise ValueError(
+                "value_ffn: values and pre_values must both have a main_grad, or neither"
+            )
+        layout = "[N, Dv]" if name == "values" else "[N, Dp]"
+        if buffer.shape != table.shape:
+            raise ValueError(
+                f"value_ffn: {name}.main_grad must be {layout} = {list(table.shape)}, "
+                f"got {list(buffer.shape)}"
+            )
+        expected = _accumulation_dtype(table.dtype)
+        if buffer.dtype != expected or buffer.device != table.device:
+            raise ValueError(
+                f"value_ffn: {name}.main_grad must be {expected} on {table.device}, "
+                f"got {buffer.dtype} on {buffer.device}"
+            )
+        if not buffer.is_contiguous():
+            raise ValueError(f"value_ffn: {name}.main_grad must be contiguous")
+        if torch.compiler.is_compiling():
+            # The backward is then not run as Python, and cannot set it.
+            table.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return buffers.get("values"), buffers.get("pre_values")
 
 
 def _value_ffn_fake(
@@ -491,6 +548,9 @@ def _value_ffn_fake(
     seed: int,
     sum_groups: bool,
 ) -> tuple[Tensor, Tensor]:
+    _check_rank("value_ffn", "indices", indices, "[T, S]", 2)
+    _check_rank("value_ffn", "scores", scores, "[T, S, C]", 3)
+    _check_rank("value_ffn", "values", values, "[N, Dv]", 2)
     tokens, selected = indices.shape
     width = values.shape[1]
     shape = (tokens, width) if sum_groups else (tokens, expand, width)
@@ -546,6 +606,7 @@ def _value_ffn_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
     indices, scores, values, pre_values, pre_input, permutation = inputs[:6]
     # Not saved tensors: their version counters move between layers that share the table.
     ctx.values_main_grad, ctx.pre_values_main_grad = inputs[6:8]
+    ctx.tables = (values, pre_values)
     ctx.options = inputs[8:]
     _, pre_activation = output
     ctx.mark_non_differentiable(pre_activation)
@@ -590,6 +651,11 @@ def _value_ffn_backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Any, ...]:
         grad_scores, grad_pre_input = torch.ops.ultramem.value_ffn_bwd_main_grad(
             *arguments, ctx.values_main_grad, ctx.pre_values_main_grad
         )
+        for table, buffer in zip(
+            ctx.tables, (ctx.values_main_grad, ctx.pre_values_main_grad), strict=True
+        ):
+            if buffer is not None:
+                table.grad_added_to_main_grad = True
     return (
         None,
         grad_scores if need_scores else None,
@@ -639,6 +705,9 @@ if _library.is_loaded():
     _register("tucker_query", _tucker_query_fake, _tucker_query_setup, _tucker_query_backward)
     _register("tucker_query_bwd", _tucker_query_bwd_fake)
     _register("tucker_filter", _tucker_filter_fake, _tucker_filter_setup, _tucker_filter_backward)
+    # A few R x R products: torch's own serve every device.
+    torch.library.custom_op("ultramem::tucker_filter_bwd", _tucker_filter_bwd, mutates_args=())
+    _register("tucker_filter_bwd", _tucker_filter_bwd_fake)
     _register(
         "product_key_topk",
         _product_key_topk_fake,

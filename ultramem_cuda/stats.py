@@ -73,7 +73,8 @@ class SlotUsage:
     changes nothing else.
 
     Attributes:
-        counts: int64 [window]; entry i is row (offset + i) % num_slots of the table.
+        counts: int64 [window]; entry i is row (offset + i) % num_slots of the table. It follows the
+            indices to their device.
     """
 
     def __init__(
@@ -84,7 +85,13 @@ class SlotUsage:
 
     @torch.no_grad()
     def update(self, indices: Tensor) -> None:
-        """Count virtual indices, an integer tensor of any shape."""
+        """Count virtual indices, an integer tensor of any shape.
+
+        Where they lie on another device than before, as after ``model.to``, the counts move there.
+        """
+        if self.counts.device != indices.device:
+            self.counts = self.counts.to(indices.device)
+            self.addressing = self.addressing.to(indices.device)
         slots, _ = self.addressing.slots(indices.reshape(-1))
         local = (slots - self.addressing.offset) % self.addressing.num_slots
         self.counts.index_add_(0, local, torch.ones_like(local))

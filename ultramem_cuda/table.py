@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -30,7 +32,7 @@ class MemoryTable(nn.Module):
         init_std: standard deviation of the normal initialisation of both parameters.
 
     Raises:
-        ValueError: naming the argument, what it was and what it must be.
+        TypeError, ValueError: naming the argument, what it was and what it must be.
         NotImplementedError: ``grad_mode="deferred"``.
     """
 
@@ -52,10 +54,19 @@ class MemoryTable(nn.Module):
         for name, value, low in (
             ("num_slots", num_slots, 1),
             ("value_dim", value_dim, 1),
-            ("pre_value_dim", pre_value_dim or 0, 0),
+            ("pre_value_dim", 0 if pre_value_dim is None else pre_value_dim, 0),
         ):
+            if isinstance(value, bool) or not isinstance(value, int):
+                wanted = "an int or None" if name == "pre_value_dim" else "an int"
+                raise TypeError(f"{name}: must be {wanted}, got {value!r}")
             if value < low:
                 raise ValueError(f"{name}: must be at least {low}, got {value}")
+        if isinstance(init_std, bool) or not isinstance(init_std, int | float):
+            raise TypeError(f"init_std: must be a number, got {init_std!r}")
+        if not (math.isfinite(init_std) and init_std >= 0.0):
+            raise ValueError(f"init_std: must be finite and not negative, got {init_std}")
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype: must be a torch.dtype or None, got {dtype!r}")
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype: must be a floating-point type, got {dtype}")
         if grad_mode == "deferred":

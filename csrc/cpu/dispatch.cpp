@@ -1,6 +1,7 @@
 // Chooses the instruction set, once. Compiled without instruction-set flags.
+#include <strings.h>
+
 #include <cstdlib>
-#include <cstring>
 
 #include "kernel_table.h"
 #include "ultramem/device_info.h"
@@ -23,8 +24,8 @@ bool machine_has_avx512() {
 
 const KernelTable& choose_kernel_table() {
   const char* limit = std::getenv("ULTRAMEM_CPU_CAPABILITY");
-  const bool allow_avx2 = limit == nullptr || std::strcmp(limit, "default") != 0;
-  const bool allow_avx512 = allow_avx2 && (limit == nullptr || std::strcmp(limit, "avx2") != 0);
+  const bool allow_avx2 = limit == nullptr || strcasecmp(limit, "default") != 0;
+  const bool allow_avx512 = allow_avx2 && (limit == nullptr || strcasecmp(limit, "avx2") != 0);
   __builtin_cpu_init();
   if (allow_avx512 && machine_has_avx512()) return AVX512::kernel_table();
   if (allow_avx2 && machine_has_avx2()) return AVX2::kernel_table();

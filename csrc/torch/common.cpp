@@ -47,6 +47,12 @@ const char* dtype_name(ScalarType type) {
   }
 }
 
+std::string device_name(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "cpu";
+  if (!tensor.is_cuda()) return "another device";
+  return "cuda:" + std::to_string(tensor.get_device_index());
+}
+
 void torch_pool_parallel_for(int64_t begin, int64_t end, int64_t grain, Executor::Body body,
                              void* context) {
   torch::stable::parallel_for(begin, end, grain,
@@ -87,8 +93,11 @@ ScalarType scalar_type(DType dtype) {
   return ScalarType::Float;
 }
 
-OpContext::OpContext(const char* op, const Tensor& reference)
-    : op_(op), reference_(reference), is_cuda_(reference.is_cuda()) {
+OpContext::OpContext(const char* op, const char* reference_name, const Tensor& reference)
+    : op_(op),
+      reference_name_(reference_name),
+      reference_(reference),
+      is_cuda_(reference.is_cuda()) {
   if (is_cuda_) {
     guard_.emplace(reference.get_device_index());
     stream_ = current_cuda_stream(reference.get_device_index());
@@ -123,8 +132,8 @@ void OpContext::check_shape(const char* name, const Tensor& tensor, const char* 
   const bool same_device =
       tensor.is_cuda() == is_cuda_ && tensor.is_cpu() == reference_.is_cpu() &&
       (!is_cuda_ || tensor.get_device_index() == reference_.get_device_index());
-  require(same_device, op_, ": ", name,
-          " must be on the device of the operator's first tensor argument");
+  require(same_device, op_, ": ", name, " must be on the device of ", reference_name_, ", ",
+          device_name(reference_), ", got ", device_name(tensor));
   bool matches = tensor.dim() == static_cast<int64_t>(sizes.size());
   std::string expected = "[";
   int64_t i = 0;

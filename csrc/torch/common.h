@@ -26,10 +26,10 @@ using OptionalTensor = std::optional<Tensor>;
 // One operator call: where it runs, and how its errors begin.
 class OpContext {
  public:
-  // Everything runs on the device of `reference`, which becomes the current device.
-  OpContext(const char* op, const Tensor& reference);
+  // Everything runs on the device of `reference`, the argument of that name, which becomes the
+  // current device.
+  OpContext(const char* op, const char* reference_name, const Tensor& reference);
 
-  const char* op() const { return op_; }
   bool is_cuda() const { return is_cuda_; }
   const Executor& executor() const { return executor_; }
   Stream stream() const { return stream_; }
@@ -52,6 +52,7 @@ class OpContext {
 
  private:
   const char* op_;
+  const char* reference_name_;
   const Tensor& reference_;
   bool is_cuda_;
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;

@@ -77,7 +77,7 @@ void check_topk(const OpContext& context, const ProductKeyTopkParams& params, in
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> product_key_topk(
     Tensor query, Tensor keys, OptionalTensor core, OptionalTensor u, OptionalTensor t,
     int64_t topk, int64_t axis_topk, std::string mode) {
-  const OpContext context("product_key_topk", query);
+  const OpContext context("product_key_topk", "query", query);
   query = as_contiguous(query);
   keys = as_contiguous(keys);
   core = as_contiguous(core);
@@ -123,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> product_key_topk_bwd(Tensor grad_scores, Tens
                                                         Tensor grid_positions, std::string mode,
                                                         bool need_query, bool need_keys,
                                                         bool need_core) {
-  const OpContext context("product_key_topk_bwd", query);
+  const OpContext context("product_key_topk_bwd", "query", query);
   query = as_contiguous(query);
   keys = as_contiguous(keys);
   core = as_contiguous(core);

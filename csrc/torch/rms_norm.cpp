@@ -25,7 +25,7 @@ RmsNormParams make_params(const OpContext& context, const Tensor& x, const Tenso
 }  // namespace
 
 Tensor rms_norm(Tensor x, Tensor weight, double eps) {
-  const OpContext context("rms_norm", x);
+  const OpContext context("rms_norm", "x", x);
   x = as_contiguous(x);
   weight = as_contiguous(weight);
   RmsNormParams params = make_params(context, x, weight, eps);
@@ -36,7 +36,7 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps) {
 }
 
 std::tuple<Tensor, Tensor> rms_norm_bwd(Tensor grad_y, Tensor x, Tensor weight, double eps) {
-  const OpContext context("rms_norm_bwd", x);
+  const OpContext context("rms_norm_bwd", "x", x);
   grad_y = as_contiguous(grad_y);
   x = as_contiguous(x);
   weight = as_contiguous(weight);

@@ -1,11 +1,24 @@
 // tucker_query and tucker_filter. The projection and its gradients are torch's matrix products;
 // the norm between them is ours.
+#include <array>
+
 #include "ops.h"
 #include "ultramem/rms_norm.h"
 #include "ultramem/tucker_filter.h"
 
 namespace ultramem::torch_binding {
 namespace {
+
+// a [M, K] times b [K, N], in their dtype. The out variant, because autocast, which would change
+// the dtype under an operator that was called inside it, leaves that alone.
+Tensor matmul(const OpContext& context, const Tensor& a, const Tensor& b) {
+  const Tensor out = context.empty({a.size(0), b.size(1)}, a.scalar_type());
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
 
 struct QueryShape {
   int64_t num_tokens, d_model, num_heads, num_queries, key_dim;
@@ -36,10 +49,10 @@ QueryShape check_query_arguments(const OpContext& context, const Tensor& x, cons
 
 std::tuple<Tensor, Tensor> tucker_query(Tensor x, Tensor weight, Tensor norm_weight,
                                         int64_t num_heads, double eps) {
-  const OpContext context("tucker_query", x);
+  const OpContext context("tucker_query", "x", x);
   const QueryShape shape = check_query_arguments(context, x, weight, norm_weight, num_heads, eps);
   norm_weight = as_contiguous(norm_weight);
-  Tensor projection = as_contiguous(matmul(x, transpose(weight, 0, 1)));
+  Tensor projection = matmul(context, x, transpose(weight, 0, 1));
   Tensor query = context.empty(
       {shape.num_tokens, 2, shape.num_heads, shape.num_queries, shape.key_dim}, x.scalar_type());
 
@@ -58,7 +71,7 @@ std::tuple<Tensor, Tensor> tucker_query(Tensor x, Tensor weight, Tensor norm_wei
 std::tuple<Tensor, Tensor, Tensor> tucker_query_bwd(Tensor grad_query, Tensor x, Tensor weight,
                                                     Tensor norm_weight, Tensor projection,
                                                     double eps, bool need_x, bool need_weight) {
-  const OpContext context("tucker_query_bwd", x);
+  const OpContext context("tucker_query_bwd", "x", x);
   grad_query = as_contiguous(grad_query);
   norm_weight = as_contiguous(norm_weight);
   projection = as_contiguous(projection);
@@ -82,14 +95,14 @@ std::tuple<Tensor, Tensor, Tensor> tucker_query_bwd(Tensor grad_query, Tensor x,
   context.check(ULTRAMEM_CALL(context, rms_norm_bwd, params));
 
   const ScalarType dtype = x.scalar_type();
-  Tensor grad_x = need_x ? matmul(grad_projection, weight) : context.empty({0}, dtype);
-  Tensor grad_weight =
-      need_weight ? matmul(transpose(grad_projection, 0, 1), x) : context.empty({0}, dtype);
+  Tensor grad_x = need_x ? matmul(context, grad_projection, weight) : context.empty({0}, dtype);
+  Tensor grad_weight = need_weight ? matmul(context, transpose(grad_projection, 0, 1), x)
+                                   : context.empty({0}, dtype);
   return {grad_x, grad_weight, grad_norm_weight};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tucker_filter(Tensor core) {
-  const OpContext context("tucker_filter", core);
+  const OpContext context("tucker_filter", "core", core);
   core = as_contiguous(core);
   TuckerFilterParams params;
   params.dtype = context.dtype("core", core);

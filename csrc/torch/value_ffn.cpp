@@ -205,7 +205,7 @@ std::tuple<Tensor, Tensor> value_ffn(
     OptionalTensor pre_input, OptionalTensor permutation, OptionalTensor /*values_main_grad*/,
     OptionalTensor /*pre_values_main_grad*/, std::string activation, int64_t window, int64_t offset,
     int64_t expand, std::string shuffle, int64_t num_keys, int64_t seed, bool sum_groups) {
-  const OpContext context("value_ffn", values);
+  const OpContext context("value_ffn", "values", values);
   indices = as_contiguous(indices);
   scores = as_contiguous(scores);
   values = as_contiguous(values);
@@ -238,7 +238,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> value_ffn_bwd(
     OptionalTensor pre_input, Tensor pre_activation, OptionalTensor permutation,
     std::string activation, int64_t window, int64_t offset, int64_t expand, std::string shuffle,
     int64_t num_keys, int64_t seed, bool sum_groups, bool need_values, bool need_pre_values) {
-  const OpContext context("value_ffn_bwd", values);
+  const OpContext context("value_ffn_bwd", "values", values);
   Backward backward(context, grad_out, indices, scores, values, pre_values, pre_input,
                     pre_activation, permutation, activation,
                     {permutation, window, offset, expand, shuffle, num_keys, seed}, sum_groups);
@@ -262,7 +262,7 @@ std::tuple<Tensor, Tensor> value_ffn_bwd_main_grad(
     std::string activation, int64_t window, int64_t offset, int64_t expand, std::string shuffle,
     int64_t num_keys, int64_t seed, bool sum_groups, OptionalTensor values_main_grad,
     OptionalTensor pre_values_main_grad) {
-  const OpContext context("value_ffn_bwd_main_grad", values);
+  const OpContext context("value_ffn_bwd_main_grad", "values", values);
   Backward backward(context, grad_out, indices, scores, values, pre_values, pre_input,
                     pre_activation, permutation, activation,
                     {permutation, window, offset, expand, shuffle, num_keys, seed}, sum_groups);

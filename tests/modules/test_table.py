@@ -47,6 +47,14 @@ def test_without_pre_values(pre_value_dim: int | None) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
+        ({"num_slots": 4.0}, TypeError, r"num_slots: must be an int, got 4\.0"),
+        ({"num_slots": "4"}, TypeError, r"num_slots: must be an int, got '4'"),
+        ({"num_slots": True}, TypeError, r"num_slots: must be an int, got True"),
+        ({"value_dim": None}, TypeError, r"value_dim: must be an int, got None"),
+        ({"pre_value_dim": 0.0}, TypeError, r"pre_value_dim: must be an int or None, got 0\.0"),
+        ({"init_std": "1"}, TypeError, r"init_std: must be a number, got '1'"),
+        ({"init_std": -1.0}, ValueError, r"init_std: must be finite and not negative, got -1\.0"),
+        ({"dtype": "half"}, TypeError, r"dtype: must be a torch\.dtype or None, got 'half'"),
         ({"num_slots": 0}, ValueError, r"num_slots: must be at least 1, got 0"),
         ({"value_dim": -3}, ValueError, r"value_dim: must be at least 1, got -3"),
         ({"pre_value_dim": -1}, ValueError, r"pre_value_dim: must be at least 0, got -1"),

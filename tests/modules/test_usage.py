@@ -69,6 +69,30 @@ def test_collectors_come_and_go() -> None:
     assert inner["memory"].summary().reads == 2 * 7
 
 
+def test_counts_and_shuffle_follow_the_indices_to_their_device() -> None:
+    layer, _ = layer_and_table(shuffle="permutation", key_expand=2)
+    usage = stats.SlotUsage(layer.addressing)
+    usage.update(torch.arange(5))
+    assert usage.counts.sum() == 5
+    # The one other device that every machine has.
+    usage.update(torch.arange(5, device="meta"))
+    assert usage.counts.is_meta
+    assert isinstance(usage.addressing.shuffle, torch.Tensor)
+    assert usage.addressing.shuffle.is_meta
+
+
+@pytest.mark.gpu
+def test_counts_across_a_move_inside_the_block() -> None:
+    layer, table = layer_and_table()
+    x = tokens(3, 24)
+    with stats.collect_usage(layer) as usage:
+        layer(x, table)
+        layer.to("cuda")
+        layer(x.cuda(), table.to("cuda"))
+    assert usage[""].counts.is_cuda
+    assert usage[""].summary().reads == 2 * 21
+
+
 def test_counts_under_compile() -> None:
     layer, table = layer_and_table()
     torch._dynamo.reset()

@@ -448,7 +448,8 @@ def test_mixed_devices_are_refused(call: str, name: str, stray_device: str) -> N
     other = "cuda" if stray_device == "cpu" else "cpu"
     arguments = make(other)
     arguments[name] = arguments[name].to(stray_device)
-    with pytest.raises(ERRORS, match=rf"{name} must be on the device of the operator's first"):
+    message = rf"{name} must be on the device of \w+, {other}(:0)?, got {stray_device}(:0)?$"
+    with pytest.raises(ERRORS, match=message):
         function(**arguments)
 
 
@@ -470,6 +471,6 @@ def test_nothing_is_written_before_a_refusal(device: str) -> None:
     for name in ("values", "pre_values"):
         arguments[name].requires_grad_().main_grad = torch.zeros_like(arguments[name])
     arguments["pre_values"].main_grad = zeros(20, 4, device=device)
-    with pytest.raises(RuntimeError, match=r"pre_values.main_grad must be \[N, Dp\] = \[20, 5\]"):
-        ops.value_ffn(**arguments).sum().backward()
+    with pytest.raises(ValueError, match=r"pre_values.main_grad must be \[N, Dp\] = \[20, 5\]"):
+        ops.value_ffn(**arguments)
     assert not arguments["values"].main_grad.any()

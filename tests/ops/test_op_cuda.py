@@ -131,7 +131,8 @@ def test_tensors_of_two_gpus_are_refused() -> None:
 
 
 def test_agrees_with_the_cpu() -> None:
-    inputs = make_inputs("cuda")
+    """In float32: bfloat16 queries that round apart can select other slots."""
+    inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs("cuda")]
     host = [tensor.detach().cpu().requires_grad_() for tensor in inputs]
     for a, b in zip(forward_backward(inputs), forward_backward(host), strict=True):
-        torch.testing.assert_close(a.cpu().float(), b.float(), rtol=5e-2, atol=5e-2)
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-5 * b.abs().max().item())

@@ -46,6 +46,14 @@ def tucker_filter_args(
     return (data.normal(3, 2, 4, 4, dtype=accumulation_dtype(dtype), requires_grad=grad),)
 
 
+def tucker_filter_bwd_args(
+    data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5
+) -> tuple[Any, ...]:
+    (core,) = tucker_filter_args(data, dtype, grad, tokens)
+    _, _, sigma, left, right = torch.ops.ultramem.tucker_filter(core.detach())
+    return torch.ones_like(sigma), core, left, right
+
+
 def product_key_topk_args(
     data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5
 ) -> tuple[Any, ...]:
@@ -136,6 +144,7 @@ FORWARDS: dict[str, tuple[str, MakeArgs]] = {
 BACKWARDS: dict[str, tuple[str, MakeArgs]] = {
     "rms_norm_bwd": ("rms_norm_bwd", rms_norm_bwd_args),
     "tucker_query_bwd": ("tucker_query_bwd", tucker_query_bwd_args),
+    "tucker_filter_bwd": ("tucker_filter_bwd", tucker_filter_bwd_args),
     "product_key_topk_bwd": ("product_key_topk_bwd", product_key_topk_bwd_args),
     "product_key_topk_bwd_additive": ("product_key_topk_bwd", additive_bwd_args),
     "value_ffn_bwd": ("value_ffn_bwd", value_ffn_bwd_args),
@@ -254,3 +263,11 @@ def test_vmap_raises(device: str, name: str) -> None:
     batch = tuple(torch.stack([tensor.detach()] * 2) for tensor in inputs)
     with pytest.raises(NotImplementedError, match=f"{name}: vmap is not supported"):
         torch.vmap(function)(*batch)
+
+
+def test_create_graph_is_accepted_where_nobody_differentiates_twice(device: str) -> None:
+    """A gradient penalty elsewhere in the model runs every backward with create_graph=True."""
+    core = Data(12, device).normal(2, 1, 2, 2, requires_grad=True)
+    (grad,) = torch.autograd.grad(ops.tucker_filter(core)[2].sum(), core, create_graph=True)
+    with pytest.raises(RuntimeError, match="tucker_filter: differentiating twice"):
+        grad.sum().backward()

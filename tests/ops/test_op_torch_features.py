@@ -201,6 +201,17 @@ def test_autocast_value_ffn(device: str, dtype: torch.dtype) -> None:
         assert grad.dtype == torch.float32
 
 
+def test_autocast_leaves_the_raw_operator_alone(device: str) -> None:
+    """Called under torch.ops, float32 stays float32: its product is not autocast's to change."""
+    data = Data(11, device)
+    x, weight, gain = data.normal(5, 16), data.normal(2 * 2 * 8, 16), data.normal(8)
+    expected, _ = torch.ops.ultramem.tucker_query(x, weight, gain, 1, 1e-6)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        query, projection = torch.ops.ultramem.tucker_query(x, weight, gain, 1, 1e-6)
+    assert projection.dtype == torch.float32
+    assert torch.equal(query, expected)
+
+
 def test_autocast_leaves_float64_alone() -> None:
     data = Data(5)
     x, weight = data.normal(3, 5, dtype=torch.float64), data.normal(12, 5, dtype=torch.float64)

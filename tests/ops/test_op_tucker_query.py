@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -42,9 +43,18 @@ def check_tucker_query(
     expected_grads = ref.tucker_query_bwd(array(upstream), *inputs, num_heads)
     # The projection is rounded to x's dtype before the norm, and so is its gradient.
     bound = max(GRADIENT_BOUND[x.dtype], GRADIENT_BOUND[norm_weight.dtype])
-    names = ("grad_x", "grad_weight", "grad_norm_weight")
-    for name, grad, wanted in zip(names, grads, expected_grads, strict=True):
-        check_gradient(name, grad, wanted, bound=bound)
+    tokens, rows, gain = x.shape[0], weight.shape[0], inputs[2]
+    projection = (inputs[0] @ inputs[1].T).reshape(expected.shape)
+    grad_projection, _ = ref.rms_norm_bwd(array(upstream), projection, gain)
+    grad_projection = grad_projection.reshape(tokens, rows)
+    gain_terms = (array(upstream) * expected / gain).reshape(-1, gain.size)
+    sizes = {
+        "grad_x": grad_projection**2 @ inputs[1] ** 2,
+        "grad_weight": grad_projection.T**2 @ inputs[0] ** 2,
+        "grad_norm_weight": np.square(gain_terms).sum(axis=0),
+    }
+    for (name, size), grad, wanted in zip(sizes.items(), grads, expected_grads, strict=True):
+        check_gradient(name, grad, wanted, np.sqrt(size), bound=bound)
 
 
 @given(
@@ -52,7 +62,8 @@ def check_tucker_query(
     d_model=st.integers(8, 90),
     num_heads=st.integers(1, 3),
     num_queries=st.integers(1, 4),
-    key_dim=st.integers(5, 70),
+    # The bound is of a norm over many elements, rounded twice: the projection and the query.
+    key_dim=st.integers(16, 70),
     seed=st.integers(0, 2**32),
 )
 def test_drawn_shapes(
@@ -74,6 +85,14 @@ def test_drawn_shapes(
         num_heads,
         seed,
     )
+
+
+@pytest.mark.parametrize("key_dim", [3, 5, 7])
+def test_short_keys(device_dtype: tuple[str, torch.dtype], key_dim: int) -> None:
+    device, dtype = device_dtype
+    data = Data(key_dim, device)
+    weight = data.normal(2 * 2 * 3 * key_dim, 24, dtype=dtype, scale=24**-0.5)
+    check_tucker_query(data.normal(129, 24, dtype=dtype), weight, data.gains(key_dim), 2)
 
 
 def test_fixed_shape(device_dtype: tuple[str, torch.dtype]) -> None:

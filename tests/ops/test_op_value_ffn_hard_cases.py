@@ -193,16 +193,32 @@ def test_extreme_pre_activations(device_dtype: tuple[str, torch.dtype], activati
 
 
 def test_relu_at_zero(device: str) -> None:
-    """Derivative 0 at 0, as torch has it; NaN passes."""
+    """Derivative 0 at 0, as torch has it; NaN passes, forward and backward."""
     pre_input = torch.tensor([[0.0], [-0.0], [math.nan]], device=device, requires_grad=True)
     one = torch.ones(1, 1, device=device)
     indices = torch.zeros(3, 1, dtype=torch.int64, device=device)
     scores = torch.ones(3, 1, 1, device=device)
     out = ops.value_ffn(indices, scores, one, one, pre_input, activation="relu")
-    out[:2].sum().backward()
+    out.backward(torch.ones_like(out))
     assert out[:2].flatten().tolist() == [0.0, 0.0]
     assert torch.isnan(out[2]).all()
-    assert pre_input.grad[:2].flatten().tolist() == [0.0, 0.0]
+    # The upstream gradient of the NaN row is finite, and its relu is passed: as torch has it.
+    assert pre_input.grad.flatten().tolist() == [0.0, 0.0, 1.0]
+
+
+def test_gelu_keeps_its_left_tail(device: str) -> None:
+    """Where 1 + erf cancels: the relative error stays that of float32."""
+    pre_input = torch.tensor([[-3.0], [-4.0], [-5.0], [-6.0]], device=device, requires_grad=True)
+    one = torch.ones(1, 1, device=device)
+    indices = torch.zeros(4, 1, dtype=torch.int64, device=device)
+    scores = torch.ones(4, 1, 1, device=device)
+    out = ops.value_ffn(indices, scores, one, one, pre_input, activation="gelu")
+    out.sum().backward()
+    exact = pre_input.detach().double().requires_grad_()
+    expected = exact * torch.special.erfc(exact * -(0.5**0.5)) / 2
+    expected.sum().backward()
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(pre_input.grad.double(), exact.grad, rtol=1e-5, atol=0)
 
 
 def test_window_goes_around_the_end_of_the_table(device: str) -> None:

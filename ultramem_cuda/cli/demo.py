@@ -164,7 +164,8 @@ def _heading(text: str) -> None:
 
 
 def _cpu_description() -> str:
-    return f"{doctor.processor_name()}, {torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    return f"{doctor.processor_name()}, {count} thread{'' if count == 1 else 's'}"
 
 
 def _make_directory(path: Path) -> None:

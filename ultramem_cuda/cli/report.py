@@ -418,7 +418,7 @@ def _bytes(value: float) -> str:
     for size, suffix in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if value >= size:
             return f"{value / size:.3g} {suffix}"
-    return f"{value:g} B"
+    return f"{value:.3g} B"
 
 
 def _e(text: str) -> str:

@@ -224,12 +224,6 @@ inline Vec<AccOf<T>> load_partial(const T* p, int64_t count) {
   for (int64_t i = 0; i < count; ++i) padded[i] = p[i];
   return load(padded);
 }
-template <typename T>
-inline void store_partial(T* p, Vec<AccOf<T>> v, int64_t count) {
-  T padded[kLanes<AccOf<T>>];
-  store(padded, v);
-  for (int64_t i = 0; i < count; ++i) p[i] = padded[i];
-}
 
 template <typename Acc>
 ULTRAMEM_ALWAYS_INLINE Vec<Acc> broadcast(Acc value) {
