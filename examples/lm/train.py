@@ -174,7 +174,14 @@ class Trainer:
         return total / len(self.val_inputs)
 
     def save(self) -> None:
-        """Writes the checkpoint; a failure leaves the one before it."""
+        """Writes the checkpoint; a failure leaves the one before it, and so does divergence.
+
+        Raises:
+            TrainingDiverged: a weight is not a number any more (the loss is looked at less often).
+        """
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                raise TrainingDiverged(f"{name} is not finite at step {self.step}")
         save_checkpoint(
             self.checkpoint_path,
             {

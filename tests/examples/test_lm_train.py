@@ -199,6 +199,17 @@ def test_divergence_is_reported(tmp_path: Path) -> None:
         running.run()
 
 
+def test_divergence_keeps_the_good_checkpoint(tmp_path: Path) -> None:
+    running = trainer(tmp_path)
+    running.save()
+    before = running.checkpoint_path.read_bytes()
+    with torch.no_grad():
+        running.model.head.weight[0, 0] = float("nan")
+    with pytest.raises(TrainingDiverged, match=r"head\.weight is not finite"):
+        running.save()
+    assert running.checkpoint_path.read_bytes() == before
+
+
 def test_missing_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"^--resume: there is no checkpoint at"):
         trainer(tmp_path).resume()
