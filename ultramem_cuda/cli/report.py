@@ -192,8 +192,9 @@ that were held out. All have the active parameters of the dense one (what a byte
 three sparse ones have equal totals, too. Same data, order, seed and network learning rate.</p>
 <div class="scroll">{chart}</div>
 {_table(header, rows, raw_first=True)}
-<p class="quiet">One seed and a very short run: a direction, not a study. At the size for CPUs, losses
-of one kind move by some 0.03 from seed to seed. Speed is that of this machine and this version.</p>
+<p class="quiet">One seed and a very short run: a direction, not a study. At the size for CPUs,
+losses of one kind move by some 0.03 from seed to seed. Speed is that of this machine and this
+version.</p>
 <details><summary>Validation losses as numbers</summary>
 {_table(["training bytes", *kinds], curve_rows)}</details>"""
 
