@@ -4,4 +4,6 @@ import sys
 
 from .cli import main
 
-sys.exit(main())
+# Processes that the command spawns import this file again.
+if __name__ == "__main__":
+    sys.exit(main())

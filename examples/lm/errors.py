@@ -12,3 +12,8 @@ class UsageError(Exception):
     def __init__(self, argument: str, message: str) -> None:
         super().__init__(f"{argument}: {message}")
         self.argument = argument
+        self._message = message
+
+    def __reduce__(self) -> tuple[type[UsageError], tuple[str, str]]:
+        # An exception is rebuilt from its arguments when it comes from another process.
+        return UsageError, (self.argument, self._message)

@@ -81,6 +81,7 @@ class Trainer:
         out: Path,
         device: torch.device,
         quiet: bool = False,
+        progress_bar: bool = True,
     ) -> None:
         if train_config.batch % train_config.accumulate:
             raise UsageError(
@@ -92,6 +93,7 @@ class Trainer:
         self.device = device
         self.out = out
         self.quiet = quiet
+        self.progress_bar = progress_bar and not quiet
         self.corpus_digest = corpus.sha256
         train_stream, val_stream = corpus.split(train_config.val_fraction)
         self.sampler = WindowSampler(train_stream, model_config.context, train_config.seed)
@@ -136,7 +138,7 @@ class Trainer:
             UsageError: a checkpoint or the log could not be written.
         """
         label = f"{self.model_config.kind:>11}"
-        bar = ProgressBar(label, self.config.steps, quiet=self.quiet)
+        bar = ProgressBar(label, self.config.steps, quiet=not self.progress_bar)
         with self._open_log() as log:
             if self.step == 0:
                 self._log(log, "start", **self._description())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html.parser
 import json
 import math
@@ -9,9 +10,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from ultramem_cuda import cli
-from ultramem_cuda.cli import check, report, svg
+from ultramem_cuda.cli import check, demo_training, report, svg
+from ultramem_cuda.examples.lm.config import KINDS
+from ultramem_cuda.examples.lm.data import Corpus, load_corpus
+from ultramem_cuda.examples.lm.errors import UsageError
+from ultramem_cuda.examples.lm.presets import PRESETS, Preset
 
 VOID = frozenset({"meta"})
 
@@ -54,7 +60,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     source.mkdir()
     for number in range(80):
         (source / f"file{number}.py").write_text(f"# {number} <&>\n" + "value = [1]\n" * 40)
-    arguments = ["--data", str(source), "--steps", "3", "--device", "cpu", "--quiet"]
+    arguments = ["--data", str(source), "--steps", "3", "--device", "cpu", "--quiet", "--jobs", "1"]
     # The check has its own test; here one operator is enough.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(check, "_OPERATORS", {"rms_norm": check._OPERATORS["rms_norm"]})
@@ -110,6 +116,63 @@ def test_runs_leave_logs_and_checkpoints(demo: tuple[Path, str]) -> None:
         assert (out / "runs" / kind / "checkpoint.pt").exists()
 
 
+def small_preset() -> Preset:
+    model = dataclasses.replace(PRESETS["tiny"].model, context=16, num_layers=1)
+    train = dataclasses.replace(PRESETS["tiny"].train, steps=2, batch=2, val_windows=4)
+    return Preset(model, train)
+
+
+def small_corpus(folder: Path) -> Corpus:
+    for number in range(60):
+        (folder / f"f{number}.py").write_text(f"# {number}\n" + "x = 1\n" * 20)
+    return load_corpus(folder)
+
+
+def test_kinds_in_processes_are_those_trained_in_turn(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    arguments = (small_preset(), small_corpus(source))
+    device = torch.device("cpu")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        one, two = (
+            demo_training.train_kinds(
+                *arguments, tmp_path / str(jobs), device, quiet=True, jobs=jobs
+            )
+            for jobs in (1, 2)
+        )
+    finally:
+        torch.set_num_threads(before)
+    assert [t.result.model_config.kind for t in two] == list(KINDS)
+    for ours, theirs in zip(one, two, strict=True):
+        assert ours.result.validation == theirs.result.validation
+        assert ours.traffic == theirs.traffic
+
+
+def test_an_error_in_a_process_is_reported(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (tmp_path / "runs").write_text("in the way")
+    with pytest.raises(UsageError, match=r"^--out: cannot write to"):
+        demo_training.train_kinds(
+            small_preset(),
+            small_corpus(source),
+            tmp_path / "runs",
+            torch.device("cpu"),
+            quiet=True,
+            jobs=2,
+        )
+
+
+def test_jobs() -> None:
+    assert demo_training.resolve_jobs(None, torch.device("cuda")) == 1
+    assert demo_training.resolve_jobs(99, torch.device("cpu")) == 4
+    assert 1 <= demo_training.resolve_jobs(None, torch.device("cpu")) <= 4
+    with pytest.raises(UsageError, match=r"^--jobs: must be positive, got 0"):
+        demo_training.resolve_jobs(0, torch.device("cpu"))
+
+
 def test_demo_fails_with_its_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,6 +181,7 @@ def test_demo_fails_with_its_check(
     wrong = check.Comparison("cpu", "value_ffn", "fp32", "out", math.nan, 1e-6)
     monkeypatch.setattr(check, "compare", lambda on, seed=0: [wrong])
     arguments = ["--data", str(tmp_path), "--steps", "1", "--device", "cpu", "--quiet"]
+    arguments += ["--jobs", "1"]
     assert cli.main(["demo", *arguments, "--out", str(tmp_path / "out")]) == 1
     assert "FAILED" in capsys.readouterr().out
     page = Page((tmp_path / "out" / "report.html").read_text())

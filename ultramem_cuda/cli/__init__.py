@@ -83,6 +83,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--seed", type=int, default=0, help="of weights and data (default: 0)")
     command.add_argument("--steps", type=int, metavar="N", help="training steps of each kind")
+    command.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="kinds trained at once (default: as many as cores, up to four; on a GPU always one)",
+    )
     command.add_argument("--quiet", action="store_true", help="print summaries only")
     command.set_defaults(run=demo.run)
     return parser
