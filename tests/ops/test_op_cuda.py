@@ -131,7 +131,7 @@ def test_tensors_of_two_gpus_are_refused() -> None:
 
 
 def test_agrees_with_the_cpu() -> None:
-    """In float32: bfloat16 queries that round apart can select other slots."""
+    """In float32: with bfloat16 between the operators a last bit can become another slot."""
     inputs = [tensor.detach().float().requires_grad_() for tensor in make_inputs("cuda")]
     host = [tensor.detach().cpu().requires_grad_() for tensor in inputs]
     for a, b in zip(forward_backward(inputs), forward_backward(host), strict=True):
