@@ -1,5 +1,5 @@
 // Schemas and registrations. The fake implementations and autograd formulas stand beside the
-// public wrappers in ultramem_cuda/ops.py.
+// public wrappers in ultramem_cuda/ops/.
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY(ultramem, m) {

@@ -1,0 +1,52 @@
+"""RMS normalisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _library
+from ._common import accumulation_cast, register
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """RMS normalisation over the last dimension: ``x / sqrt(mean(x^2) + eps) * weight``.
+
+    Args:
+        x: [..., Kd], float32, bfloat16, float16 (float64 on the CPU).
+        weight: [Kd], any float dtype; used in the accumulation dtype.
+
+    Returns:
+        Like x, rounded once.
+    """
+    _library.require(x.device.type)
+    gain = accumulation_cast("rms_norm", "weight", weight, x.dtype)
+    return torch.ops.ultramem.rms_norm(x, gain, eps)
+
+
+def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _rms_norm_bwd_fake(
+    grad_y: Tensor, x: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _rms_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _rms_norm_backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+    x, weight = ctx.saved_tensors
+    grad_x, grad_weight = torch.ops.ultramem.rms_norm_bwd(grad_y, x, weight, ctx.eps)
+    return grad_x, grad_weight, None
+
+
+if _library.is_loaded():
+    register("rms_norm", _rms_norm_fake, _rms_norm_setup, _rms_norm_backward)
+    register("rms_norm_bwd", _rms_norm_bwd_fake)

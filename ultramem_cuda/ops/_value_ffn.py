@@ -1,0 +1,283 @@
+"""The sparse FFN of the retrieved slots."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _library
+from ..addressing import SlotAddressing
+from ._common import (
+    accumulation_cast,
+    accumulation_dtype,
+    cast_for_autocast,
+    check_rank,
+    raise_double_backward,
+    register,
+)
+
+
+def value_ffn(
+    indices: Tensor,
+    scores: Tensor,
+    values: Tensor,
+    pre_values: Tensor | None = None,
+    pre_input: Tensor | None = None,
+    *,
+    activation: str = "identity",
+    addressing: SlotAddressing | None = None,
+    sum_groups: bool = True,
+) -> Tensor:
+    """Sums the outputs of the retrieved slots, each an FFN of inner width one.
+
+    ::
+
+        a_s = <pre_input, pre_values[slot_s]>;  h_s = act(a_s)     (h = 1 without pre-values)
+        out[group_s] += concat_c( h_s * scores[s,c] * values[slot_s, slice c] )
+
+    Without pre_values this is a weighted embedding bag.
+
+    Args:
+        indices: [T, S] int64 or int32, S = H*M; virtual indices in [0, expand*window) with
+            addressing, else rows in [0, N).
+        scores: [T, S, C], any float dtype, C in 1..4 dividing Dv.
+        values: [N, Dv], float32, bfloat16, float16 (float64 on the CPU).
+        pre_values: [N, Dp], dtype of values.
+        pre_input: [T, Dp], any of these dtypes (float64 exactly where values are).
+        activation: "identity", "gelu" (erf form), "relu" or "silu".
+        addressing: how indices become rows of the table; see `SlotAddressing`.
+        sum_groups: sum the E groups of implicit value expansion (UltraMemV2); False keeps them
+            apart (UltraMem).
+
+    Returns:
+        out [T, Dv], or [T, E, Dv] with sum_groups=False; dtype of pre_input, else of values.
+
+    Gradients go to scores, pre_input, values and pre_values. Those of the tables are dense,
+    accumulated in the accumulation dtype and rounded once. Where the tables have an attribute
+    ``main_grad`` (contiguous, float32, or float64 for float64) they are accumulated there in place
+    instead: ``.grad`` stays None and ``grad_added_to_main_grad`` is set to True by the backward
+    (under torch.compile: by the forward). Any backward through the operator then adds to it, one
+    that was asked for other gradients only (``torch.autograd.grad``) too; with
+    ``create_graph=True`` it raises.
+
+    Under autocast pre_input is cast; tables and scores never.
+
+    Source: PEER (arXiv 2407.04153); UltraMemV2 (arXiv 2508.18756), section 3.
+    """
+    _library.require(values.device.type)
+    if pre_input is not None:
+        (pre_input,) = cast_for_autocast(pre_input)
+    permutation: Tensor | None = None
+    window, offset, expand, shuffle, num_keys, seed = 0, 0, 1, "none", 0, 0
+    if addressing is not None:
+        if addressing.num_slots != values.shape[0]:
+            raise ValueError(
+                f"value_ffn: addressing.num_slots must be the table's {values.shape[0]} rows, "
+                f"got {addressing.num_slots}"
+            )
+        window, offset, expand = addressing.window, addressing.offset, addressing.expand
+        num_keys, seed = addressing.num_keys, addressing.seed
+        if isinstance(addressing.shuffle, Tensor):
+            permutation, shuffle = addressing.shuffle, "permutation"
+        else:
+            shuffle = addressing.shuffle or "none"
+    values_main_grad, pre_values_main_grad = _main_grads(values, pre_values)
+    out, _ = torch.ops.ultramem.value_ffn(
+        indices,
+        accumulation_cast("value_ffn", "scores", scores, values.dtype),
+        values,
+        pre_values,
+        pre_input,
+        permutation,
+        values_main_grad,
+        pre_values_main_grad,
+        activation,
+        window,
+        offset,
+        expand,
+        shuffle,
+        num_keys,
+        seed,
+        sum_groups,
+    )
+    return out
+
+
+def _main_grads(values: Tensor, pre_values: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The buffers that the gradients of the tables go to, for those that train and have one."""
+    tables = {"values": values, "pre_values": pre_values}
+    trained = {name: t for name, t in tables.items() if t is not None and t.requires_grad}
+    if not trained or not torch.is_grad_enabled():
+        return None, None
+    buffers = {name: getattr(table, "main_grad", None) for name, table in trained.items()}
+    if all(buffer is None for buffer in buffers.values()):
+        return None, None
+    for name, buffer in buffers.items():
+        table = trained[name]
+        if buffer is None:
+            raise ValueError(
+                "value_ffn: values and pre_values must both have a main_grad, or neither"
+            )
+        layout = "[N, Dv]" if name == "values" else "[N, Dp]"
+        if buffer.shape != table.shape:
+            raise ValueError(
+                f"value_ffn: {name}.main_grad must be {layout} = {list(table.shape)}, "
+                f"got {list(buffer.shape)}"
+            )
+        expected = accumulation_dtype(table.dtype)
+        if buffer.dtype != expected or buffer.device != table.device:
+            raise ValueError(
+                f"value_ffn: {name}.main_grad must be {expected} on {table.device}, "
+                f"got {buffer.dtype} on {buffer.device}"
+            )
+        if not buffer.is_contiguous():
+            raise ValueError(f"value_ffn: {name}.main_grad must be contiguous")
+        if torch.compiler.is_compiling():
+            # The backward is then not run as Python, and cannot set it.
+            table.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return buffers.get("values"), buffers.get("pre_values")
+
+
+def _value_ffn_fake(
+    indices: Tensor,
+    scores: Tensor,
+    values: Tensor,
+    pre_values: Tensor | None,
+    pre_input: Tensor | None,
+    permutation: Tensor | None,
+    values_main_grad: Tensor | None,
+    pre_values_main_grad: Tensor | None,
+    activation: str,
+    window: int,
+    offset: int,
+    expand: int,
+    shuffle: str,
+    num_keys: int,
+    seed: int,
+    sum_groups: bool,
+) -> tuple[Tensor, Tensor]:
+    check_rank("value_ffn", "indices", indices, "[T, S]", 2)
+    check_rank("value_ffn", "scores", scores, "[T, S, C]", 3)
+    check_rank("value_ffn", "values", values, "[N, Dv]", 2)
+    tokens, selected = indices.shape
+    width = values.shape[1]
+    shape = (tokens, width) if sum_groups else (tokens, expand, width)
+    out = values.new_empty(shape, dtype=values.dtype if pre_input is None else pre_input.dtype)
+    return out, scores.new_empty((0,) if pre_values is None else (tokens, selected))
+
+
+def _value_ffn_bwd_fake(
+    grad_out: Tensor,
+    indices: Tensor,
+    scores: Tensor,
+    values: Tensor,
+    pre_values: Tensor | None,
+    pre_input: Tensor | None,
+    pre_activation: Tensor,
+    permutation: Tensor | None,
+    activation: str,
+    window: int,
+    offset: int,
+    expand: int,
+    shuffle: str,
+    num_keys: int,
+    seed: int,
+    sum_groups: bool,
+    need_values: bool,
+    need_pre_values: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need_pre_values = need_pre_values and pre_values is not None
+    return (
+        scores.new_empty(scores.shape),
+        values.new_empty((0,)) if pre_input is None else pre_input.new_empty(pre_input.shape),
+        values.new_empty(values.shape if need_values else (0,)),
+        values.new_empty(pre_values.shape if need_pre_values and pre_values is not None else (0,)),
+    )
+
+
+def _value_ffn_bwd_main_grad_fake(
+    grad_out: Tensor,
+    indices: Tensor,
+    scores: Tensor,
+    values: Tensor,
+    pre_values: Tensor | None,
+    pre_input: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor]:
+    return (
+        scores.new_empty(scores.shape),
+        values.new_empty((0,)) if pre_input is None else pre_input.new_empty(pre_input.shape),
+    )
+
+
+def _value_ffn_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    indices, scores, values, pre_values, pre_input, permutation = inputs[:6]
+    # Not saved tensors: their version counters move between layers that share the table.
+    ctx.values_main_grad, ctx.pre_values_main_grad = inputs[6:8]
+    ctx.tables = (values, pre_values)
+    ctx.options = inputs[8:]
+    _, pre_activation = output
+    ctx.mark_non_differentiable(pre_activation)
+    optional = (pre_values, pre_input, permutation)
+    ctx.present = tuple(tensor is not None for tensor in optional)
+    ctx.save_for_backward(
+        indices,
+        scores,
+        values,
+        pre_activation,
+        *[tensor for tensor in optional if tensor is not None],
+    )
+
+
+def _value_ffn_backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Any, ...]:
+    indices, scores, values, pre_activation, *rest = ctx.saved_tensors
+    remaining = iter(rest)
+    pre_values, pre_input, permutation = (
+        next(remaining) if present else None for present in ctx.present
+    )
+    arguments = (
+        grad_out,
+        indices,
+        scores,
+        values,
+        pre_values,
+        pre_input,
+        pre_activation,
+        permutation,
+        *ctx.options,
+    )
+    _, need_scores, need_values, need_pre_values, need_pre_input = ctx.needs_input_grad[:5]
+    grad_values: Tensor | None = None
+    grad_pre_values: Tensor | None = None
+    if ctx.values_main_grad is None and ctx.pre_values_main_grad is None:
+        grad_scores, grad_pre_input, grad_values, grad_pre_values = (
+            torch.ops.ultramem.value_ffn_bwd(*arguments, need_values, need_pre_values)
+        )
+    else:
+        if torch.is_grad_enabled():
+            raise_double_backward("value_ffn")
+        grad_scores, grad_pre_input = torch.ops.ultramem.value_ffn_bwd_main_grad(
+            *arguments, ctx.values_main_grad, ctx.pre_values_main_grad
+        )
+        for table, buffer in zip(
+            ctx.tables, (ctx.values_main_grad, ctx.pre_values_main_grad), strict=True
+        ):
+            if buffer is not None:
+                table.grad_added_to_main_grad = True
+    return (
+        None,
+        grad_scores if need_scores else None,
+        grad_values if need_values else None,
+        grad_pre_values if need_pre_values else None,
+        grad_pre_input if need_pre_input else None,
+        *[None] * 11,
+    )
+
+
+if _library.is_loaded():
+    register("value_ffn", _value_ffn_fake, _value_ffn_setup, _value_ffn_backward)
+    register("value_ffn_bwd", _value_ffn_bwd_fake)
+    # Mutates its arguments, which register_autograd refuses; _value_ffn_backward guards it.
+    torch.library.register_fake("ultramem::value_ffn_bwd_main_grad", _value_ffn_bwd_main_grad_fake)
