@@ -221,6 +221,27 @@ def test_gelu_keeps_its_left_tail(device: str) -> None:
     torch.testing.assert_close(pre_input.grad.double(), exact.grad, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_vectorised_activations_of_the_cpu(activation: str) -> None:
+    """Every element, not only the norm: the CPU computes exp and erfc of float32 by series."""
+    pre_input = torch.linspace(-14, 14, 40_001).unsqueeze(1).requires_grad_()
+    one = torch.ones(1, 1)
+    indices = torch.zeros(len(pre_input), 1, dtype=torch.int64)
+    scores = torch.ones(len(pre_input), 1, 1)
+    out = ops.value_ffn(indices, scores, one, one, pre_input, activation=activation)
+    out.sum().backward()
+    exact = pre_input.detach().double().requires_grad_()
+    if activation == "gelu":
+        expected = exact * torch.special.erfc(exact * -(0.5**0.5)) / 2
+    else:
+        expected = torch.nn.functional.silu(exact)
+    expected.sum().backward()
+    smallest = torch.finfo(torch.float32).tiny
+    torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=smallest)
+    # The derivative passes through zero.
+    torch.testing.assert_close(pre_input.grad.double(), exact.grad, rtol=1e-6, atol=1e-7)
+
+
 def test_window_goes_around_the_end_of_the_table(device: str) -> None:
     table = torch.arange(10.0, device=device).unsqueeze(1)
     indices = torch.arange(6, device=device).unsqueeze(1)

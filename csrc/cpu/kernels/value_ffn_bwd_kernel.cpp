@@ -98,14 +98,11 @@ class TokenPass {
                        layout_.groups_of_slots + first * selected)) {
       return false;
     }
-    const auto fetch = [&](int64_t entry) {
-      if (entry >= last * selected || !wants_scores()) return;
-      prefetch_row(value_row(layout_.slots[entry]), p_.value_dim);
-      if (p_.grad_pre_input == nullptr) return;
-      prefetch_row(pre_value_row(layout_.slots[entry]), p_.pre_value_dim);
-    };
-    for (int64_t ahead = 0; ahead < kSlotsAhead; ++ahead) fetch(first * selected + ahead);
-
+    const int64_t end = last * selected;
+    for (int64_t ahead = 0; ahead < kSlotsPerBlock; ++ahead) {
+      fetch_value_row(first * selected + ahead, end);
+      fetch_pre_value_row(first * selected + ahead, end);
+    }
     Acc* scratch = layout_.scratch + worker * round_up(p_.pre_value_dim + p_.value_dim, 16);
     const int64_t out_size = num_groups(p_) * p_.value_dim;
     for (int64_t token = first; token < last; ++token) {
@@ -115,11 +112,13 @@ class TokenPass {
         widen_row(static_cast<const T*>(p_.pre_input) + token * p_.pre_value_dim, layout_.pre_input,
                   token, p_.pre_value_dim);
       }
-      set_zero(scratch, p_.pre_value_dim);
-      for (int64_t entry = token * selected; entry < (token + 1) * selected; ++entry) {
-        fetch(entry + kSlotsAhead);
-        const int64_t group = num_groups(p_) > 1 ? layout_.groups_of_slots[entry] : 0;
-        slot_gradients(entry, widened + group * p_.value_dim, scratch);
+      if (selected == 0) set_zero(scratch, p_.pre_value_dim);
+      for (int64_t s = 0; s < selected; s += kSlotsPerBlock) {
+        const int64_t entry = token * selected + s;
+        const int count = static_cast<int>(smaller(kSlotsPerBlock, selected - s));
+        Acc grad_pre[kSlotsPerBlock];
+        slot_gradients(entry, count, end, widened, grad_pre);
+        if (p_.grad_pre_input != nullptr) add_pre_rows(entry, count, end, grad_pre, s > 0, scratch);
       }
       if (p_.grad_pre_input != nullptr) {
         round_to(static_cast<T*>(p_.grad_pre_input) + token * p_.pre_value_dim, scratch,
@@ -129,6 +128,15 @@ class TokenPass {
     return true;
   }
 
+  void fetch_value_row(int64_t entry, int64_t end) const {
+    if (entry >= end || !wants_scores()) return;
+    prefetch_row(value_row(layout_.slots[entry]), p_.value_dim);
+  }
+  void fetch_pre_value_row(int64_t entry, int64_t end) const {
+    if (entry >= end || p_.grad_pre_input == nullptr) return;
+    prefetch_row(pre_value_row(layout_.slots[entry]), p_.pre_value_dim);
+  }
+
   static const Acc* widen_row(const Acc* row, Acc*, int64_t, int64_t) { return row; }
   template <typename Narrow>
   static const Acc* widen_row(const Narrow* row, Acc* rows, int64_t token, int64_t size) {
@@ -136,31 +144,80 @@ class TokenPass {
     return rows + token * size;
   }
 
-  // dw_c = <G_c, V_c>, dg_c = h dw_c, da = act'(a) sum_c g_c dw_c, dpre_input += da P.
-  void slot_gradients(int64_t entry, const Acc* grad_out, Acc* grad_pre_input) const {
-    Acc hidden = 1, derivative = 0;
+  // dw_c = <G_c, V_c>, dg_c = h dw_c, da = act'(a) sum_c g_c dw_c of the entries [first, first +
+  // count), while the values that come next are fetched.
+  void slot_gradients(int64_t first, int count, int64_t end, const Acc* grad_out,
+                      Acc* grad_pre) const {
+    Acc hidden[kSlotsPerBlock], derivative[kSlotsPerBlock];
     if (has_pre_values(p_)) {
-      const Acc a = static_cast<const Acc*>(p_.pre_activation)[entry];
-      hidden = activate(p_.activation, a);
-      derivative = activation_derivative(p_.activation, a);
-      layout_.hidden[entry] = hidden;
+      Acc a[kSlotsPerBlock] = {};
+      __builtin_memcpy(a, static_cast<const Acc*>(p_.pre_activation) + first,
+                       static_cast<size_t>(count) * sizeof(Acc));
+      activate(p_.activation, a, count, hidden, derivative);
+      __builtin_memcpy(layout_.hidden + first, hidden, static_cast<size_t>(count) * sizeof(Acc));
     }
     if (!wants_scores()) return;
-    const int64_t slot = layout_.slots[entry], width = p_.value_dim / p_.num_cores;
+    for (int i = 0; i < count;) {
+      const int at_once = num_groups(p_) == 1 && i + kSlotsAtOnce <= count ? kSlotsAtOnce : 1;
+      const int64_t entry = first + i;
+      const Table* rows[kSlotsAtOnce];
+      for (int k = 0; k < at_once; ++k) {
+        rows[k] = value_row(layout_.slots[entry + k]);
+        fetch_value_row(entry + k + kSlotsPerBlock, end);
+      }
+      const int64_t group = num_groups(p_) > 1 ? layout_.groups_of_slots[entry] : 0;
+      Acc grad_weight[kMaxNumCores][kSlotsAtOnce] = {};
+      row_products(grad_out + group * p_.value_dim, rows, at_once, grad_weight);
+      for (int k = 0; k < at_once; ++k) {
+        const Acc grad_hidden =
+            score_gradients(entry + k, k, grad_weight, has_pre_values(p_) ? hidden[i + k] : Acc{1});
+        if (has_pre_values(p_)) grad_pre[i + k] = derivative[i + k] * grad_hidden;
+      }
+      i += at_once;
+    }
+    if (has_pre_values(p_)) {
+      __builtin_memcpy(layout_.grad_pre + first, grad_pre,
+                       static_cast<size_t>(count) * sizeof(Acc));
+    }
+  }
+
+  // products[c][k] = <grad_out_c, rows[k]_c>
+  void row_products(const Acc* grad_out, const Table* const* rows, int count,
+                    Acc (*products)[kSlotsAtOnce]) const {
+    const int64_t width = p_.value_dim / p_.num_cores;
+    for (int c = 0; c < p_.num_cores; ++c) {
+      if (count == kSlotsAtOnce) {
+        dot_rows<kSlotsAtOnce>(grad_out + c * width, rows, c * width, width, products[c]);
+      } else {
+        dot_rows<1>(grad_out + c * width, rows, c * width, width, products[c]);
+      }
+    }
+  }
+
+  // Writes an entry's grad_scores and returns sum_c g_c dw_c.
+  Acc score_gradients(int64_t entry, int k, const Acc (*grad_weight)[kSlotsAtOnce],
+                      Acc hidden) const {
     const Acc* scores = static_cast<const Acc*>(p_.scores) + entry * p_.num_cores;
     Acc* grad_scores = static_cast<Acc*>(p_.grad_scores);
     Acc grad_hidden = 0;
-    for (int64_t c = 0; c < p_.num_cores; ++c) {
-      const Acc grad_weight = dot(grad_out + c * width, value_row(slot) + c * width, width);
-      if (grad_scores != nullptr) grad_scores[entry * p_.num_cores + c] = hidden * grad_weight;
-      grad_hidden += scores[c] * grad_weight;
+    for (int c = 0; c < kMaxNumCores && c < p_.num_cores; ++c) {
+      if (grad_scores != nullptr) {
+        grad_scores[entry * p_.num_cores + c] = hidden * grad_weight[c][k];
+      }
+      grad_hidden += scores[c] * grad_weight[c][k];
     }
-    if (!has_pre_values(p_)) return;
-    const Acc grad_pre = derivative * grad_hidden;
-    layout_.grad_pre[entry] = grad_pre;
-    if (p_.grad_pre_input != nullptr) {
-      add_scaled(grad_pre_input, grad_pre, pre_value_row(slot), p_.pre_value_dim);
+    return grad_hidden;
+  }
+
+  // sum += da P, while the pre-values that come next are fetched.
+  void add_pre_rows(int64_t first, int count, int64_t end, const Acc* grad_pre, bool accumulate,
+                    Acc* sum) const {
+    Terms<Table> terms;
+    for (int i = 0; i < count; ++i) {
+      terms.add(grad_pre[i], pre_value_row(layout_.slots[first + i]));
     }
+    weighted_sum(sum, p_.pre_value_dim, terms, nullptr, accumulate,
+                 [&](int i) { fetch_pre_value_row(first + kSlotsPerBlock + i, end); });
   }
 
   const ValueFfnBwdParams& p_;

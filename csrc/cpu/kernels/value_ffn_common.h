@@ -7,8 +7,10 @@
 namespace ultramem::cpu::ULTRAMEM_CPU_CAPABILITY {
 namespace {
 
-// Rows lie anywhere in a table of gigabytes; this many slots' rows are on their way at any time.
-constexpr int64_t kSlotsAhead = 6;
+// Slots of a token are worked on in blocks: while one half of a block's arithmetic runs, the rows
+// that the next half reads are on their way, wherever in a table of gigabytes they lie.
+constexpr int64_t kSlotsPerBlock = 32;
+constexpr int kSlotsAtOnce = 4;
 // Slots of a tile: enough for the fetching ahead to run on from token to token.
 constexpr int64_t kSlotsPerTile = 1024;
 

@@ -73,43 +73,91 @@ class Forward {
     if (!resolve_slots(p_, first * selected, last * selected, scratch.slots, scratch.groups)) {
       return false;
     }
-    const auto fetch = [&](int64_t entry) {
-      if (entry >= entries) return;
-      prefetch_row(pre_value_row(scratch.slots[entry]), p_.pre_value_dim);
-      prefetch_row(value_row(scratch.slots[entry]), p_.value_dim);
-    };
-    for (int64_t entry = 0; entry < kSlotsAhead; ++entry) fetch(entry);
-
+    const int64_t* end = scratch.slots + entries;
+    for (int64_t i = 0; i < smaller(entries, kSlotsPerBlock); ++i) {
+      prefetch_row(pre_value_row(scratch.slots[i]), p_.pre_value_dim);
+      prefetch_row(value_row(scratch.slots[i]), p_.value_dim);
+    }
     const int64_t out_size = num_groups(p_) * p_.value_dim;
     for (int64_t token = first; token < last; ++token) {
       if (p_.pre_value_dim > 0) {
         widen(scratch.pre_input, static_cast<const T*>(p_.pre_input) + token * p_.pre_value_dim,
               p_.pre_value_dim);
       }
-      set_zero(scratch.out, out_size);
-      for (int64_t s = 0; s < selected; ++s) {
-        const int64_t entry = (token - first) * selected + s;
-        fetch(entry + kSlotsAhead);
-        add_slot(token * selected + s, scratch.slots[entry],
-                 num_groups(p_) > 1 ? scratch.groups[entry] : 0, scratch);
+      if (num_groups(p_) > 1 || selected == 0) set_zero(scratch.out, out_size);
+      for (int64_t s = 0; s < selected; s += kSlotsPerBlock) {
+        const int64_t begin = (token - first) * selected + s;
+        const Block block = {token * selected + s,
+                             static_cast<int>(smaller(kSlotsPerBlock, selected - s)),
+                             scratch.slots + begin,
+                             scratch.groups + begin,
+                             end,
+                             num_groups(p_) > 1 || s > 0};
+        Acc hidden[kSlotsPerBlock];
+        if (p_.pre_value_dim > 0) hidden_units(block, scratch.pre_input, hidden);
+        add_rows(block, hidden, scratch.out);
       }
       round_to(static_cast<T*>(p_.out) + token * out_size, scratch.out, out_size);
     }
     return true;
   }
 
-  void add_slot(int64_t entry, int64_t slot, int64_t group, const Scratch<Acc>& scratch) const {
-    Acc hidden = 1;
-    if (p_.pre_value_dim > 0) {
-      const Acc a = dot(scratch.pre_input, pre_value_row(slot), p_.pre_value_dim);
-      static_cast<Acc*>(p_.pre_activation)[entry] = a;
-      hidden = activate(p_.activation, a);
+  struct Block {
+    int64_t first_entry;  // in [T, S]
+    int count;
+    const int64_t* slots;
+    const int64_t* groups;
+    const int64_t* slots_end;  // of the tile
+    bool accumulate;
+  };
+
+  // h = act(<pre_input, P>), while the pre-values of the slots that come next are fetched.
+  void hidden_units(const Block& block, const Acc* pre_input, Acc* hidden) const {
+    const Table* rows[kSlotsPerBlock];
+    for (int i = 0; i < block.count; ++i) rows[i] = pre_value_row(block.slots[i]);
+    const int64_t* next = block.slots + kSlotsPerBlock;
+    const auto fetch_next = [&] {
+      if (next < block.slots_end) prefetch_row(pre_value_row(*next++), p_.pre_value_dim);
+    };
+    Acc a[kSlotsPerBlock] = {};
+    int i = 0;
+    for (; i + kSlotsAtOnce <= block.count; i += kSlotsAtOnce) {
+      for (int k = 0; k < kSlotsAtOnce; ++k) fetch_next();
+      dot_rows<kSlotsAtOnce>(pre_input, rows + i, 0, p_.pre_value_dim, a + i);
     }
-    const Acc* scores = static_cast<const Acc*>(p_.scores) + entry * p_.num_cores;
-    const int64_t width = p_.value_dim / p_.num_cores;
-    Acc* out = scratch.out + group * p_.value_dim;
-    for (int64_t c = 0; c < p_.num_cores; ++c) {
-      add_scaled(out + c * width, hidden * scores[c], value_row(slot) + c * width, width);
+    for (; i < block.count; ++i) {
+      fetch_next();
+      dot_rows<1>(pre_input, rows + i, 0, p_.pre_value_dim, a + i);
+    }
+    __builtin_memcpy(static_cast<Acc*>(p_.pre_activation) + block.first_entry, a,
+                     static_cast<size_t>(block.count) * sizeof(Acc));
+    activate<Acc>(p_.activation, a, block.count, hidden, nullptr);
+  }
+
+  // out[group] += h g_c V_c, while the values of the slots that come next are fetched.
+  void add_rows(const Block& block, const Acc* hidden, Acc* out) const {
+    const int64_t groups = num_groups(p_), cores = p_.num_cores, width = p_.value_dim / cores;
+    const Acc* scores = static_cast<const Acc*>(p_.scores) + block.first_entry * cores;
+    const int64_t* next = block.slots + kSlotsPerBlock;
+    const auto fetch_next = [&](int) {
+      if (next < block.slots_end) prefetch_row(value_row(*next++), p_.value_dim);
+    };
+    for (int64_t group = 0; group < groups; ++group) {
+      for (int64_t c = 0; c < cores; ++c) {
+        Terms<Table> terms;
+        for (int i = 0; i < block.count; ++i) {
+          if (groups > 1 && block.groups[i] != group) continue;
+          const Acc score = scores[i * cores + c];
+          terms.add(p_.pre_value_dim > 0 ? hidden[i] * score : score,
+                    value_row(block.slots[i]) + c * width);
+        }
+        Acc* sum = out + group * p_.value_dim + c * width;
+        if (c == 0) {
+          weighted_sum(sum, width, terms, nullptr, block.accumulate, fetch_next);
+        } else {
+          weighted_sum(sum, width, terms, nullptr, block.accumulate);
+        }
+      }
     }
   }
 

@@ -64,6 +64,7 @@ using AccOf = typename AccumulationType<T>::Type;
 typedef float VecF32 __attribute__((vector_size(kVecBytes)));
 typedef double VecF64 __attribute__((vector_size(kVecBytes)));
 typedef uint64_t VecU64 __attribute__((vector_size(kVecBytes)));
+typedef int32_t VecI32 __attribute__((vector_size(kVecBytes)));
 typedef uint32_t VecU32 __attribute__((vector_size(kVecBytes)));
 typedef uint16_t VecU16 __attribute__((vector_size(kVecBytes / 2)));
 
