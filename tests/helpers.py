@@ -22,29 +22,11 @@ from torch import Tensor
 from ultramem_cuda import ops
 from ultramem_cuda import python_ref as ref
 
-# Relative L2 error of an output, by its dtype: one rounding on top of float32 arithmetic.
-FORWARD_BOUND = {
-    torch.float32: 2e-6,
-    torch.bfloat16: 4e-3,
-    torch.float16: 5e-4,
-    torch.float64: 1e-14,
-}
+# The bounds that users are shown are those that the tests hold.
+from ultramem_cuda.cli.check import FORWARD_BOUND, GRADIENT_BOUND, SCORE_BOUND
+
 # float32 sums of more terms than this are allowed 3e-6.
 LONG_SUM, LONG_SUM_BOUND = 2048, 3e-6
-# Of scores, float32 themselves, by the dtype of query and keys.
-SCORE_BOUND = {
-    torch.float32: 2e-6,
-    torch.bfloat16: 1e-5,
-    torch.float16: 1e-5,
-    torch.float64: 1e-14,
-}
-# Of a gradient, by its dtype. float16 has three bits more than bfloat16.
-GRADIENT_BOUND = {
-    torch.float32: 1e-5,
-    torch.bfloat16: 1e-2,
-    torch.float16: 1.25e-3,
-    torch.float64: 1e-13,
-}
 # Rows of a gradient that may be zero in only one of the two, relative to the largest.
 NEGLIGIBLE_ROW = 1e-6
 # Slots in a selection that may differ from the reference within the error band: a share of those
