@@ -59,8 +59,14 @@ class CMakeBuild(build_ext):
         if torch_spec is None or not torch_spec.submodule_search_locations:
             raise RuntimeError("building ultramem_cuda needs torch >= 2.11 (its headers)")
         ninja = shutil.which("ninja")
-        if ninja is None:
-            raise RuntimeError("building ultramem_cuda needs ninja on PATH")
+        missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
+        if importlib.util.find_spec("pybind11") is None:
+            missing.append("pybind11")
+        if ninja is None or missing:
+            raise RuntimeError(
+                f"building ultramem_cuda needs {' and '.join(missing)}: "
+                'pip install cmake ninja "pybind11>=2.13"'
+            )
         self.cmake(
             "-S",
             str(ROOT),

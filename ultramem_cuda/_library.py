@@ -18,10 +18,13 @@ _PATH = Path(
 
 def _load() -> str | None:
     if not _PATH.is_file():
-        return (
-            f"the native library {_PATH} is missing; build it with `pip install .` "
-            "(or `pip install -e .` in a checkout)"
-        )
+        if (_PATH.parent.parent / "setup.py").is_file():
+            return (
+                f"this is the source tree at {_PATH.parent.parent}, whose native library is not "
+                "built, and it hides an installed ultramem_cuda: run Python from another folder, "
+                "or build it here with `pip install --no-build-isolation -e .`"
+            )
+        return f"the native library {_PATH} is missing; install ultramem_cuda again"
     try:
         torch.ops.load_library(_PATH)
     except OSError as error:

@@ -2,8 +2,10 @@
 
 #include <dlfcn.h>
 
+#include <cstring>
 #include <sstream>
 #include <stdexcept>
+#include <string_view>
 
 namespace ultramem::torch_binding {
 namespace {
@@ -135,15 +137,17 @@ void OpContext::check_shape(const char* name, const Tensor& tensor, const char* 
   require(same_device, op_, ": ", name, " must be on the device of ", reference_name_, ", ",
           device_name(reference_), ", got ", device_name(tensor));
   bool matches = tensor.dim() == static_cast<int64_t>(sizes.size());
+  bool any_known = false;
   std::string expected = "[";
   int64_t i = 0;
   for (const int64_t size : sizes) {
+    any_known = any_known || size >= 0;
     if (matches && size >= 0 && tensor.size(i) != size) matches = false;
     expected += (i > 0 ? ", " : "") + (size < 0 ? std::string("*") : std::to_string(size));
     ++i;
   }
-  require(matches, op_, ": ", name, " must be ", layout, " = ", expected, "], got ",
-          shape_string(tensor));
+  require(matches, op_, ": ", name, " must be ", layout, any_known ? " = " + expected + "]" : "",
+          ", got ", shape_string(tensor));
 }
 
 void OpContext::check_dtype(const char* name, const Tensor& tensor, ScalarType expected) const {
@@ -156,7 +160,9 @@ void OpContext::check(bool condition, const std::string& message) const {
 }
 
 void OpContext::check(const Status& status) const {
-  require(status.ok(), op_, ": ", status.message);
+  // The core library's messages begin with the operator's name; the driver's do not.
+  const bool named = std::string_view(status.message).substr(0, std::strlen(op_)) == op_;
+  require(status.ok(), named ? "" : op_, named ? "" : ": ", status.message);
 }
 
 Tensor OpContext::empty(std::initializer_list<int64_t> sizes, ScalarType dtype) const {

@@ -323,8 +323,10 @@ class Trainer:
                 old = saved[part].get(name)
                 if old != value and name not in FREE_ON_RESUME:
                     option = "--" + name.replace("_", "-")
+                    reason = " (the learning rate's schedule depends on it)" * (name == "steps")
                     raise UsageError(
-                        option, f"the checkpoint was written with {old}, this run says {value}"
+                        option,
+                        f"the checkpoint was written with {old}, this run says {value}{reason}",
                     )
 
     def _open_log(self) -> Any:

@@ -78,6 +78,16 @@ def test_doctor_without_the_library(
     assert "none: the native library is not loaded" in printed
 
 
+def test_a_source_tree_that_is_not_built_says_what_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It hides an installed package, which `pip install .` again would not change."""
+    monkeypatch.setattr(_library, "_PATH", tmp_path / "ultramem_cuda" / "libultramem_torch.so")
+    assert "install ultramem_cuda again" in str(_library._load())
+    (tmp_path / "setup.py").touch()
+    assert f"this is the source tree at {tmp_path}" in str(_library._load())
+
+
 @pytest.mark.parametrize("arguments", [["check"], ["train"], ["demo"]])
 def test_commands_that_need_the_library_say_so(
     arguments: list[str],

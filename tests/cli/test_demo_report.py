@@ -236,5 +236,9 @@ def test_verdict_says_what_came_out() -> None:
 
     better = report.verdict([Result("dense", 2.0), Result("ultramem_v2", 1.5)])  # type: ignore[list-item]
     assert "1.5000 nats a byte, lower than dense's 2.0000 (difference -0.5000)" in better
+    assert better.endswith("at equal active parameters.")
+    losses = {"dense": 2.0, "moe": 1.25, "pkm": 1.75, "ultramem_v2": 1.5}
+    among_all = report.verdict([Result(*pair) for pair in losses.items()])  # type: ignore[misc]
+    assert among_all.endswith("For comparison: moe 1.2500, pkm 1.7500.")
     worse = report.verdict([Result("dense", 2.0), Result("ultramem_v2", 2.5)])  # type: ignore[list-item]
     assert "not lower than dense's 2.0000 (difference +0.5000)" in worse

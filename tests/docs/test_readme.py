@@ -1,46 +1,52 @@
-"""The README's examples run as they stand."""
+"""The examples of the README and of the guide run as they stand."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-import torch
-
 README = Path(__file__).parents[2] / "README.md"
 
 
-def python_blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
 
 
 def without_code(text: str) -> str:
     return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
 
 
-def test_readme_examples() -> None:
-    first, second = python_blocks()
+def test_readme_layers() -> None:
     names: dict[str, object] = {}
-    exec(first, names)
+    exec(python_blocks(README)[0], names)
     layers = names["layers"]
     assert isinstance(layers, list)
     assert names["table"].values.grad.any()
-    assert layers[0].keys.grad.any()
+    assert all(layer.keys.grad.any() for layer in layers)
 
-    # The second example takes tensors of the reader's own; these are the smallest that fit.
-    names |= {
-        "x": torch.randn(3, 8),
-        "weight": torch.randn(2 * 2 * 4, 8),
-        "norm_weight": torch.ones(4),
-        "keys": torch.randn(1, 2, 2, 9, 4),
-        "core": torch.rand(2, 1, 2, 2),
-        "values": torch.randn(81, 6),
-        "pre_values": torch.randn(81, 5),
-        "pre_input": torch.randn(3, 5),
-    }
-    exec(second.replace("topk=32", "topk=4"), names)
-    assert names["out"].shape == (3, 6)
-    assert names["scores"].shape == (3, 1, 4, 2)
+
+def test_readme_operators() -> None:
+    names: dict[str, object] = {}
+    _, operators = python_blocks(README)
+    exec(operators, names)
+    assert names["query"].shape == (512, 2, 1, 2, 64)
+    assert names["scores"].shape == (512, 32, 2)
+    assert names["out"].shape == (512, 192)
+
+
+def test_training_guide() -> None:
+    names: dict[str, object] = {}
+    blocks = python_blocks(README.parent / "docs" / "training.md")
+    for block in blocks[:3]:
+        exec(block, names)
+    table = names["model"].table
+    # The third block trained the table from its main_grad, and emptied it again.
+    assert table.values.grad is None
+    assert not table.values.main_grad.any()
+    assert all(names["optimizer"].state[p]["step"] == 2 for p in table.parameters())
+    for block in blocks[3:]:
+        exec(block, names)
+    assert len(names["usage"]) == 3
 
 
 def test_links_lead_somewhere() -> None:

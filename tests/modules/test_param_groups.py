@@ -28,6 +28,11 @@ class Model(nn.Module):
         return self.outputs(x + self.memory(x, self.table))
 
 
+def test_layers_without_their_table_are_pointed_out() -> None:
+    with pytest.warns(UserWarning, match="holds no MemoryTable"):
+        um.optim.param_groups(Model().memory, 1e-3)
+
+
 def test_groups_partition_the_parameters() -> None:
     model = Model()
     model.outputs.bias.requires_grad_(False)

@@ -121,8 +121,8 @@ BAD: list[tuple[str, Arguments, str]] = [
     # tucker_query
     ("tucker_query", {"x": ((4, 5), I64)}, f"tucker_query: x {FLOAT} int64"),
     ("tucker_query", {"x": ((4, 5), C64)}, f"tucker_query: x {FLOAT}"),
-    ("tucker_query", {"x": (5,)}, "tucker_query: x must be [T, D] = [*, *], got [5]"),
-    ("tucker_query", {"x": (2, 4, 5)}, "tucker_query: x must be [T, D] = [*, *], got [2, 4, 5]"),
+    ("tucker_query", {"x": (5,)}, "tucker_query: x must be [T, D], got [5]"),
+    ("tucker_query", {"x": (2, 4, 5)}, "tucker_query: x must be [T, D], got [2, 4, 5]"),
     ("tucker_query", {"weight": (72, 6)}, "tucker_query: weight must be [2*H*Q*Kd, D] = [*, 5]"),
     (
         "tucker_query",
@@ -141,7 +141,7 @@ BAD: list[tuple[str, Arguments, str]] = [
         {"weight": ((72, 5), F64)},
         "tucker_query: weight must be float32, got float64",
     ),
-    ("tucker_query", {"norm_weight": (6, 1)}, "tucker_query: norm_weight must be [Kd] = [*], got"),
+    ("tucker_query", {"norm_weight": (6, 1)}, "tucker_query: norm_weight must be [Kd], got"),
     ("tucker_query", {"norm_weight": (0,)}, "tucker_query: norm_weight must not be empty"),
     (
         "tucker_query",
@@ -275,7 +275,7 @@ BAD: list[tuple[str, Arguments, str]] = [
     ("ffn", {"indices": (4, 3)}, "value_ffn: indices must be int64 or int32"),
     ("ffn", {"indices": ((4, 3), torch.int16)}, "value_ffn: indices must be int64 or int32"),
     ("ffn", {"indices": ((4, 3), torch.bool)}, "value_ffn: indices must be int64 or int32"),
-    ("ffn", {"indices": ((12,), I64)}, "value_ffn: indices must be [T, S] = [*, *], got [12]"),
+    ("ffn", {"indices": ((12,), I64)}, "value_ffn: indices must be [T, S], got [12]"),
     ("ffn", {"indices": ((5, 3), I64)}, "value_ffn: "),
     ("ffn", {"scores": (4, 3)}, "value_ffn: scores must be [T, S, C] = [4, 3, *], got [4, 3]"),
     (
@@ -303,7 +303,7 @@ BAD: list[tuple[str, Arguments, str]] = [
         {"scores": ((4, 3, 2), C64)},
         "value_ffn: scores must be of a floating-point dtype, got torch.com",
     ),
-    ("ffn", {"values": (20,)}, "value_ffn: values must be [N, Dv] = [*, *], got [20]"),
+    ("ffn", {"values": (20,)}, "value_ffn: values must be [N, Dv], got [20]"),
     ("ffn", {"values": ((20, 8), I64)}, f"value_ffn: values {FLOAT} int64"),
     ("ffn", {"values": ((20, 8), C64)}, f"value_ffn: values {FLOAT}"),
     ("bag", {"values": (0, 8)}, "value_ffn: values must not be empty"),

@@ -6,7 +6,7 @@ import dataclasses
 import html
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..examples.lm.config import KINDS, ModelConfig
@@ -101,7 +101,7 @@ class ReportData:
 
 
 def verdict(results: Sequence[RunResult]) -> str:
-    """One sentence on UltraMemV2 against dense, as it came out."""
+    """UltraMemV2 against dense, then the others, as it came out."""
     loss = {result.model_config.kind: result.final_loss for result in results}
     tokens = results[0].validation.tokens[-1]
     memory, dense = loss["ultramem_v2"], loss["dense"]
@@ -109,8 +109,13 @@ def verdict(results: Sequence[RunResult]) -> str:
     return (
         f"After {tokens:,} bytes of text, ultramem_v2 reaches a validation loss of {memory:.4f} "
         f"nats a byte, {relation} dense's {dense:.4f} (difference {memory - dense:+.4f}), at equal "
-        f"active parameters."
+        f"active parameters.{_others(loss)}"
     )
+
+
+def _others(loss: Mapping[str, float]) -> str:
+    rest = [f"{kind} {value:.4f}" for kind, value in loss.items() if kind in ("moe", "pkm")]
+    return f" For comparison: {', '.join(rest)}." if rest else ""
 
 
 def traffic_text(counted: Sequence[CountedTraffic]) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
+from ..layer import UltraMemLayer
 from ..table import MemoryTable
 
 
@@ -49,17 +51,27 @@ def param_groups(
         lr: learning rate of the network.
         value_lr_multiplier: the tables' learning rate over the network's at the start; see
             :func:`lr_lambdas` for its decay.
-        weight_decay: of the network's matrices; gains, biases and other vectors get none.
+        weight_decay: of the network's parameters of two dimensions and more (keys, cores and
+            embeddings are among them); gains, biases and other vectors get none.
         value_weight_decay: of the tables. Decay of a dense optimizer touches every row at every
             step, read or not.
 
     Returns:
         Up to three non-empty groups, named ("name") "network", "network_no_decay" and "memory".
         Each carries "value_lr_multiplier" (1 for the network) for :func:`lr_lambdas`.
+
+    Warns:
+        UserWarning: ``model`` has memory layers and no table.
     """
     if not (math.isfinite(value_lr_multiplier) and value_lr_multiplier > 0.0):
         raise ValueError(f"value_lr_multiplier: must be positive, got {value_lr_multiplier}")
     tables = [m for m in model.modules() if isinstance(m, MemoryTable)]
+    if not tables and any(isinstance(m, UltraMemLayer) for m in model.modules()):
+        warnings.warn(
+            "param_groups: model has memory layers but holds no MemoryTable, so its rows are in no "
+            "group; pass the module that holds the table too",
+            stacklevel=2,
+        )
     in_tables = {id(p) for table in tables for p in table.parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad]
     memory = [p for p in trainable if id(p) in in_tables]
