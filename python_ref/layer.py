@@ -2,10 +2,10 @@
 
 UltraMemV2 (arXiv 2508.18756), beside the FFN of every block and on the same normed input x:
 
-    q = RMSNorm(x W_q),  K = RMSNorm(K)                               (section 3.2, equation 10) g,
-    index = TopM(S_row^T C S_col)                                  (equations 10 and 11) s_hat =
-    Shuffle(vec(S_grid))                                      (equation 8) y = W_v^T V^T ((P W_p x)
-    * s_hat)                                 (equation 15; W_p makes x as narrow as P)
+    q = RMSNorm(x W_q),  K = RMSNorm(K)            section 3.2, equation 10
+    g, index = TopM(S_row^T C S_col)               equations 10 and 11
+    s_hat = Shuffle(vec(S_grid))                   equation 8
+    y = W_v^T V^T ((P W_p x) * s_hat)              equation 15; W_p makes x as narrow as P
 
 With sum_groups=False every virtual copy of the table has its own slice of the value projection, the
 first UltraMem's implicit value expansion (equation 9); mode="additive" without pre-values is PKM

@@ -29,6 +29,8 @@ def _load() -> str | None:
         torch.ops.load_library(_PATH)
     except OSError as error:
         return f"the native library {_PATH} does not load under torch {torch.__version__}: {error}"
+    if not hasattr(torch.ops.ultramem, "value_ffn"):
+        return f"{_PATH} is a library, but holds none of the operators"
     return None
 
 

@@ -202,6 +202,11 @@ class UltraMemConfig:
                 f"topk: must be at most axis_topk^2 = {kept * kept} (axis_topk = {kept}), "
                 f"got {self.topk}"
             )
+        if self.mode == "additive" and min(self.topk, n) > MAX_AXIS_TOPK:
+            raise ValueError(
+                f"topk: must be at most {MAX_AXIS_TOPK} in additive mode with num_keys = {n}, "
+                f"got {self.topk}"
+            )
         if self.mode == "additive" and kept < min(self.topk, n):
             raise ValueError(
                 f"axis_topk: must be at least min(topk, num_keys) = {min(self.topk, n)} in "

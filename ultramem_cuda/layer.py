@@ -31,8 +31,9 @@ class UltraMemLayer(nn.Module):
 
     In eval mode without gradients, normalised keys and the filter are cached. The cache follows
     changes of the parameters made by ordinary tensor operations, optimizers, ``load_state_dict``,
-    ``train()`` and moves; only writes through ``param.data`` escape it, call :meth:`refresh_cache`
-    after those. Compiled code does not use the cache.
+    ``train()`` and moves. Writes that advance no version counter escape it (through ``param.data``,
+    NumPy, DLPack, a flat buffer that the parameters are views of): call :meth:`refresh_cache` after
+    those. Compiled code does not use the cache.
 
     A captured CUDA graph reads the cache as it is at replay: after changing parameters call
     :meth:`refresh_cache`, which writes to the same memory. That memory stays until the parameters
@@ -159,6 +160,8 @@ class UltraMemLayer(nn.Module):
             raise ValueError(
                 f"x: last dimension must be d_model = {config.d_model}, got shape {list(x.shape)}"
             )
+        if not hasattr(table, "check_matches"):
+            raise TypeError(f"table: must be a MemoryTable, got {type(table).__name__}")
         table.check_matches(config)
         tokens = x.reshape(-1, config.d_model)
         query = ops.tucker_query(

@@ -51,7 +51,11 @@ def key_balance_loss(
     """
     if normalize not in ("paper", "release"):
         raise ValueError(f"normalize: must be 'paper' or 'release', got {normalize!r}")
+    if axis_scores.dim() != 3:
+        raise ValueError(f"axis_scores: must have shape [T, H, n], got {list(axis_scores.shape)}")
     num_tokens, num_heads, num_keys = axis_scores.shape
+    if axis_indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"axis_indices: must be int32 or int64, got {axis_indices.dtype}")
     if axis_indices.dim() != 3 or axis_indices.shape[:2] != axis_scores.shape[:2]:
         raise ValueError(
             f"axis_indices: must have shape [{num_tokens}, {num_heads}, m], "

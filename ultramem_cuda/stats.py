@@ -45,6 +45,11 @@ class UsageSummary:
 def summarize_counts(counts: Tensor) -> UsageSummary:
     """Summary of the reads of each slot, an integer tensor [num_slots]. Synchronises with the
     host."""
+    if counts.dim() != 1 or counts.numel() == 0 or counts.is_floating_point():
+        raise ValueError(
+            f"counts: must be an integer tensor [num_slots], not empty, got {counts.dtype} "
+            f"{list(counts.shape)}"
+        )
     num_slots, reads = counts.numel(), int(counts.sum())
     uniform = math.log(num_slots)
     if reads == 0:
@@ -89,6 +94,8 @@ class SlotUsage:
 
         Where they lie on another device than before, as after ``model.to``, the counts move there.
         """
+        if indices.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"indices: must be int32 or int64, got {indices.dtype}")
         if self.counts.device != indices.device:
             self.counts = self.counts.to(indices.device)
             self.addressing = self.addressing.to(indices.device)

@@ -117,7 +117,17 @@ class MemoryTable(nn.Module):
             self.pre_values.normal_(0.0, self.init_std)
 
     def check_matches(self, config: UltraMemConfig) -> None:
-        """Raise ValueError where a layer of ``config`` cannot read this table."""
+        """Raise where a layer of ``config`` cannot read this table.
+
+        Raises:
+            ValueError: another number or width of rows.
+            NotImplementedError: the rows are sharded.
+        """
+        if hasattr(self.values, "device_mesh"):
+            raise NotImplementedError(
+                "table: its rows are a DTensor, which is not available in this version; leave the "
+                "table in FSDP's root unit, or exclude it from sharding"
+            )
         for name in ("num_slots", "value_dim", "pre_value_dim"):
             mine, theirs = getattr(self, name), getattr(config, name)
             if mine != theirs:

@@ -198,6 +198,20 @@ struct Backward {
   }
 };
 
+// Which of the indices, on the CPU, is out of range, for the message.
+void check_indices(const OpContext& context, const ValueFfnParams& params) {
+  const int64_t end = params.addressing.num_indices();
+  for (int64_t i = 0; i < params.num_tokens * params.num_selected; ++i) {
+    const int64_t index = params.indices_are_int64
+                              ? static_cast<const int64_t*>(params.indices)[i]
+                              : static_cast<const int32_t*>(params.indices)[i];
+    context.check(index >= 0 && index < end,
+                  "indices must be in [0, " + std::to_string(end) + "), got " +
+                      std::to_string(index) + " at [" + std::to_string(i / params.num_selected) +
+                      ", " + std::to_string(i % params.num_selected) + "]");
+  }
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> value_ffn(
@@ -229,7 +243,9 @@ std::tuple<Tensor, Tensor> value_ffn(
   params.pre_activation = pre_values.has_value() ? pre_activation.mutable_data_ptr() : nullptr;
   Tensor workspace = ULTRAMEM_WORKSPACE(context, value_ffn_fwd_workspace, params);
   params.workspace = workspace.mutable_data_ptr();
-  context.check(ULTRAMEM_CALL(context, value_ffn_fwd, params));
+  const Status status = ULTRAMEM_CALL(context, value_ffn_fwd, params);
+  if (status.code == StatusCode::kOutOfRange) check_indices(context, params);
+  context.check(status);
   return {out, pre_activation};
 }
 

@@ -127,6 +127,13 @@ def test_off_by_default_and_in_eval() -> None:
     assert layer.last_losses == {}
 
 
+def test_key_balance_refuses_what_are_not_indices() -> None:
+    with pytest.raises(TypeError, match="axis_indices: must be int32 or int64"):
+        losses.key_balance_loss(torch.zeros(2, 1, 5), torch.zeros(2, 1, 3))
+    with pytest.raises(ValueError, match="axis_scores: must have shape"):
+        losses.key_balance_loss(torch.zeros(2, 5), torch.zeros(2, 1, 3, dtype=torch.int64))
+
+
 def test_collecting_over_layers() -> None:
     pairs = [layer_and_table(tucker_penalty=0.1, key_balance=0.1, layer_index=i) for i in (0, 2)]
     model = torch.nn.ModuleList(layer for layer, _ in pairs)

@@ -163,3 +163,10 @@ def test_counts_are_those_of_the_modules(overrides: dict[str, Any]) -> None:
     assert config.total_parameters() == 3 * in_layer + in_table
     row = config.value_dim + config.pre_value_dim
     assert config.active_parameters() == in_layer + config.num_heads * config.topk * row
+
+
+def test_additive_mode_needs_all_that_it_may_keep() -> None:
+    with pytest.raises(ValueError, match="topk: must be at most 128 in additive mode"):
+        small_config(
+            **{**PKM, "num_keys": 256, "num_slots": 256**2, "topk": 200, "axis_topk": None}
+        )

@@ -263,3 +263,17 @@ def test_bad_permutations() -> None:
     corrupt = {**layer.state_dict(), "shuffle_index": torch.zeros(144, dtype=torch.int64)}
     with pytest.raises(RuntimeError, match="shuffle_index: shuffle: must be a permutation"):
         layer.load_state_dict(corrupt)
+
+
+def test_tables_that_cannot_be_read_are_refused() -> None:
+    layer, table = layer_and_table()
+    with pytest.raises(TypeError, match="table: must be a MemoryTable, got Parameter"):
+        layer(tokens(2, 24), table.values)
+
+    class Sharded(torch.Tensor):
+        device_mesh = None
+
+    values = table.values.detach().as_subclass(Sharded)
+    table.values = torch.nn.Parameter(values)
+    with pytest.raises(NotImplementedError, match="leave the table in FSDP's root unit"):
+        layer(tokens(2, 24), table)

@@ -28,6 +28,14 @@ class Model(nn.Module):
         return self.outputs(x + self.memory(x, self.table))
 
 
+@pytest.mark.parametrize("lr", [-1.0, math.nan, math.inf])
+def test_learning_rates_are_checked(lr: float) -> None:
+    with pytest.raises(ValueError, match="lr: must be finite and not negative"):
+        um.optim.param_groups(Model(), lr)
+    with pytest.raises(ValueError, match="step: must not be negative"):
+        um.optim.value_lr_factor(-10, times=4, max_steps=100)
+
+
 def test_layers_without_their_table_are_pointed_out() -> None:
     with pytest.warns(UserWarning, match="holds no MemoryTable"):
         um.optim.param_groups(Model().memory, 1e-3)

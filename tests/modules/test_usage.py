@@ -81,6 +81,15 @@ def test_counts_and_shuffle_follow_the_indices_to_their_device() -> None:
     assert usage.addressing.shuffle.is_meta
 
 
+def test_only_integers_are_counted() -> None:
+    layer, _ = layer_and_table()
+    with pytest.raises(TypeError, match="indices: must be int32 or int64, got torch.float32"):
+        stats.SlotUsage(layer.addressing).update(torch.zeros(3))
+    for counts in (torch.ones(2, 3, dtype=torch.int64), torch.ones(3), torch.ones(0).long()):
+        with pytest.raises(ValueError, match="counts: must be an integer tensor"):
+            stats.summarize_counts(counts)
+
+
 @pytest.mark.gpu
 def test_counts_across_a_move_inside_the_block() -> None:
     layer, table = layer_and_table()

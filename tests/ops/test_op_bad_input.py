@@ -416,6 +416,18 @@ def test_refused(device: str, call: str, changes: Arguments, message: str) -> No
     check_refused(device, call, changes, message)
 
 
+@pytest.mark.parametrize(("call", "changes", "message"), BAD, ids=ids(BAD))
+def test_refused_on_meta(call: str, changes: Arguments, message: str) -> None:
+    """A model that is tried out without memory must fail where the real one would."""
+    check_refused("meta", call, changes, message)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_unchanged_arguments_are_accepted_on_meta(call: str) -> None:
+    function, make = CALLS[call]
+    function(**make("meta"))
+
+
 @pytest.mark.parametrize(("call", "changes", "message"), BAD_ON_CPU, ids=ids(BAD_ON_CPU))
 def test_refused_on_the_cpu(call: str, changes: Arguments, message: str) -> None:
     check_refused("cpu", call, changes, message)
@@ -449,6 +461,21 @@ def test_mixed_devices_are_refused(call: str, name: str, stray_device: str) -> N
     arguments = make(other)
     arguments[name] = arguments[name].to(stray_device)
     message = rf"{name} must be on the device of \w+, {other}(:0)?, got {stray_device}(:0)?$"
+    with pytest.raises(ERRORS, match=message):
+        function(**arguments)
+
+
+@pytest.mark.parametrize(("call", "name"), [*MIXED, ("topk", "key_norm_weight"), ("topk", "u")])
+def test_a_stray_meta_tensor_is_refused(call: str, name: str) -> None:
+    """torch then calls the fake implementation, whose result would be uninitialised memory."""
+    function, make = CALLS[call]
+    arguments = make("cpu")
+    if name == "u":
+        arguments |= {"u": torch.ones(3, 2), "t": torch.ones(3, 2)}
+    if name == "key_norm_weight":
+        arguments[name] = torch.ones(6)
+    arguments[name] = arguments[name].to("meta")
+    message = rf"{name} must be on the device of \w+, cpu, got meta$"
     with pytest.raises(ERRORS, match=message):
         function(**arguments)
 

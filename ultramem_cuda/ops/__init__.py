@@ -3,7 +3,7 @@
 Every function runs on CPU and CUDA, under torch.compile, CUDA-graph capture, activation
 checkpointing and autocast, and never synchronises with the host. Accumulation is float32 (float64
 for float64, which is offered on the CPU). Empty inputs (T = 0) are legal. Differentiating twice
-and vmap raise.
+and vmap raise; forward-mode differentiation (jvp) is not offered, and torch gives zero for it.
 
 Vocabulary: T tokens, D d_model, H heads, n keys per side, Kd key dimension, R Tucker rank, Q
 queries per head and side (1, or R), C cores, m kept per axis, M kept in the end, N table rows, Dp

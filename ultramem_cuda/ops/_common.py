@@ -8,9 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from ._checks import accumulation_dtype
 
 
 def accumulation_cast(op: str, name: str, tensor: Tensor, like: torch.dtype) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import _library
-from ._common import accumulation_cast, accumulation_dtype, cast_for_autocast, check_rank, register
+from ._checks import ArgumentChecks, accumulation_dtype, check_cores, check_rank_and_cores
+from ._common import accumulation_cast, cast_for_autocast, check_rank, register
 from ._rms_norm import rms_norm
 from ._tucker import tucker_filter
 
@@ -74,6 +75,11 @@ def product_key_topk(
                 f"product_key_topk: key_norm_weight must be [Kd] = [{keys.shape[-1]}], "
                 f"got {list(key_norm_weight.shape)}"
             )
+        if key_norm_weight.device != keys.device:
+            raise ValueError(
+                f"product_key_topk: key_norm_weight must be on the device of keys, {keys.device}, "
+                f"got {key_norm_weight.device}"
+            )
         keys = rms_norm(keys, key_norm_weight, eps=eps)
     if axis_topk is None:
         axis_topk = min(keys.shape[-2], topk, _MAX_AXIS_TOPK)
@@ -92,6 +98,45 @@ def product_key_topk(
     return scores, indices
 
 
+def _check_tucker_arguments(
+    checks: ArgumentChecks,
+    core: Tensor | None,
+    u: Tensor | None,
+    t: Tensor | None,
+    heads: int,
+    rank: int,
+    dtype: torch.dtype,
+) -> None:
+    if core is None or u is None or t is None:
+        missing = "core is" if core is None else "u and t are"
+        raise RuntimeError(f"{checks.op}: {missing} required in tucker mode")
+    checks.shape("core", core, "[C, H, R, R]", (None, heads, rank, rank))
+    checks.has_dtype("core", core, dtype)
+    check_cores(checks, core.shape[0])
+    for name, vector in (("u", u), ("t", t)):
+        checks.shape(name, vector, "[H, R]", (heads, rank))
+        checks.has_dtype(name, vector, dtype)
+
+
+def _check_topk(
+    checks: ArgumentChecks, num_keys: int, topk: int, axis_topk: int, mode: str
+) -> None:
+    topk_range = (
+        f"topk must be in 1..min(axis_topk^2, {_MAX_TOPK}) with axis_topk = {axis_topk}, got {topk}"
+    )
+    checks.check(topk >= 1, topk_range)
+    checks.check(
+        1 <= axis_topk <= min(num_keys, _MAX_AXIS_TOPK),
+        f"axis_topk must be in 1..min(n, {_MAX_AXIS_TOPK}) with n = {num_keys}, got {axis_topk}",
+    )
+    checks.check(topk <= min(axis_topk**2, _MAX_TOPK), topk_range)
+    checks.check(
+        mode == "tucker" or axis_topk >= topk or axis_topk == num_keys,
+        "additive mode needs axis_topk >= min(topk, n), or the best sums can be missed; "
+        f"got axis_topk = {axis_topk}, topk = {topk}",
+    )
+
+
 def _product_key_topk_fake(
     query: Tensor,
     keys: Tensor,
@@ -102,18 +147,25 @@ def _product_key_topk_fake(
     axis_topk: int,
     mode: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tokens, _, heads, _, _ = query.shape
+    checks = ArgumentChecks("product_key_topk", "query", query)
+    checks.dtype("query", query)
+    checks.shape("query", query, "[T, 2, H, Q, Kd]", (None, 2, None, None, None))
+    tokens, _, heads, queries, key_dim = query.shape
+    checks.shape("keys", keys, "[H, 2, R, n, Kd]", (heads, 2, None, None, key_dim))
+    checks.has_dtype("keys", keys, query.dtype)
     rank, num_keys = keys.shape[2:4]
-    if not 1 <= axis_topk <= min(num_keys, _MAX_AXIS_TOPK):
-        raise ValueError(
-            f"product_key_topk: axis_topk must be in 1..min(n, 128) with n = {num_keys}, "
-            f"got {axis_topk}"
-        )
-    if not 1 <= topk <= min(axis_topk**2, _MAX_TOPK):
-        raise ValueError(
-            "product_key_topk: topk must be in 1..min(axis_topk^2, 1024) with "
-            f"axis_topk = {axis_topk}, got {topk}"
-        )
+    for size in (heads, key_dim, num_keys):
+        checks.check(size >= 1, "H, Kd and n must be positive")
+    check_rank_and_cores(checks, rank, 1, " (keys.shape[2])")
+    if queries != 1:
+        checks.check(queries == rank, f"query.shape[3] must be 1 or R = {rank}, got {queries}")
+    if mode == "tucker":
+        _check_tucker_arguments(checks, core, u, t, heads, rank, accumulation_dtype(query.dtype))
+    else:
+        checks.check(core is None, "core must be None in additive mode")
+        checks.check(rank == 1, f"additive mode has R = 1, keys.shape[2] is {rank}")
+        checks.check(u is None and t is None, "u and t must be None in additive mode")
+    _check_topk(checks, num_keys, topk, axis_topk, mode)
     cores = 1 if core is None else core.shape[0]
     acc = accumulation_dtype(query.dtype)
     return (

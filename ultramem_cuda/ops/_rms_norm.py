@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _library
+from ._checks import ArgumentChecks, accumulation_dtype
 from ._common import accumulation_cast, register
 
 
@@ -27,6 +28,13 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6) -> Tensor:
 
 
 def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    checks = ArgumentChecks("rms_norm", "x", x)
+    checks.dtype("x", x)
+    checks.check(x.dim() >= 1, "x must have at least one dimension")
+    checks.check(x.shape[-1] >= 1, "the last dimension of x must not be empty")
+    checks.shape("weight", weight, "[dim of x]", (x.shape[-1],))
+    checks.has_dtype("weight", weight, accumulation_dtype(x.dtype))
+    checks.check(eps >= 0, f"eps must not be negative, got {eps}")
     return x.new_empty(x.shape)
 
 

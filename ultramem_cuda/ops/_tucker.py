@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from .. import _library
-from ._common import accumulation_cast, cast_for_autocast, check_rank, register
+from ._checks import (
+    MAX_TUCKER_RANK,
+    ArgumentChecks,
+    accumulation_dtype,
+    check_rank_and_cores,
+)
+from ._common import accumulation_cast, cast_for_autocast, register
 
 
 def tucker_query(
@@ -38,15 +44,22 @@ def tucker_query(
 def _tucker_query_fake(
     x: Tensor, weight: Tensor, norm_weight: Tensor, num_heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    check_rank("tucker_query", "x", x, "[T, D]", 2)
-    check_rank("tucker_query", "weight", weight, "[2*H*Q*Kd, D]", 2)
-    if x.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"tucker_query: weight must be [2*H*Q*Kd, D] = [*, {x.shape[1]}], "
-            f"got {list(weight.shape)}"
-        )
-    key_dim = norm_weight.shape[0]
-    num_queries = weight.shape[0] // (2 * num_heads * key_dim)
+    checks = ArgumentChecks("tucker_query", "x", x)
+    checks.dtype("x", x)
+    checks.shape("x", x, "[T, D]", (None, None))
+    checks.shape("weight", weight, "[2*H*Q*Kd, D]", (None, x.shape[1]))
+    checks.has_dtype("weight", weight, x.dtype)
+    checks.shape("norm_weight", norm_weight, "[Kd]", (None,))
+    checks.has_dtype("norm_weight", norm_weight, accumulation_dtype(x.dtype))
+    checks.check(num_heads >= 1, f"num_heads must be positive, got {num_heads}")
+    checks.check(eps >= 0, f"eps must not be negative, got {eps}")
+    rows, (key_dim,) = weight.shape[0], norm_weight.shape
+    checks.check(key_dim >= 1, "norm_weight must not be empty")
+    num_queries = rows // (2 * num_heads * key_dim)
+    message = f"weight must have 2*H*Q*Kd rows with H = {num_heads}, Kd = {key_dim} and Q in 1..4"
+    checks.check(rows == num_queries * 2 * num_heads * key_dim, f"{message}, got {rows}")
+    checks.check(num_queries >= 1, f"{message}, got {rows}")
+    checks.check(num_queries <= MAX_TUCKER_RANK, f"{message}, got {rows}")
     query = x.new_empty((x.shape[0], 2, num_heads, num_queries, key_dim))
     return query, x.new_empty((x.shape[0], weight.shape[0]))
 
@@ -113,8 +126,13 @@ def tucker_filter(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _tucker_filter_fake(core: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check_rank("tucker_filter", "core", core, "[C, H, R, R]", 4)
-    _, heads, rank, _ = core.shape
+    checks = ArgumentChecks("tucker_filter", "core", core)
+    checks.dtype("core", core)
+    checks.shape("core", core, "[C, H, R, R]", (None, None, None, None))
+    cores, heads, rank, columns = core.shape
+    checks.check(columns == rank, "the last two dimensions of core must be equal")
+    check_rank_and_cores(checks, rank, cores)
+    checks.check(heads >= 1, "core must have at least one head")
     vectors = [core.new_empty((heads, rank)) for _ in range(3)]
     matrices = [core.new_empty((heads, rank, rank)) for _ in range(2)]
     return vectors[0], vectors[1], vectors[2], matrices[0], matrices[1]

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from .. import _library
 from ..addressing import SlotAddressing
+from ._checks import ArgumentChecks, accumulation_dtype, check_cores
 from ._common import (
     accumulation_cast,
-    accumulation_dtype,
     cast_for_autocast,
-    check_rank,
     raise_double_backward,
     register,
 )
+
+_ACTIVATIONS = ("identity", "gelu", "relu", "silu")
 
 
 def value_ffn(
@@ -43,7 +44,7 @@ def value_ffn(
         indices: [T, S] int64 or int32, S = H*M; virtual indices in [0, expand*window) with
             addressing, else rows in [0, N).
         scores: [T, S, C], any float dtype, C in 1..4 dividing Dv.
-        values: [N, Dv], float32, bfloat16, float16 (float64 on the CPU).
+        values: [N, Dv], contiguous (or it is copied whole, at every call), float32, bfloat16, float16 (float64 on the CPU).
         pre_values: [N, Dp], dtype of values.
         pre_input: [T, Dp], any of these dtypes (float64 exactly where values are).
         activation: "identity", "gelu" (erf form), "relu" or "silu".
@@ -58,7 +59,8 @@ def value_ffn(
     accumulated in the accumulation dtype and rounded once. Where the tables have an attribute
     ``main_grad`` (contiguous, float32, or float64 for float64) they are accumulated there in place
     instead: ``.grad`` stays None and ``grad_added_to_main_grad`` is set to True by the backward
-    (under torch.compile: by the forward). Any backward through the operator then adds to it, one
+    (under torch.compile: by the forward). The buffer is the one that the attribute holds when the
+    forward runs; a slice of a table has no such attribute. Any backward through the operator then adds to it, one
     that was asked for other gradients only (``torch.autograd.grad``) too; with
     ``create_graph=True`` it raises.
 
@@ -140,6 +142,35 @@ def _main_grads(values: Tensor, pre_values: Tensor | None) -> tuple[Tensor | Non
     return buffers.get("values"), buffers.get("pre_values")
 
 
+def _check_pre_values(
+    checks: ArgumentChecks,
+    values: Tensor,
+    pre_values: Tensor | None,
+    pre_input: Tensor | None,
+    activation: str,
+    tokens: int,
+) -> None:
+    checks.check(
+        (pre_values is None) == (pre_input is None),
+        "pre_values and pre_input go together: give both or neither",
+    )
+    if pre_values is None or pre_input is None:
+        checks.check(
+            activation == "identity",
+            "activation needs pre_values; without them it must be 'identity'",
+        )
+        return
+    checks.shape("pre_values", pre_values, "[N, Dp]", (values.shape[0], None))
+    checks.has_dtype("pre_values", pre_values, values.dtype)
+    checks.check(pre_values.shape[1] >= 1, "pre_values must not be empty")
+    checks.dtype("pre_input", pre_input)
+    checks.shape("pre_input", pre_input, "[T, Dp]", (tokens, pre_values.shape[1]))
+    checks.check(
+        (pre_input.dtype == torch.float64) == (values.dtype == torch.float64),
+        "values and pre_input must both be float64 or neither",
+    )
+
+
 def _value_ffn_fake(
     indices: Tensor,
     scores: Tensor,
@@ -158,11 +189,30 @@ def _value_ffn_fake(
     seed: int,
     sum_groups: bool,
 ) -> tuple[Tensor, Tensor]:
-    check_rank("value_ffn", "indices", indices, "[T, S]", 2)
-    check_rank("value_ffn", "scores", scores, "[T, S, C]", 3)
-    check_rank("value_ffn", "values", values, "[N, Dv]", 2)
-    tokens, selected = indices.shape
-    width = values.shape[1]
+    checks = ArgumentChecks("value_ffn", "values", values)
+    checks.check(
+        activation in _ACTIVATIONS,
+        f"activation must be 'identity', 'gelu', 'relu' or 'silu', got '{activation}'",
+    )
+    checks.dtype("values", values)
+    checks.shape("values", values, "[N, Dv]", (None, None))
+    checks.shape("indices", indices, "[T, S]", (None, None))
+    checks.check(indices.dtype in (torch.int64, torch.int32), "indices must be int64 or int32")
+    (tokens, selected), (num_slots, width) = indices.shape, values.shape
+    checks.check(num_slots >= 1, "values must not be empty")
+    checks.check(width >= 1, "values must not be empty")
+    _check_pre_values(checks, values, pre_values, pre_input, activation, tokens)
+    checks.shape("scores", scores, "[T, S, C]", (tokens, selected, None))
+    checks.has_dtype("scores", scores, accumulation_dtype(values.dtype))
+    cores = scores.shape[2]
+    check_cores(checks, cores, " (scores.shape[2])")
+    checks.check(
+        width % cores == 0,
+        f"the number of cores C must divide Dv, got C = {cores}, Dv = {width}",
+    )
+    if permutation is not None:
+        checks.shape("permutation", permutation, "[expand * window]", (expand * window,))
+        checks.has_dtype("permutation", permutation, torch.int64)
     shape = (tokens, width) if sum_groups else (tokens, expand, width)
     out = values.new_empty(shape, dtype=values.dtype if pre_input is None else pre_input.dtype)
     return out, scores.new_empty((0,) if pre_values is None else (tokens, selected))

@@ -31,6 +31,8 @@ def value_lr_factor(step: float, *, times: float, max_steps: int, rate: float = 
         raise ValueError(f"times: must be positive, got {times}")
     if max_steps < 1:
         raise ValueError(f"max_steps: must be at least 1, got {max_steps}")
+    if not step >= 0.0:
+        raise ValueError(f"step: must not be negative, got {step}")
     if not rate > 0.0:
         raise ValueError(f"rate: must be positive, got {rate}")
     return 1.0 + (times - 1.0) * max(0.0, 1.0 - step / (max_steps * rate))
@@ -63,6 +65,8 @@ def param_groups(
     Warns:
         UserWarning: ``model`` has memory layers and no table.
     """
+    if not (math.isfinite(lr) and lr >= 0.0):
+        raise ValueError(f"lr: must be finite and not negative, got {lr}")
     if not (math.isfinite(value_lr_multiplier) and value_lr_multiplier > 0.0):
         raise ValueError(f"value_lr_multiplier: must be positive, got {value_lr_multiplier}")
     tables = [m for m in model.modules() if isinstance(m, MemoryTable)]
@@ -115,8 +119,8 @@ def lr_lambdas(
     times :func:`value_lr_factor`::
 
         optimizer = torch.optim.AdamW(um.optim.param_groups(model, 1e-3))
-        scheduler = LambdaLR(optimizer, um.optim.lr_lambdas(optimizer.param_groups, cosine,
-        max_steps=10_000))
+        factors = um.optim.lr_lambdas(optimizer.param_groups, cosine, max_steps=10_000)
+        scheduler = LambdaLR(optimizer, factors)
 
     Args:
         groups: from :func:`param_groups`, or ``optimizer.param_groups`` made of them; other groups
