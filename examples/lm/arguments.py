@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -15,9 +16,9 @@ from ultramem_cuda import _library
 from .config import KINDS, Kind, ModelConfig, TrainConfig
 from .data import ARCHIVE_SUFFIX, Corpus, load_corpus
 from .errors import UsageError
-from .matching import counts_of, matched
+from .matching import counts_of, deviations, matched
 from .presets import PRESETS
-from .train import CHECKPOINT_NAME, RunResult, Trainer
+from .train import CHECKPOINT_NAME, RunResult, Trainer, check_checkpoint
 
 MODEL_HELP = {
     "d_model": "hidden size",
@@ -26,7 +27,7 @@ MODEL_HELP = {
     "context": "bytes in a window",
     "ffn_inner": "SwiGLU width of the dense kind, which sets the active parameters of all",
     "experts_per_token": "moe: experts a byte is sent to",
-    "expert_inner": "moe: SwiGLU width of one expert",
+    "expert_inner": "moe: SwiGLU width of one expert (default: one that matches active parameters)",
     "balance_loss": "moe: weight of the load balance loss",
     "num_keys": "memory: keys per side; a layer has their square in slots",
     "key_dim": "memory: width of a key",
@@ -55,6 +56,9 @@ TRAIN_HELP = {
     "checkpoint_every": "steps between checkpoints",
     "log_every": "steps between lines of the log",
 }
+MAX_SEED = 2**63 - 1
+# Of every other integer: products of two still fit the 64 bits that torch counts in.
+MAX_INTEGER = 2**31 - 1
 POSITIVE = frozenset(
     {*MODEL_HELP, *TRAIN_HELP}
     - {"balance_loss", "weight_decay", "final_lr_ratio", "warmup", "seed"}
@@ -173,13 +177,26 @@ def configurations(
         train = dataclasses.replace(train, precision="bf16")
     base = dataclasses.replace(preset.model, **_given(args, MODEL_HELP))
     kinds = KINDS if "all" in args.kind else tuple(dict.fromkeys(args.kind))
+    if "pkm" in kinds and base.memory_init == "paper":
+        raise UsageError(
+            "--memory-init", "'paper' is derived for scores without a softmax, which 'pkm' has"
+        )
+    keep_width = args.expert_inner is not None
     try:
-        models = [matched(dataclasses.replace(base, kind=kind)) for kind in kinds]
+        models = [
+            matched(dataclasses.replace(base, kind=kind), keep_expert_inner=keep_width)
+            for kind in kinds
+        ]
         for model in models:
             counts_of(model)
     except ValueError as error:
         # Configurations name the field first, as the options do.
         raise UsageError("model options", str(error)) from error
+    except (RuntimeError, OverflowError, MemoryError) as error:
+        # Even without storage, a tensor's size in bytes has to fit 64 bits.
+        raise UsageError("model options", "the sizes are beyond what torch can hold") from error
+    for line in deviations(base, models):
+        print(f"note: {line}")
     return [(model, train) for model in models]
 
 
@@ -204,11 +221,16 @@ def _check_options(args: argparse.Namespace) -> None:
     choices = {"precision": ("fp32", "bf16"), "memory_init": ("release", "paper")}
     for name, value in _given(args, {**MODEL_HELP, **TRAIN_HELP}).items():
         option = "--" + name.replace("_", "-")
+        limit = MAX_SEED if name == "seed" else MAX_INTEGER
         if name in choices:
             if value not in choices[name]:
                 raise UsageError(
                     option, f"must be one of {', '.join(choices[name])}, got '{value}'"
                 )
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(option, f"must be a finite number, got {value}")
+        elif isinstance(value, int) and value > limit:
+            raise UsageError(option, f"must be in 0..{limit}, got {value}")
         elif value < 0 or (value == 0 and name in POSITIVE):
             raise UsageError(
                 option, f"must be {'positive' if name in POSITIVE else '>= 0'}, got {value}"
@@ -224,21 +246,70 @@ def run_train(args: argparse.Namespace) -> int:
     require_kernels((model.kind for model, _ in runs), device)
     corpus = load_corpus(args.data, args.pattern)
     print(describe_corpus(corpus))
-    results = []
-    for model_config, train_config in runs:
-        out = args.out / f"{model_config.kind}-seed{train_config.seed}"
-        if (out / CHECKPOINT_NAME).exists() and not (args.resume or args.overwrite):
-            raise UsageError(
-                "--out", f"'{out}' already holds a run; give --resume to continue it or --overwrite"
-            )
-        trainer = Trainer(
-            model_config, train_config, corpus, out=out, device=device, quiet=args.quiet
+    folders = [args.out / f"{model.kind}-seed{train.seed}" for model, train in runs]
+    held = _holding_a_run(folders)
+    if held and not (args.resume or args.overwrite):
+        raise UsageError(
+            "--out", f"'{held[0]}' already holds a run; give --resume to continue it or --overwrite"
         )
-        if args.resume:
-            trainer.resume()
-        results.append(trainer.run())
-    print(results_table(results))
+    if args.resume and not held:
+        path = folders[0] / CHECKPOINT_NAME
+        raise UsageError("--resume", f"there is no checkpoint at '{path}'")
+    if args.resume and len(runs) > 1:
+        for (model_config, train_config), out in zip(runs, folders, strict=True):
+            if out in held:
+                check_checkpoint(out, model_config, train_config, corpus)
+    _train_all(runs, folders, held, corpus, device, args)
     return 0
+
+
+def _train_all(
+    runs: Sequence[tuple[ModelConfig, TrainConfig]],
+    folders: Sequence[Path],
+    held: Sequence[Path],
+    corpus: Corpus,
+    device: torch.device,
+    args: argparse.Namespace,
+) -> None:
+    results: list[RunResult] = []
+    try:
+        for (model_config, train_config), out in zip(runs, folders, strict=True):
+            trainer = Trainer(
+                model_config, train_config, corpus, out=out, device=device, quiet=args.quiet
+            )
+            if args.overwrite and not results:
+                # All at once, or a --resume after an interruption would take up the later kinds'.
+                _discard(held)
+            # An interrupted run never came to the kinds without a checkpoint: they start fresh.
+            if args.resume and out in held:
+                trainer.resume()
+            results.append(trainer.run())
+    finally:
+        # Also where a later kind failed: the finished ones took their time.
+        if results:
+            print(results_table(results))
+
+
+def _holding_a_run(folders: Iterable[Path]) -> list[Path]:
+    """Those of ``folders`` with a checkpoint; all must be directories that could hold one."""
+    held = []
+    for out in folders:
+        try:
+            if out.exists() and not out.is_dir():
+                raise UsageError("--out", f"'{out}' is not a directory")
+            if (out / CHECKPOINT_NAME).exists():
+                held.append(out)
+        except OSError as error:
+            raise UsageError("--out", f"cannot read '{out}': {error.strerror}") from error
+    return held
+
+
+def _discard(folders: Iterable[Path]) -> None:
+    for out in folders:
+        try:
+            (out / CHECKPOINT_NAME).unlink(missing_ok=True)
+        except OSError as error:
+            raise UsageError("--out", f"cannot clear '{out}': {error.strerror}") from error
 
 
 def run_pack(args: argparse.Namespace) -> int:
@@ -275,20 +346,3 @@ def results_table(results: Sequence[RunResult]) -> str:
             f"{result.counts.total:>13,} {tokens:>13,} {result.final_loss:>10.4f} {speed:>7.1f}"
         )
     return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``python -m ultramem_cuda.examples.lm``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ultramem_cuda.examples.lm", description=__doc__
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train models", description="Train models.")
-    add_train_arguments(train)
-    pack = commands.add_parser("pack", help="pack text into one archive")
-    add_pack_arguments(pack)
-    args = parser.parse_args(argv)
-    try:
-        return run_train(args) if args.command == "train" else run_pack(args)
-    except UsageError as error:
-        parser.exit(2, f"{parser.prog} {args.command}: error: argument {error}\n")

@@ -11,8 +11,6 @@ import fnmatch
 import hashlib
 import os
 import sysconfig
-import zipfile
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +117,8 @@ def load_corpus(source: Path | None = None, pattern: str = "*.py") -> Corpus:
             return _read_archive(root)
         return _from_documents([(root.name, root.read_bytes())], str(root))
     except OSError as error:
-        raise UsageError("--data", f"cannot read '{root}': {error.strerror or error}") from error
+        name = error.filename or root
+        raise UsageError("--data", f"cannot read '{name}': {error.strerror or error}") from error
 
 
 def _read_directory(root: Path, pattern: str) -> Iterable[tuple[str, bytes]]:
@@ -161,21 +160,36 @@ def _from_documents(documents: Iterable[tuple[str, bytes]], origin: str) -> Corp
 
 def _read_archive(path: Path) -> Corpus:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if int(archive["format"]) != ARCHIVE_FORMAT:
-                raise UsageError("--data", f"'{path}' was packed in a format this version lacks")
-            corpus = Corpus(
-                paths=tuple(os.fsdecode(archive["paths"].tobytes()).split("\0")),
-                data=archive["data"],
-                offsets=archive["offsets"],
-                origin=str(path),
-            )
-            expected = archive["sha256"].tobytes().decode()
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        corpus, expected = _unpack(path)
+    except (OSError, UsageError):
+        raise
+    except Exception as error:
+        # zipfile, its decompressors and numpy have a dozen types for what a damaged file does.
         raise UsageError("--data", f"'{path}' is not a packed archive or is damaged") from error
     if corpus.sha256 != expected:
         raise UsageError("--data", f"'{path}' is damaged: its content does not match its digest")
     return corpus
+
+
+def _unpack(path: Path) -> tuple[Corpus, str]:
+    """The corpus of an archive and the digest it claims; a bare array or a damaged file raises."""
+    with np.load(path, allow_pickle=False) as archive:
+        version = archive["format"]
+        if version.shape or version.dtype.kind not in "iu":
+            raise ValueError("format is not an integer")
+        if version != ARCHIVE_FORMAT:
+            raise UsageError("--data", f"'{path}' was packed in a format this version lacks")
+        paths = tuple(os.fsdecode(archive["paths"].tobytes()).split("\0"))
+        data, offsets = archive["data"], archive["offsets"]
+        expected = archive["sha256"].tobytes().decode()
+    if data.dtype != np.uint8 or data.ndim != 1:
+        raise ValueError("data are not bytes")
+    if offsets.dtype.kind not in "iu" or offsets.shape != (len(paths) + 1,):
+        raise ValueError("offsets do not go with paths")
+    offsets = offsets.astype(np.int64)
+    if offsets[0] != 0 or offsets[-1] != len(data) or (np.diff(offsets) < 0).any():
+        raise ValueError("offsets do not cut the data")
+    return Corpus(paths=paths, data=data, offsets=offsets, origin=str(path)), expected
 
 
 def _join(documents: Iterable[bytes]) -> Bytes:

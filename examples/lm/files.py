@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -28,6 +29,28 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.unlink(temporary)
         raise
     _flush_directory(path.parent)
+
+
+def remove_stale_temporaries(path: Path) -> None:
+    """Removes what ``write_atomically(path, ...)`` left behind in processes that were killed."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d{{1,9}})\.tmp")
+    # Tidying up: an entry that cannot be removed is no reason not to write.
+    with contextlib.suppress(OSError):
+        for entry in sorted(path.parent.iterdir()):
+            match = pattern.fullmatch(entry.name)
+            if match is not None and not _is_running(int(match[1])):
+                entry.unlink()
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        # It exists and belongs to someone else.
+        return True
+    return True
 
 
 def _flush_directory(directory: Path) -> None:

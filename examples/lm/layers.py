@@ -116,7 +116,9 @@ class MoE(nn.Module):
         dtype = compute_dtype(x)
         rows = x.to(dtype).index_select(0, order // self.experts_per_token)
         gate_up, down = self.gate_up.to(dtype), self.down.to(dtype)
-        run = experts_grouped if grouped_mm_runs(x.device, dtype) else experts_loop
+        # Rows of the expert's inner width start at multiples of 16 bytes, or grouped_mm refuses.
+        aligned = self.down.shape[1] * dtype.itemsize % 16 == 0
+        run = experts_grouped if aligned and grouped_mm_runs(x.device, dtype) else experts_loop
         outputs = run(rows, counts, gate_up, down).index_select(0, order.argsort())
         y = (outputs.view(*chosen.shape, -1) * gates[..., None].to(dtype)).sum(dim=1)
 

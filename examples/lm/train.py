@@ -20,8 +20,8 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .config import ModelConfig, TrainConfig
 from .data import Corpus, WindowSampler, fixed_windows
 from .errors import UsageError
-from .files import write_atomically
-from .matching import ParameterCounts, count_parameters
+from .files import remove_stale_temporaries, write_atomically
+from .matching import ParameterCounts, count_parameters, counts_of
 from .model import ByteLM
 from .progress import ProgressBar
 
@@ -103,7 +103,7 @@ class Trainer:
 
         # Drawn on the CPU, so that a seed means the same weights on every device.
         torch.manual_seed(train_config.seed)
-        self.model = ByteLM(model_config).to(device)
+        self.model = _build(model_config, device)
         self.counts = count_parameters(self.model)
         self.optimizer = torch.optim.AdamW(
             um.optim.param_groups(
@@ -206,7 +206,7 @@ class Trainer:
         """
         state = load_checkpoint(self.checkpoint_path)
         try:
-            self._check_identity(state["identity"])
+            _check_identity(state["identity"], self._identity())
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             torch.set_rng_state(state["rng"])
@@ -305,33 +305,14 @@ class Trainer:
         }
 
     def _identity(self) -> dict[str, Any]:
-        """All that must be equal for a continuation to be one."""
-        return {
-            "model": dataclasses.asdict(self.model_config),
-            "train": dataclasses.asdict(self.config),
-            "data_sha256": self.corpus_digest,
-        }
-
-    def _check_identity(self, saved: dict[str, Any]) -> None:
-        if saved["data_sha256"] != self.corpus_digest:
-            raise UsageError(
-                "--data", "is not the text that the checkpoint was trained on (its digest differs)"
-            )
-        mine = self._identity()
-        for part in ("model", "train"):
-            for name, value in mine[part].items():
-                old = saved[part].get(name)
-                if old != value and name not in FREE_ON_RESUME:
-                    option = "--" + name.replace("_", "-")
-                    reason = " (the learning rate's schedule depends on it)" * (name == "steps")
-                    raise UsageError(
-                        option,
-                        f"the checkpoint was written with {old}, this run says {value}{reason}",
-                    )
+        return _identity(self.model_config, self.config, self.corpus_digest)
 
     def _open_log(self) -> Any:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
+            if self.step == 0:
+                # Before the log goes, so that no later --resume finds another run's checkpoint.
+                self.checkpoint_path.unlink(missing_ok=True)
             return open(self.out / LOG_NAME, "a" if self.step else "w", encoding="utf-8")
         except OSError as error:
             raise UsageError("--out", f"cannot write to '{self.out}': {error.strerror}") from error
@@ -339,24 +320,97 @@ class Trainer:
     def _log(self, log: Any, event: str, **fields: Any) -> None:
         record = {"event": event, "step": self.step, "tokens": self.tokens, **fields}
         try:
-            print(json.dumps(record), file=log, flush=True)
+            print(_json_line(record), file=log, flush=True)
         except OSError as error:
             raise UsageError("--out", f"cannot write the log: {error.strerror}") from error
 
     def _trim_log(self) -> None:
-        """Drops what an interrupted run logged after its last checkpoint."""
+        """Drops what an interrupted run logged after its last checkpoint, and damaged lines."""
         path = self.out / LOG_NAME
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                if json.loads(line)["step"] <= self.step:
-                    kept.append(line + "\n")
         try:
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise UsageError("--out", f"cannot read '{path}': {error.strerror}") from error
+        records = (_parse_line(line) for line in lines)
+        kept = [_json_line(r) + "\n" for r in records if r is not None and r["step"] <= self.step]
+        try:
+            remove_stale_temporaries(path)
             write_atomically(path, lambda file: file.write("".join(kept).encode()))
         except OSError as error:
             raise UsageError("--out", f"cannot write '{path}': {error.strerror}") from error
+
+
+def _json_line(record: dict[str, Any]) -> str:
+    """``record`` as JSON, which has no NaN and no infinity: they become null."""
+    return json.dumps(
+        {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
+    )
+
+
+def _parse_line(line: str) -> dict[str, Any] | None:
+    """A record of the log; None for a damaged line, one without an integer step included."""
+    try:
+        record = json.loads(line)
+    # Python refuses numbers of thousands of digits and deep nesting each with its own error.
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None
+
+
+def check_checkpoint(
+    out: Path, model_config: ModelConfig, train_config: TrainConfig, corpus: Corpus
+) -> None:
+    """Raises UsageError where the checkpoint in ``out`` is damaged or one of another run.
+
+    ``Trainer.resume`` does too; this builds no model, and can look before anything is trained.
+    """
+    state = load_checkpoint(out / CHECKPOINT_NAME)
+    _check_identity(state["identity"], _identity(model_config, train_config, corpus.sha256))
+
+
+def _identity(model: ModelConfig, train: TrainConfig, data_sha256: str) -> dict[str, Any]:
+    """All that must be equal for a continuation to be one."""
+    return {
+        "model": dataclasses.asdict(model),
+        "train": dataclasses.asdict(train),
+        "data_sha256": data_sha256,
+    }
+
+
+def _check_identity(saved: dict[str, Any], mine: dict[str, Any]) -> None:
+    if saved["data_sha256"] != mine["data_sha256"]:
+        raise UsageError(
+            "--data", "is not the text that the checkpoint was trained on (its digest differs)"
+        )
+    for part in ("model", "train"):
+        for name, value in mine[part].items():
+            old = saved[part].get(name)
+            if old != value and name not in FREE_ON_RESUME:
+                option = "--" + name.replace("_", "-")
+                reason = " (the learning rate's schedule depends on it)" * (name == "steps")
+                raise UsageError(
+                    option,
+                    f"the checkpoint was written with {old}, this run says {value}{reason}",
+                )
+
+
+def _build(config: ModelConfig, device: torch.device) -> ByteLM:
+    try:
+        return ByteLM(config).to(device)
+    except (RuntimeError, MemoryError) as error:
+        # The CPU's allocator has no type of its own for this, the GPU's has.
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and "can't allocate memory" not in str(error):
+            raise
+        total = counts_of(config).total
+        raise UsageError(
+            "model options", f"no memory for a {config.kind} model of {total:,} parameters"
+        ) from error
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -190,6 +190,25 @@ def test_wrong_arguments_of_train(
     assert message in lines[0]
 
 
+@pytest.mark.parametrize("command", ["check", "demo"])
+@pytest.mark.parametrize("seed", ["-1", str(2**63), str(2**64), "1.5", "x"])
+def test_seeds_that_are_refused(
+    command: str, seed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(command, "--seed", seed)
+    assert ended.value.code == 2
+    message = f"argument --seed: must be a whole number from 0 to {2**63 - 1}, got '{seed}'"
+    assert message in capsys.readouterr().err
+
+
+def test_the_largest_seed_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "CPU_DTYPES", (torch.float32,))
+    monkeypatch.setattr(check, "_OPERATORS", {"rms_norm": check._OPERATORS["rms_norm"]})
+    assert run("check", "--device", "cpu", "--seed", 2**63 - 1) == 0
+    torch.manual_seed(2**63 - 1)
+
+
 def test_train_pack_resume(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -227,8 +246,8 @@ def test_pack_refuses_other_names(
     assert "argument archive: cannot write" in capsys.readouterr().err
 
 
-def test_example_runs_as_a_module(source: Path, tmp_path: Path) -> None:
-    program = [sys.executable, "-m", "ultramem_cuda.examples.lm"]
+def test_the_package_runs_as_a_module(source: Path, tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "ultramem_cuda"]
     archive = tmp_path / "text.npz"
     done = subprocess.run(
         [*program, "pack", archive, "--data", source], capture_output=True, text=True, check=False

@@ -6,6 +6,7 @@ import dataclasses
 import html.parser
 import json
 import math
+import multiprocessing
 import re
 from pathlib import Path
 
@@ -165,12 +166,48 @@ def test_an_error_in_a_process_is_reported(tmp_path: Path) -> None:
         )
 
 
+def test_an_error_in_a_process_stops_the_others(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    # Of the kind that starts first and is the last in order.
+    (runs / KINDS[-1]).write_text("in the way")
+    small = small_preset()
+    train = dataclasses.replace(small.train, steps=5000, eval_every=5000, checkpoint_every=5000)
+    with pytest.raises(UsageError, match=r"^--out: cannot write to"):
+        demo_training.train_kinds(
+            Preset(small.model, train),
+            small_corpus(source),
+            runs,
+            torch.device("cpu"),
+            quiet=True,
+            jobs=2,
+        )
+    assert list(runs.glob("*/checkpoint.pt")) == []
+    assert multiprocessing.active_children() == []
+
+
 def test_jobs() -> None:
     assert demo_training.resolve_jobs(None, torch.device("cuda")) == 1
     assert demo_training.resolve_jobs(99, torch.device("cpu")) == 4
     assert 1 <= demo_training.resolve_jobs(None, torch.device("cpu")) <= 4
     with pytest.raises(UsageError, match=r"^--jobs: must be positive, got 0"):
         demo_training.resolve_jobs(0, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("option", ["--jobs", "--steps"])
+def test_wrong_arguments_are_refused_before_the_check(
+    option: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(check, "compare", lambda on, seed=0: pytest.fail("the check ran"))
+    out = tmp_path / "out"
+    assert cli.main(["demo", option, "0", "--device", "cpu", "--out", str(out)]) == 2
+    assert f"argument {option}: must be positive, got 0" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_demo_fails_with_its_check(

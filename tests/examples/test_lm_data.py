@@ -140,6 +140,64 @@ def test_damaged_archive(tmp_path: Path, damage: str) -> None:
         data.load_corpus(archive)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"format": np.ones(2, np.int64)},
+        {"format": np.float64(1)},
+        {"data": np.uint8(7)},
+        {"data": np.zeros(30, np.float32)},
+        {"offsets": np.zeros(2, np.int64)},
+        {"offsets": np.zeros(6, np.float64)},
+        {"offsets": np.array([0, 9, 3, 12, 20, 50])},
+        {"offsets": np.array([0, 1, 2, 3, 4, 2**63], np.uint64)},
+        {"offsets": np.int64(0)},
+        {"sha256": np.full(64, 255, np.uint8)},
+    ],
+    ids="".join,
+)
+def test_malformed_archive(tmp_path: Path, changes: dict[str, np.ndarray]) -> None:
+    archive = tmp_path / "text.npz"
+    data.load_corpus(numbered_files(tmp_path / "src", 5)).save(archive)
+    with np.load(archive) as loaded:
+        parts = dict(loaded)
+    np.savez(archive, **{**parts, **changes})
+    with pytest.raises(UsageError, match=r"text\.npz' is not a packed archive or is damaged"):
+        data.load_corpus(archive)
+
+
+def test_array_and_encrypted_archive(tmp_path: Path) -> None:
+    archive = tmp_path / "text.npz"
+    with open(archive, "wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(UsageError, match="is not a packed archive or is damaged"):
+        data.load_corpus(archive)
+
+    data.load_corpus(numbered_files(tmp_path / "src", 5)).save(archive)
+    content = bytearray(archive.read_bytes())
+    for signature, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        content[content.index(signature) + flags] |= 1
+    archive.write_bytes(content)
+    with pytest.raises(UsageError, match="is not a packed archive or is damaged"):
+        data.load_corpus(archive)
+
+
+def test_unreadable_file_of_a_directory_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbered_files(tmp_path, 3)
+    read = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        if path.name == "f1.py":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(UsageError, match=r"cannot read '.*pkg1/f1\.py': Permission denied"):
+        data.load_corpus(tmp_path)
+
+
 def test_archive_with_other_content_than_its_digest(tmp_path: Path) -> None:
     archive = tmp_path / "text.npz"
     data.load_corpus(numbered_files(tmp_path / "src", 5)).save(archive)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ultramem_cuda.examples.lm import layers
 from ultramem_cuda.examples.lm.config import KINDS, Kind, ModelConfig
 from ultramem_cuda.examples.lm.layers import (
     Attention,
@@ -171,3 +172,23 @@ def test_table_is_held_once() -> None:
 def test_heads_must_fit() -> None:
     with pytest.raises(ValueError, match="d_model must be a multiple of 2 \\* attention_heads"):
         ByteLM(dataclasses.replace(SMALL, kind="dense", attention_heads=5))
+
+
+@pytest.mark.parametrize(("inner", "expected"), [(16, "grouped"), (17, "loop")])
+def test_unaligned_experts_have_no_grouped_product(
+    inner: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+    loop = layers.experts_loop
+
+    def record(name: str):  # type: ignore[no-untyped-def]
+        return lambda *tensors: (taken.append(name), loop(*tensors))[1]
+
+    monkeypatch.setattr(layers, "grouped_mm_runs", lambda device, dtype: True)
+    monkeypatch.setattr(layers, "experts_grouped", record("grouped"))
+    monkeypatch.setattr(layers, "experts_loop", record("loop"))
+    moe = MoE(8, inner, 4, 2)
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter)
+    moe(torch.randn(5, 8))
+    assert taken == [expected]

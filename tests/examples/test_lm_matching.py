@@ -7,7 +7,12 @@ import dataclasses
 import pytest
 
 from ultramem_cuda.examples.lm.config import KINDS, Kind, ModelConfig
-from ultramem_cuda.examples.lm.matching import count_parameters, counts_of, matched
+from ultramem_cuda.examples.lm.matching import (
+    count_parameters,
+    counts_of,
+    deviations,
+    matched,
+)
 from ultramem_cuda.examples.lm.model import ByteLM
 from ultramem_cuda.examples.lm.presets import PRESETS
 
@@ -22,6 +27,41 @@ def test_presets_match(preset: str) -> None:
         assert abs(counts[kind].total / counts["ultramem_v2"].total - 1) < 0.02, kind
     assert counts["dense"].total == counts["dense"].active
     assert counts["ultramem_v2"].total > 1.5 * counts["dense"].total
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes"),
+    [
+        ("tiny", {"ffn_inner": 1536}),
+        ("tiny", {"ffn_inner": 400}),
+        ("tiny", {"experts_per_token": 1}),
+        ("tiny", {"experts_per_token": 2}),
+        ("small", {"ffn_inner": 1536}),
+        ("small", {"experts_per_token": 4}),
+        ("small", {"experts_per_token": 32}),
+    ],
+)
+def test_moe_matches_at_other_sizes(preset: str, changes: dict[str, int]) -> None:
+    base = dataclasses.replace(PRESETS[preset].model, **changes)  # type: ignore[arg-type]
+    kinds: tuple[Kind, ...] = ("dense", "moe", "ultramem_v2")
+    models = [matched(dataclasses.replace(base, kind=kind)) for kind in kinds]
+    dense, moe, memory = (counts_of(model) for model in models)
+    assert abs(moe.active / dense.active - 1) < 0.01
+    assert abs(moe.total / memory.total - 1) < 0.02
+    assert deviations(base, models) == []
+
+
+@pytest.mark.parametrize(("preset", "width", "experts"), [("small", 128, 93), ("tiny", 64, 16)])
+def test_experts_of_the_presets_stay(preset: str, width: int, experts: int) -> None:
+    moe = matched(dataclasses.replace(PRESETS[preset].model, kind="moe"))
+    assert (moe.expert_inner, moe.num_experts) == (width, experts)
+
+
+def test_a_width_that_is_kept_is_reported() -> None:
+    base = dataclasses.replace(PRESETS["tiny"].model, kind="moe", expert_inner=32)
+    moe = matched(base, keep_expert_inner=True)
+    assert moe.expert_inner == 32
+    assert deviations(base, [moe]) == ["moe has -28.8% active parameters against dense"]
 
 
 def tiny(kind: Kind) -> ModelConfig:

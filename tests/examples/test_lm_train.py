@@ -6,13 +6,16 @@ import dataclasses
 import errno
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from ultramem_cuda.examples.lm import checkpoint, files
+from ultramem_cuda.examples.lm import checkpoint, files, train
 from ultramem_cuda.examples.lm.config import KINDS, Kind, ModelConfig, TrainConfig
 from ultramem_cuda.examples.lm.data import Corpus
 from ultramem_cuda.examples.lm.errors import UsageError
@@ -234,6 +237,116 @@ def test_damaged_checkpoint(tmp_path: Path, damage: str) -> None:
         )
     with pytest.raises(UsageError, match=r"^--resume: .*checkpoint\.pt'"):
         trainer(tmp_path).resume()
+
+
+def test_every_damage_to_a_checkpoint_is_noticed(tmp_path: Path) -> None:
+    running = trainer(tmp_path)
+    running.save()
+    path = running.checkpoint_path
+    content = path.read_bytes()
+    flipped = [
+        *range(0, len(content), len(content) // 100),
+        *range(len(content) - 32, len(content)),
+    ]
+    damaged = [content[:i] + bytes([content[i] ^ 4]) + content[i + 1 :] for i in flipped]
+    for wrong in (*damaged, content[:-1], content + b"\0", content[32:], content[:20]):
+        path.write_bytes(wrong)
+        with pytest.raises(UsageError, match=r"^--resume: .*is damaged or not one"):
+            checkpoint.load_checkpoint(path)
+    path.write_bytes(content)
+    assert checkpoint.load_checkpoint(path)["step"] == 0
+
+
+def test_unreadable_checkpoint_says_why(tmp_path: Path) -> None:
+    # A directory: the tests may run as root, whom permissions do not stop.
+    (tmp_path / "checkpoint.pt").mkdir()
+    with pytest.raises(UsageError, match=r"^--resume: cannot read checkpoint .*: Is a directory"):
+        trainer(tmp_path).resume()
+
+
+def test_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    out = tmp_path / "run"
+    kept = [
+        out / f".checkpoint.pt.{os.getppid()}.tmp",
+        out / f".other.pt.{ended}.tmp",
+        tmp_path / f".checkpoint.pt.{ended}.tmp",
+    ]
+    stale = out / f".checkpoint.pt.{ended}.tmp"
+    out.mkdir()
+    for path in (*kept, stale):
+        path.write_bytes(b"half")
+    trainer(out).save()
+    assert not stale.exists()
+    assert all(path.exists() for path in kept)
+
+
+def test_a_new_run_discards_the_old_checkpoint_before_the_log(tmp_path: Path) -> None:
+    trainer(tmp_path).run()
+    stop_after(trainer(tmp_path), 2)
+    with pytest.raises(UsageError, match=r"^--resume: there is no checkpoint at"):
+        trainer(tmp_path).resume()
+
+
+def test_damaged_log_does_not_stop_a_resumption(tmp_path: Path) -> None:
+    stop_after(trainer(tmp_path), 6)
+    log = tmp_path / "log.jsonl"
+    good = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= 4]
+    damage = [
+        b"\xff\xfe",
+        b"[1]",
+        b"{}",
+        b'{"step": "2"}',
+        b'{"step": true}',
+        b"[" * 100_000,
+        b"9" * 9999,
+    ]
+    log.write_bytes(log.read_bytes() + b"\n".join(damage) + b"\n")
+    trainer(tmp_path).resume()
+    assert log.read_text().splitlines() == good
+
+
+def test_unreadable_log_says_why(tmp_path: Path) -> None:
+    trainer(tmp_path).save()
+    (tmp_path / "log.jsonl").mkdir()
+    with pytest.raises(UsageError, match=r"^--out: cannot read .*log\.jsonl': Is a directory"):
+        trainer(tmp_path).resume()
+
+
+def test_log_has_null_for_what_is_not_a_number(tmp_path: Path) -> None:
+    running = trainer(tmp_path)
+    with torch.no_grad():
+        running.model.head.weight.fill_(float("nan"))
+    with pytest.raises(TrainingDiverged):
+        running.run()
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} in the log")
+
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    records = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [r["loss"] for r in records if r["event"] == "validation"] == [None]
+
+
+def test_model_too_large_for_memory(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"^model options: no memory for a dense model of 12,8"):
+        trainer(tmp_path, ffn_inner=2 * 10**14 // 3)
+
+
+def test_other_errors_of_building_are_not_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(config: ModelConfig) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(train, "ByteLM", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        trainer(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_counts_and_shuffle_follow_the_indices_to_their_device() -> None:
 
 def test_only_integers_are_counted() -> None:
     layer, _ = layer_and_table()
-    with pytest.raises(TypeError, match="indices: must be int32 or int64, got torch.float32"):
+    with pytest.raises(TypeError, match=r"indices: must be int32 or int64, got torch\.float32"):
         stats.SlotUsage(layer.addressing).update(torch.zeros(3))
     for counts in (torch.ones(2, 3, dtype=torch.int64), torch.ones(3), torch.ones(0).long()):
         with pytest.raises(ValueError, match="counts: must be an integer tensor"):

@@ -13,11 +13,17 @@ from ..examples.lm import arguments as lm_arguments
 from ..examples.lm.errors import UsageError
 from ..examples.lm.train import TrainingDiverged
 from . import check, demo, doctor
+from .interrupts import Terminated, terminable
 
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+# Those of a shell for a process that a signal has ended: 128 and the signal's number.
 EXIT_INTERRUPTED = 130
+EXIT_CUT_OFF = 141
+EXIT_TERMINATED = 143
+
+MAX_SEED = 2**63 - 1
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -25,7 +31,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ultramem",
         description="Memory layers for transformers: examine the build, check it, train with it.",
-        epilog="exit codes: 0 success, 1 a check failed or training broke down, 2 wrong usage",
+        epilog="exit codes: 0 success, 1 a check failed or training broke down, 2 wrong usage, "
+        "130 interrupted, 141 the reader of the output is gone, 143 terminated",
     )
     parser.add_argument("--version", action="version", version=f"ultramem {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -45,7 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
         "float64 reference, and prints errors beside their bounds. Exits with 1 on a failure.",
     )
     lm_arguments.add_device_argument(command, "cpu or cuda (default: both where there is a GPU)")
-    command.add_argument("--seed", type=int, default=0, help="of the inputs (default: 0)")
+    command.add_argument(
+        "--seed", type=_seed, metavar="N", default=0, help="of the inputs (default: 0)"
+    )
     command.set_defaults(run=lambda args: check.run(args.device, args.seed))
 
     command = commands.add_parser(
@@ -81,7 +90,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where the report goes (default: %(default)s)",
     )
-    command.add_argument("--seed", type=int, default=0, help="of weights and data (default: 0)")
+    command.add_argument(
+        "--seed", type=_seed, metavar="N", default=0, help="of weights and data (default: 0)"
+    )
     command.add_argument("--steps", type=int, metavar="N", help="training steps of each kind")
     command.add_argument(
         "--jobs",
@@ -96,22 +107,61 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
+    name = f"ultramem {args.command}"
     try:
-        code: int = args.run(args)
-        sys.stdout.flush()
+        with terminable():
+            code = _run(args, name)
+            # Here and not at exit, where a failure could no longer be reported. A process may have
+            # no sys.stdout at all; print knows.
+            print(end="", flush=True)
         return code
-    except UsageError as error:
-        print(f"ultramem {args.command}: error: argument {error}", file=sys.stderr)
-        return EXIT_USAGE
-    except TrainingDiverged as error:
-        print(f"ultramem {args.command}: error: {error}", file=sys.stderr)
-        return EXIT_FAILED
+    except Terminated:
+        print(f"{name}: terminated", file=sys.stderr)
+        return EXIT_TERMINATED
     except KeyboardInterrupt:
-        print(f"ultramem {args.command}: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output (head, less) has gone; a second flush at exit would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OK
+        # The reader of our output (head, less) has gone.
+        _discard_output()
+        return EXIT_CUT_OFF
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # Only the output has no name.
+        _discard_output()
+        print(f"{name}: error: cannot write the output: {error.strerror}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def _run(args: argparse.Namespace, name: str) -> int:
+    try:
+        code: int = args.run(args)
+        return code
+    except UsageError as error:
+        print(f"{name}: error: argument {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except TrainingDiverged as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def _discard_output() -> None:
+    # What is still buffered would fail once more when the interpreter exits.
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+
+
+def _seed(text: str) -> int:
+    """What numpy and torch both take for a seed."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= MAX_SEED:
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number from 0 to {MAX_SEED}, got '{text}'"
+        )
+    return value

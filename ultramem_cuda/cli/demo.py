@@ -26,6 +26,8 @@ def run(args: argparse.Namespace) -> int:
     """Runs everything; 0 if the library loads and the check passes, else 1."""
     started = time.perf_counter()
     device = resolve_device(args.device)
+    preset = demo_preset(device, args.seed, args.steps)
+    jobs = resolve_jobs(args.jobs, device)
     facts = doctor.sections()
     print(doctor.render(facts), flush=True)
     if not _library.is_loaded():
@@ -42,8 +44,6 @@ def run(args: argparse.Namespace) -> int:
 
     _heading("Training")
     print(describe_corpus(corpus), flush=True)
-    preset = demo_preset(device, args.seed, args.steps)
-    jobs = resolve_jobs(args.jobs, device)
     trained = train_kinds(preset, corpus, out / "runs", device, quiet=args.quiet, jobs=jobs)
     results = [one.result for one in trained]
     print(results_table(results))

@@ -10,9 +10,13 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +31,11 @@ from ..examples.lm.train import RunResult, Trainer
 from ..examples.lm.usage import mean_distinct, sparse_choices
 from ..profiling import traffic
 from .doctor import usable_cores
+from .interrupts import terminable
 from .report import CountedTraffic
+
+# How long a process may take to clean up before it is killed.
+GRACE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -92,23 +100,73 @@ def train_kinds(
     # A forked child would inherit thread pools without their threads.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
-        jobs, context, initializer=torch.set_num_threads, initargs=(threads_per_job(jobs),)
+        jobs, context, initializer=_start_process, initargs=(threads_per_job(jobs),)
     ) as pool:
-        # The last kinds take longest and go first.
-        futures = [pool.submit(_train_in_process, task) for task in reversed(tasks)]
         try:
-            return [future.result() for future in reversed(futures)]
+            with _interrupts_blocked():
+                # The last kinds take longest and go first.
+                futures = [pool.submit(_train_in_process, task) for task in reversed(tasks)]
+            return _results(futures)[::-1]
         except BrokenProcessPool as error:
             message = "a training process was killed (no memory left?); try --jobs 1"
             raise UsageError("--jobs", message) from error
+        except BaseException:
+            # Interrupted, or one kind failed: the pool would first train the others to their end.
+            _stop_processes()
+            raise
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Processes started inside never see Ctrl-C: this one does, and stops them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _results(futures: Sequence[Future[Trained]]) -> list[Trained]:
+    """Waits for all, or for the first that fails, whose error it raises."""
+    finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
+    for future in finished:
+        future.result()
+    return [future.result() for future in futures]
+
+
+def _stop_processes() -> None:
+    processes = multiprocessing.active_children()
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+
+
+def _start_process(threads: int) -> None:
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends this process when its parent is gone, even one that had no time to say so."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE_SECONDS)
+    os._exit(1)
 
 
 def _train_in_process(job: _Job) -> Trained:
     try:
-        return _train(job)
+        with terminable():
+            return _train(job)
     except KeyboardInterrupt:
-        # The parent is interrupted too, and reports it.
-        os._exit(130)
+        # Half-written files are removed by now. The parent, if there still is one, reports it.
+        os._exit(1)
 
 
 def _train(job: _Job) -> Trained:

@@ -44,7 +44,8 @@ def value_ffn(
         indices: [T, S] int64 or int32, S = H*M; virtual indices in [0, expand*window) with
             addressing, else rows in [0, N).
         scores: [T, S, C], any float dtype, C in 1..4 dividing Dv.
-        values: [N, Dv], contiguous (or it is copied whole, at every call), float32, bfloat16, float16 (float64 on the CPU).
+        values: [N, Dv], float32, bfloat16, float16 (float64 on the CPU). Contiguous, or it is
+            copied whole at every call.
         pre_values: [N, Dp], dtype of values.
         pre_input: [T, Dp], any of these dtypes (float64 exactly where values are).
         activation: "identity", "gelu" (erf form), "relu" or "silu".
@@ -60,8 +61,8 @@ def value_ffn(
     ``main_grad`` (contiguous, float32, or float64 for float64) they are accumulated there in place
     instead: ``.grad`` stays None and ``grad_added_to_main_grad`` is set to True by the backward
     (under torch.compile: by the forward). The buffer is the one that the attribute holds when the
-    forward runs; a slice of a table has no such attribute. Any backward through the operator then adds to it, one
-    that was asked for other gradients only (``torch.autograd.grad``) too; with
+    forward runs; a slice of a table has no such attribute. Any backward through the operator then
+    adds to it, one that was asked for other gradients only (``torch.autograd.grad``) too; with
     ``create_graph=True`` it raises.
 
     Under autocast pre_input is cast; tables and scores never.
