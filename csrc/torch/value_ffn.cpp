@@ -202,13 +202,12 @@ struct Backward {
 void check_indices(const OpContext& context, const ValueFfnParams& params) {
   const int64_t end = params.addressing.num_indices();
   for (int64_t i = 0; i < params.num_tokens * params.num_selected; ++i) {
-    const int64_t index = params.indices_are_int64
-                              ? static_cast<const int64_t*>(params.indices)[i]
-                              : static_cast<const int32_t*>(params.indices)[i];
-    context.check(index >= 0 && index < end,
-                  "indices must be in [0, " + std::to_string(end) + "), got " +
-                      std::to_string(index) + " at [" + std::to_string(i / params.num_selected) +
-                      ", " + std::to_string(i % params.num_selected) + "]");
+    const int64_t index = params.indices_are_int64 ? static_cast<const int64_t*>(params.indices)[i]
+                                                   : static_cast<const int32_t*>(params.indices)[i];
+    context.check(index >= 0 && index < end, "indices must be in [0, " + std::to_string(end) +
+                                                 "), got " + std::to_string(index) + " at [" +
+                                                 std::to_string(i / params.num_selected) + ", " +
+                                                 std::to_string(i % params.num_selected) + "]");
   }
 }
 
