@@ -24,7 +24,7 @@ def _load() -> str | None:
                 "built, and it hides an installed ultramem_cuda: run Python from another folder, "
                 "or build it here with `pip install --no-build-isolation -e .`"
             )
-        return f"the native library {_PATH} is missing; install ultramem_cuda again"
+        return f"the native library {_PATH} is missing; `pip install` ultramem_cuda again"
     try:
         torch.ops.load_library(_PATH)
     except OSError as error:

@@ -83,7 +83,7 @@ def test_a_source_tree_that_is_not_built_says_what_it_is(
 ) -> None:
     """It hides an installed package, which `pip install .` again would not change."""
     monkeypatch.setattr(_library, "_PATH", tmp_path / "ultramem_cuda" / "libultramem_torch.so")
-    assert "install ultramem_cuda again" in str(_library._load())
+    assert "`pip install` ultramem_cuda again" in str(_library._load())
     (tmp_path / "setup.py").touch()
     assert f"this is the source tree at {tmp_path}" in str(_library._load())
 

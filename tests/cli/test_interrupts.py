@@ -66,6 +66,8 @@ class Demo:
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
                 start_new_session=True,
+                # A shell starts what runs in its background with SIGINT ignored.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         self.group = self.process.pid
         assert wait_until(lambda: len(list(out.glob("runs/*/log.jsonl"))) == 2, 120)
