@@ -58,11 +58,10 @@ class CMakeBuild(build_ext):
         torch_spec = importlib.util.find_spec("torch")
         if torch_spec is None or not torch_spec.submodule_search_locations:
             raise RuntimeError("building ultramem_cuda needs torch >= 2.11 (its headers)")
-        ninja = shutil.which("ninja")
         missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
         if importlib.util.find_spec("pybind11") is None:
             missing.append("pybind11")
-        if ninja is None or missing:
+        if missing:
             raise RuntimeError(
                 f"building ultramem_cuda needs {' and '.join(missing)}: "
                 'pip install cmake ninja "pybind11>=2.13"'
@@ -76,7 +75,7 @@ class CMakeBuild(build_ext):
             "Ninja",
             # Every path is given anew: pip builds in environments that it deletes, and CMake's
             # cache would still name the last one.
-            f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-DULTRAMEM_CPU_ONLY={'ON' if cpu_only else 'OFF'}",
             f"-DULTRAMEM_VERSION={self.distribution.get_version()}",
             f"-DULTRAMEM_TORCH_DIR={torch_spec.submodule_search_locations[0]}",

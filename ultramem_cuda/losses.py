@@ -48,6 +48,9 @@ def key_balance_loss(
 
     Returns:
         A scalar; 0 without tokens.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it was and what it must be.
     """
     if normalize not in ("paper", "release"):
         raise ValueError(f"normalize: must be 'paper' or 'release', got {normalize!r}")

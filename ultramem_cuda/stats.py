@@ -43,8 +43,11 @@ class UsageSummary:
 
 
 def summarize_counts(counts: Tensor) -> UsageSummary:
-    """Summary of the reads of each slot, an integer tensor [num_slots]. Synchronises with the
-    host."""
+    """Summary of the reads of each slot, an integer tensor [num_slots]. Synchronises with the host.
+
+    Raises:
+        ValueError: another shape or dtype, or no slots.
+    """
     if counts.dim() != 1 or counts.numel() == 0 or counts.is_floating_point():
         raise ValueError(
             f"counts: must be an integer tensor [num_slots], not empty, got {counts.dtype} "
@@ -92,6 +95,7 @@ class SlotUsage:
     def update(self, indices: Tensor) -> None:
         """Count virtual indices, an integer tensor of any shape.
 
+        They must lie in the layer's range, as its own do, and of int32 or int64 (else TypeError).
         Where they lie on another device than before, as after ``model.to``, the counts move there.
         """
         if indices.dtype not in (torch.int32, torch.int64):

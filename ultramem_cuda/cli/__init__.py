@@ -23,8 +23,6 @@ EXIT_INTERRUPTED = 130
 EXIT_CUT_OFF = 141
 EXIT_TERMINATED = 143
 
-MAX_SEED = 2**63 - 1
-
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
@@ -160,8 +158,8 @@ def _seed(text: str) -> int:
         value = int(text)
     except ValueError:
         value = -1
-    if not 0 <= value <= MAX_SEED:
+    if not 0 <= value <= lm_arguments.MAX_SEED:
         raise argparse.ArgumentTypeError(
-            f"must be a whole number from 0 to {MAX_SEED}, got '{text}'"
+            f"must be a whole number from 0 to {lm_arguments.MAX_SEED}, got '{text}'"
         )
     return value
