@@ -413,7 +413,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def _unavailable(device: str) -> str | None:
+def unavailable(device: str) -> str | None:
     """Why nothing can be measured on this device, or None."""
     if not _library.is_loaded():
         return _library.load_error()
@@ -427,7 +427,7 @@ def _unavailable(device: str) -> str | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0 whether targets are met or missed; 1 where a result is wrong or unavailable."""
     arguments = parse(argv)
-    reason = _unavailable(arguments.device)
+    reason = unavailable(arguments.device)
     if reason is not None:
         print(f"bench.ops: {reason}", file=sys.stderr)
         return 1

@@ -8,8 +8,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 
 from ultramem_cuda import __version__, _library
 
-__all__ = ["Candidate", "Timing", "machine", "measure", "write_json"]
+__all__ = ["Candidate", "Timing", "capture", "machine", "measure", "write_json"]
 
 # Larger than any cache to flush, and on the GPU long enough (0.3 ms at 3 TB/s) for the host to
 # enqueue what follows: otherwise small operators would show their launches instead.
@@ -43,6 +43,15 @@ class Timing:
     q3_ms: float
     repeats: int
 
+    def of_one(self, calls: int) -> Timing:
+        """The share of one call, where a run was that many."""
+        return replace(
+            self,
+            median_ms=self.median_ms / calls,
+            q1_ms=self.q1_ms / calls,
+            q3_ms=self.q3_ms / calls,
+        )
+
 
 def measure(
     candidates: Mapping[str, Candidate],
@@ -51,6 +60,7 @@ def measure(
     warmup: int,
     repeats: int,
     cold: bool,
+    flushes: int = 1,
 ) -> dict[str, Timing]:
     """Times candidates in turns: A B C, B C A, C A B, ...
 
@@ -61,6 +71,8 @@ def measure(
         warmup: untimed runs of each.
         repeats: timed runs of each, at least 2.
         cold: overwrite a buffer larger than the caches before each timed run.
+        flushes: how often it is overwritten; each gives the host 0.3 ms more to enqueue what is
+            timed, so that a backward through autograd shows the GPU's time and not the host's.
 
     Returns:
         A Timing for each candidate that fits in the device's memory.
@@ -78,13 +90,29 @@ def measure(
     try:
         for _ in range(repeats):
             for name in names:
-                flush.zero_()
+                for _ in range(flushes):
+                    flush.zero_()
                 samples[name].append(clock(runnable[name].run))
                 runnable[name].reset()
             names = names[1:] + names[:1]
     finally:
         gc.enable()
     return {name: _summary(times) for name, times in samples.items()}
+
+
+def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """One CUDA graph of all the calls, one after the other. They are of one kind: two warm up."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
 
 
 def _warm_up(candidate: Candidate, device: torch.device, warmup: int) -> bool:
@@ -95,7 +123,10 @@ def _warm_up(candidate: Candidate, device: torch.device, warmup: int) -> bool:
             candidate.run()
         except (torch.OutOfMemoryError, NotImplementedError):
             runs = False
-        candidate.reset()
+        try:
+            candidate.reset()
+        except torch.OutOfMemoryError:
+            runs = False
         if not runs:
             # The traceback held the tensors of the attempt until here.
             gc.collect()

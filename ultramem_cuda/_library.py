@@ -106,3 +106,42 @@ def kernel_attributes() -> list[dict[str, Any]]:
     except ImportError as error:
         raise RuntimeError(f"ultramem_cuda: the module _C is missing ({error})") from error
     return extension.kernel_attributes(str(_PATH))
+
+
+class RetrievalShape(ctypes.Structure):
+    """Sizes of a product_key_topk call; csrc/torch/introspection.cpp has the same fields."""
+
+    _names = (
+        *("num_tokens", "num_keys", "key_dim", "num_heads", "num_queries", "tucker_rank"),
+        *("num_cores", "axis_topk", "topk", "additive", "dtype"),
+    )
+    _fields_ = [(name, ctypes.c_int64) for name in _names]
+    # ultramem::DType
+    DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def retrieval_path(shape: RetrievalShape, compute_capability: int) -> tuple[str, str]:
+    """Which kernels product_key_topk's forward runs on a GPU of that compute capability, and why.
+
+    Args:
+        compute_capability: 10 * major + minor. No such GPU needs to be there.
+    """
+    require()
+    function = ctypes.CDLL(str(_PATH)).ultramem_product_key_topk_fwd_path
+    function.restype = ctypes.c_char_p
+    reason = ctypes.c_char_p()
+    path = function(ctypes.byref(shape), compute_capability, ctypes.byref(reason))
+    return path.decode(), (reason.value or b"").decode()
+
+
+def retrieval_workspace(shape: RetrievalShape) -> tuple[int, int] | None:
+    """Scratch bytes of product_key_topk's forward and of its backward on the current GPU.
+
+    None where there is no GPU to ask, or no CUDA kernels.
+    """
+    require()
+    if not (_has_cuda_kernels and torch.cuda.is_available()):
+        return None
+    function = ctypes.CDLL(str(_PATH)).ultramem_product_key_topk_workspace
+    function.restype = ctypes.c_int64
+    return function(ctypes.byref(shape), 0), function(ctypes.byref(shape), 1)

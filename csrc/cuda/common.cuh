@@ -39,6 +39,11 @@ __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a
 // Workspaces are carved into 256-byte aligned pieces.
 constexpr size_t align_up(size_t bytes) { return (bytes + 255) & ~size_t{255}; }
 
+// The 32-bit address of something in shared memory, as PTX takes it.
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }

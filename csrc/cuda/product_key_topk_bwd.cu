@@ -5,504 +5,434 @@
 //   dcore_c     += dg_c S_row[:,i] S_col[:,j]^T
 //
 // over the kept (i, j) of every token and head; in additive mode dS_row[i] += dg, dS_col[j] += dg.
-// dS is kept for the kept keys only. Every sum has a fixed order: the keys' gradients gather, for
-// each key, its sorted entries instead of scattering to it.
+// dS is kept for the kept keys only. Every sum has a fixed order.
+//
+// This file makes dS and dcore and chooses how the rest is made: product_key_topk_bwd.h.
+#include "product_key_topk_bwd.h"
+
 #include <algorithm>
 
+#include "async_copy.cuh"
 #include "common.cuh"
 #include "kernel_registry.h"
 #include "product_key_common.cuh"
-#include "sort_pairs.h"
+#include "product_key_topk_bwd_core.cuh"
 
 namespace ultramem::cuda {
 namespace {
 
 // ---- scores: dg -> dS, dcore -------------------------------------------------------------------
 
-// A block takes a head and a slice of the tokens. One thread per kept row and per kept column; the
-// warps of rows come first.
-constexpr int kScoresMaxThreads = 2 * kMaxAxisTopk;
-constexpr int64_t kMaxTokenSlices = 1024;
-
-__host__ __device__ constexpr int side_threads(int axis_topk) {
-  return static_cast<int>(ceil_div(axis_topk, kWarpSize)) * kWarpSize;
-}
+// A warp takes a token and head, and its lanes 32 kept pairs at a time, each of which adds a vector
+// of R to its row of dS and one to its column. Lanes whose pairs share a row (or a column) add up
+// in a tree that only depends on which lanes these are, and one of them adds the sum to shared
+// memory: hot rows cost no more than others, and every sum has a fixed order.
+constexpr int kScoresThreads = 256;
+constexpr int kScoresWarps = kScoresThreads / kWarpSize;
+// Blocks of a multiprocessor, for small cores. All of them are to be resident at once on the larger
+// GPUs, together with those that check keys.
+constexpr int kScoresResidency = 5;
+constexpr int64_t kMaxTokenSlices = 512;
+constexpr int64_t kMaxCheckBlocks = 264;
+constexpr int64_t kCheckRowsPerWarp = 4;
 
 struct ScoresLayout {
-  int core;          // [C, R, R]
-  int warp_cores;    // [warps of rows, C, R, R] sums of dcore
-  int scores;        // [2, R, m] S
-  int grad_scores;   // [M, C] dg
-  int entries;       // [m, entry_stride] 1 + k where the kept pair k lies, 0 where none does
-  int entry_stride;  // an odd number of 32-bit words: threads along a column meet 32 banks
+  int core;       // [C, R, R]
+  int core_sums;  // [warps, C, R, R] of dcore
+  int warps;      // where the warps' own parts begin
+  int warp_bytes;
+  // From the beginning of a warp's part:
+  int scores;  // [2, R, m] S
+  int grads;   // [2, R, m] dS
+  int lanes;   // [2, m] those whose pair is in a row, or in a column; zeros between uses
   int64_t bytes;
 
   __host__ __device__ explicit ScoresLayout(const ProductKeyTopkParams& p) {
-    const int64_t m = p.axis_topk;
+    const int64_t rows = int64_t{4} * 2 * p.tucker_rank * p.axis_topk;
+    SharedLayout warp;
+    scores = warp.take(rows);
+    grads = warp.take(rows);
+    lanes = warp.take(int64_t{4} * 2 * p.axis_topk);
+    warp_bytes = static_cast<int>(warp.bytes());
     const int64_t cores = int64_t{4} * p.num_cores * p.tucker_rank * p.tucker_rank;
-    entry_stride = 2 * static_cast<int>((m + 1) / 2 | 1);
     SharedLayout layout;
     core = layout.take(cores);
-    warp_cores = layout.take(cores * (side_threads(p.axis_topk) / kWarpSize));
-    scores = layout.take(4 * 2 * p.tucker_rank * m);
-    grad_scores = layout.take(int64_t{4} * p.topk * p.num_cores);
-    entries = layout.take(2 * m * entry_stride);
+    core_sums = layout.take(cores * kScoresWarps);
+    warps = layout.take(warp.bytes() * kScoresWarps);
     bytes = layout.bytes();
   }
 };
 
-// grad_axis_scores [T, H, 2, R, m]; core_partials [slices, H, C, R, R], or null.
-__global__ void __launch_bounds__(kScoresMaxThreads)
-    product_key_topk_bwd_scores_kernel(ProductKeyTopkBwdParams p, int64_t tokens_per_slice,
-                                       float* grad_axis_scores, float* core_partials) {
+__device__ __forceinline__ bool is_finite(float x) {
+  return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u;
+}
+
+// Finds the key rows that are not finite: those with a 16-bit element whose exponent is all ones.
+__device__ __forceinline__ void check_keys(const ProductKeyTopkBwdParams& p, uint8_t* key_finite,
+                                           int64_t block, int64_t num_blocks) {
+  const uint32_t low = p.dtype == DType::kBFloat16 ? 0x7f80u : 0x7c00u;
+  const uint32_t high = low << 16;
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t block_warps = blockDim.x / kWarpSize;
+  const int64_t num_rows = int64_t{2} * p.num_heads * p.tucker_rank * p.num_keys;
+  const int chunks = static_cast<int>(p.key_dim / 8);
+  const auto* keys = static_cast<const uint4*>(p.keys);
+  for (int64_t row = block * block_warps + threadIdx.x / kWarpSize; row < num_rows;
+       row += num_blocks * block_warps) {
+    bool finite = true;
+#pragma unroll 4
+    for (int i = lane; i < chunks; i += kWarpSize) {
+      const uint4 chunk = keys[row * chunks + i];
+      const uint32_t words[] = {chunk.x, chunk.y, chunk.z, chunk.w};
+#pragma unroll
+      for (const uint32_t word : words) {
+        finite = finite && (word & low) != low && (word & high) != high;
+      }
+    }
+    finite = __all_sync(kFullMask, finite);
+    if (lane == 0) key_finite[row] = finite ? 1 : 0;
+  }
+}
+
+// By a warp. Packets need 16-byte aligned addresses and a multiple of four. The scores are there
+// after cp_async_wait<0>.
+__device__ __forceinline__ void load_scores(const float* from, float* to, int count, int lane,
+                                            bool in_packets) {
+  if (in_packets) {
+#pragma unroll 1
+    for (int i = lane * kPacket; i < count; i += kWarpSize * kPacket) {
+      cp_async_16(to + i, from + i);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = lane; i < count; i += kWarpSize) cp_async_4(to + i, from + i);
+  }
+  cp_async_commit();
+}
+
+__device__ __forceinline__ void store_grads(const float* from, float* to, int count, int lane,
+                                            bool in_packets) {
+  if (in_packets) {
+#pragma unroll 2
+    for (int i = lane * kPacket; i < count; i += kWarpSize * kPacket) {
+      *reinterpret_cast<float4*>(to + i) = *reinterpret_cast<const float4*>(from + i);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = lane; i < count; i += kWarpSize) to[i] = from[i];
+  }
+}
+
+// How the lanes of a line (a row or column) add up: in every round those of even rank take in the
+// next lane's part, and those of odd rank are done.
+struct LineLanes {
+  uint32_t above;  // the line's lanes above this one that are not done
+  uint32_t rank;   // of this lane among those
+  bool is_first;   // whether this lane ends with the sum
+
+  // A lane that is in no line has 0.
+  __device__ LineLanes(uint32_t lanes, int lane) {
+    const uint32_t below = (1u << lane) - 1;
+    above = lanes & ~below & ~(1u << lane);
+    rank = __popc(lanes & below);
+    is_first = lanes != 0 && rank == 0;
+  }
+
+  template <int kRank>
+  __device__ void add_round(float (&parts)[kRank]) {
+    const int next = (__ffs(above) - 1) & (kWarpSize - 1);
+#pragma unroll
+    for (int r = 0; r < kRank; ++r) {
+      const float part = __shfl_sync(kFullMask, parts[r], next);
+      if (above != 0) parts[r] += part;
+    }
+    above &= ~__ballot_sync(kFullMask, (rank & 1) != 0);
+    rank >>= 1;
+  }
+};
+
+// The pair of a lane.
+template <int kCores>
+struct KeptPair {
+  int position = 0;  // row * m + col
+  float grads[kCores] = {};
+};
+
+// The pair of this index in [T, H, M].
+template <int kCores>
+__device__ __forceinline__ KeptPair<kCores> load_pair(const ProductKeyTopkBwdParams& p,
+                                                      int64_t index, bool exists, int C) {
+  KeptPair<kCores> pair;
+  if (!exists) return pair;
+  pair.position = p.grid_positions[index];
+#pragma unroll
+  for (int c = 0; c < kCores; ++c) {
+    if (c < C) pair.grads[c] = static_cast<const float*>(p.grad_scores)[index * C + c];
+  }
+  return pair;
+}
+
+// Whether any score of each (side, rank), one to a lane, is finite. Nearly always the first is.
+__device__ __forceinline__ bool any_score_finite(const float* scores, int m, int planes, int lane) {
+  bool finite = lane >= planes || is_finite(scores[lane * m]);
+  if (!__all_sync(kFullMask, finite)) {
+#pragma unroll 1
+    for (int i = 1; i < m && !finite; ++i) finite = is_finite(scores[lane * m + i]);
+  }
+  return finite;
+}
+
+// grad_axis_scores [T, H, 2, R, m]; core_partials [slices, H, C, R, R], or null. Grid: slice of the
+// tokens and head; then, where they are asked for, blocks that check keys. R and C are kRank and
+// kCores if kExact, and at most these if not.
+template <int kRank, int kCores, bool kExact>
+__global__ void __launch_bounds__(kScoresThreads, kExact ? kScoresResidency : 1)
+    product_key_topk_bwd_scores_kernel(ProductKeyTopkBwdParams p, int64_t num_slices,
+                                       float* grad_axis_scores, float* core_partials,
+                                       ScoresFindings findings) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
+  release_dependent_grid();
+  const int64_t score_blocks = num_slices * p.num_heads;
+  if (blockIdx.x >= score_blocks) {
+    check_keys(p, findings.key_finite, blockIdx.x - score_blocks, gridDim.x - score_blocks);
+    return;
+  }
+  const int thread = threadIdx.x;
+  const int warp = thread / kWarpSize;
+  const int lane = thread % kWarpSize;
   const ScoresLayout layout(p);
   auto* core = reinterpret_cast<float*>(shared_bytes + layout.core);
-  auto* warp_cores = reinterpret_cast<float*>(shared_bytes + layout.warp_cores);
-  auto* scores = reinterpret_cast<float*>(shared_bytes + layout.scores);
-  auto* grad_scores = reinterpret_cast<float*>(shared_bytes + layout.grad_scores);
-  auto* entries = reinterpret_cast<uint16_t*>(shared_bytes + layout.entries);
+  auto* core_sums = reinterpret_cast<float*>(shared_bytes + layout.core_sums);
+  unsigned char* own_bytes = shared_bytes + layout.warps + warp * layout.warp_bytes;
+  auto* scores = reinterpret_cast<float*>(own_bytes + layout.scores);
+  auto* grads = reinterpret_cast<float*>(own_bytes + layout.grads);
+  auto* line_lanes = reinterpret_cast<uint32_t*>(own_bytes + layout.lanes);
 
-  const int thread = threadIdx.x;
-  const int num_threads = blockDim.x;
-  const int lane = thread % kWarpSize;
   const int m = p.axis_topk;
-  const int R = p.tucker_rank;
-  const int C = p.num_cores;
+  const int M = p.topk;
+  const int R = kExact ? kRank : p.tucker_rank;
+  const int C = kExact ? kCores : p.num_cores;
   const int core_size = C * R * R;
-  const bool additive = p.mode == ScoreMode::kAdditive;
-  const int64_t head = blockIdx.x % p.num_heads;
-  const int64_t slice = blockIdx.x / p.num_heads;
+  const int num_scores = 2 * R * m;
+  const SmallDivisor by_m(m);
+  // Which has a rank and a core of one.
+  const bool additive = (!kExact || (kRank == 1 && kCores == 1)) && p.mode == ScoreMode::kAdditive;
+  const bool in_packets =
+      num_scores % kPacket == 0 && reinterpret_cast<uintptr_t>(p.axis_scores) % 16 == 0;
+  const int head = static_cast<int>(blockIdx.x % p.num_heads);
+  const int slice = static_cast<int>(blockIdx.x / p.num_heads);
 
-  const int threads_per_side = num_threads / 2;
-  const int side = thread >= threads_per_side;
-  const int own = thread - side * threads_per_side;  // this thread's row or column
-  const int num_core_warps = threads_per_side / kWarpSize;
-  const int own_step = side == 0 ? layout.entry_stride : 1;
-  const int other_step = side == 0 ? 1 : layout.entry_stride;
-  const float* own_scores = scores + side * R * m;
-  const float* other_scores = scores + (1 - side) * R * m;
-
-  const auto* cores = static_cast<const float*>(p.core);
-  for (int i = thread; i < core_size; i += num_threads) {
+  // Additive scores are Tucker scores whose other factor and core are one.
+#pragma unroll 1
+  for (int i = thread; i < core_size; i += kScoresThreads) {
     const int c = i / (R * R);
-    core[i] = additive ? 1.0f : cores[(c * int64_t{p.num_heads} + head) * R * R + (i - c * R * R)];
+    core[i] = additive ? 1.0f
+                       : static_cast<const float*>(
+                             p.core)[(int64_t{c} * p.num_heads + head) * R * R + i - c * R * R];
   }
-  for (int i = thread; i < num_core_warps * core_size; i += num_threads) warp_cores[i] = 0.0f;
+#pragma unroll 1
+  for (int i = lane; i < 2 * m; i += kWarpSize) line_lanes[i] = 0;
+  __syncthreads();
 
-  const int64_t first_token = slice * tokens_per_slice;
-  const int64_t last_token = min(first_token + tokens_per_slice, p.num_tokens);
-  for (int64_t token = first_token; token < last_token; ++token) {
-    const int64_t token_head = token * p.num_heads + head;
-    __syncthreads();  // the previous token's tiles have been read
-    const auto* axis_scores = static_cast<const float*>(p.axis_scores) + token_head * 2 * R * m;
-    // Additive scores are Tucker scores whose other factor is one.
-    for (int i = thread; i < 2 * R * m; i += num_threads) {
-      scores[i] = additive ? 1.0f : axis_scores[i];
+  uint8_t* own_query_finite = findings.query_finite + (int64_t{head} * 2 * R + lane) * p.num_tokens;
+  float grad_core[kCores][kRank][kRank] = {};
+  uint32_t max_grad = 0;
+  // T is below 2^30, and a step to a warp's next token at most 4096.
+  const int token_step = static_cast<int>(num_slices) * kScoresWarps;
+  for (int token = slice * kScoresWarps + warp; token < p.num_tokens; token += token_step) {
+    const int64_t token_head = int64_t{token} * p.num_heads + head;
+    int64_t next_index = token_head * M + lane;
+    KeptPair<kCores> next_pair = load_pair<kCores>(p, next_index, lane < M, C);
+    __syncwarp();  // the previous token's parts have been read
+    load_scores(static_cast<const float*>(p.axis_scores) + token_head * num_scores, scores,
+                num_scores, lane, in_packets);
+    // A part of shared memory ends at a multiple of a packet.
+#pragma unroll 1
+    for (int i = lane * kPacket; i < num_scores; i += kWarpSize * kPacket) {
+      *reinterpret_cast<float4*>(grads + i) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
-    const auto* dg = static_cast<const float*>(p.grad_scores) + token_head * p.topk * C;
-    for (int i = thread; i < p.topk * C; i += num_threads) grad_scores[i] = dg[i];
-    for (int i = thread; i < m * layout.entry_stride; i += num_threads) entries[i] = 0;
-    __syncthreads();
-    // The positions of a token are distinct, so no two threads write the same entry.
-    const int16_t* positions = p.grid_positions + token_head * p.topk;
-    for (int k = thread; k < p.topk; k += num_threads) {
-      const int row = positions[k] / m;
-      const int col = positions[k] - row * m;
-      entries[row * layout.entry_stride + col] = static_cast<uint16_t>(k + 1);
+    cp_async_wait<0>();
+    __syncwarp();
+    if (findings.query_finite != nullptr) {
+      const bool finite = any_score_finite(scores, m, 2 * R, lane);
+      if (lane < 2 * R) own_query_finite[token] = finite ? 1 : 0;
     }
-    __syncthreads();
 
-    // sums[c][x] = sum over the pairs of this row (column) of dg_c times S of the other side.
-    float sums[kMaxNumCores][kMaxTuckerRank] = {};
-    bool any = false;
-    for (int other = 0; other < m && own < m; ++other) {
-      const int entry = entries[own * own_step + other * other_step];
-      if (entry == 0) continue;
-      any = true;
+#pragma unroll 1
+    for (int first = 0; first < M; first += kWarpSize) {
+      const KeptPair<kCores> pair = next_pair;
+      next_index += kWarpSize;
+      next_pair = load_pair<kCores>(p, next_index, first + kWarpSize + lane < M, C);
+      const int row = by_m.quotient(pair.position);
+      const int col = pair.position - row * m;
+      const bool exists = first + lane < M;
+      float to_row[kRank] = {};
+      float to_col[kRank] = {};
+      if (exists) {
+        atomicOr(&line_lanes[row], 1u << lane);
+        atomicOr(&line_lanes[m + col], 1u << lane);
+        float row_scores[kRank];
+        float col_scores[kRank];
 #pragma unroll
-      for (int c = 0; c < kMaxNumCores; ++c) {
-        if (c >= C) break;
-        const float weight = grad_scores[(entry - 1) * C + c];
-#pragma unroll
-        for (int x = 0; x < kMaxTuckerRank; ++x) {
-          if (x < R) sums[c][x] = fmaf(weight, other_scores[x * m + other], sums[c][x]);
+        for (int r = 0; r < kRank; ++r) {
+          row_scores[r] = r >= R || additive ? 1.0f : scores[r * m + row];
+          col_scores[r] = r >= R || additive ? 1.0f : scores[(R + r) * m + col];
         }
-      }
-    }
-    if (own < m) {
-      float* out = grad_axis_scores + (token_head * 2 + side) * R * m + own;
-      for (int y = 0; y < R; ++y) {
-        float total = 0.0f;
 #pragma unroll
-        for (int c = 0; c < kMaxNumCores; ++c) {
+        for (int r = 0; r < kRank; ++r) {
 #pragma unroll
-          for (int x = 0; x < kMaxTuckerRank; ++x) {
-            if (c >= C || x >= R) continue;
-            const float weight = side == 0 ? core[(c * R + y) * R + x] : core[(c * R + x) * R + y];
-            total = fmaf(weight, sums[c][x], total);
+          for (int s = 0; s < kRank; ++s) {
+            if (r >= R || s >= R) continue;
+            const float product = row_scores[r] * col_scores[s];
+            float weight = 0.0f;
+#pragma unroll
+            for (int c = 0; c < kCores; ++c) {
+              if (c >= C) break;
+              weight = fmaf(pair.grads[c], core[(c * R + r) * R + s], weight);
+              grad_core[c][r][s] = fmaf(pair.grads[c], product, grad_core[c][r][s]);
+            }
+            to_row[r] = fmaf(weight, col_scores[s], to_row[r]);
+            to_col[s] = fmaf(weight, row_scores[r], to_col[s]);
           }
         }
-        out[y * m] = any ? total : 0.0f;
       }
+
+      __syncwarp();
+      LineLanes row_lanes(exists ? line_lanes[row] : 0, lane);
+      LineLanes col_lanes(exists ? line_lanes[m + col] : 0, lane);
+      __syncwarp();
+      if (row_lanes.is_first) line_lanes[row] = 0;
+      if (col_lanes.is_first) line_lanes[m + col] = 0;
+      while (__any_sync(kFullMask, (row_lanes.above | col_lanes.above) != 0)) {
+        row_lanes.add_round(to_row);
+        col_lanes.add_round(to_col);
+      }
+      // All are read before any is written, so that the reads do not wait for each other.
+#pragma unroll
+      for (int r = 0; r < kRank; ++r) {
+        if (r < R && row_lanes.is_first) to_row[r] += grads[r * m + row];
+        if (r < R && col_lanes.is_first) to_col[r] += grads[(R + r) * m + col];
+      }
+#pragma unroll
+      for (int r = 0; r < kRank; ++r) {
+        if (r < R && row_lanes.is_first) grads[r * m + row] = to_row[r];
+        if (r < R && col_lanes.is_first) grads[(R + r) * m + col] = to_col[r];
+      }
+      __syncwarp();
     }
-    if (core_partials == nullptr || side != 0) continue;
-    float* warp_core = warp_cores + thread / kWarpSize * core_size;
-    for (int r = 0; r < R; ++r) {
-      // Without a pair the product is no term of the sum, even where S is infinite.
-      const float row_score = any ? own_scores[r * m + own] : 0.0f;
+
+    store_grads(grads, grad_axis_scores + token_head * num_scores, num_scores, lane, in_packets);
+    if (findings.max_grad == nullptr) continue;
+#pragma unroll 1
+    for (int i = lane; i < num_scores; i += kWarpSize) {
+      if (is_finite(grads[i])) max_grad = max(max_grad, __float_as_uint(fabsf(grads[i])));
+    }
+  }
+
+  if (findings.max_grad != nullptr) {
+    max_grad = __reduce_max_sync(kFullMask, max_grad);
+    if (lane == 0) atomicMax(findings.max_grad, max_grad);
+  }
+  if (core_partials == nullptr) return;
 #pragma unroll
-      for (int c = 0; c < kMaxNumCores; ++c) {
+  for (int c = 0; c < kCores; ++c) {
 #pragma unroll
-        for (int s = 0; s < kMaxTuckerRank; ++s) {
-          if (c >= C || s >= R) continue;
-          const float sum = warp_sum(row_score * sums[c][s]);
-          if (lane == 0) warp_core[(c * R + r) * R + s] += sum;
-        }
+    for (int r = 0; r < kRank; ++r) {
+#pragma unroll
+      for (int s = 0; s < kRank; ++s) {
+        if (c >= C || r >= R || s >= R) continue;
+        const float sum = warp_sum(grad_core[c][r][s]);
+        if (lane == 0) core_sums[warp * core_size + (c * R + r) * R + s] = sum;
       }
     }
   }
-  if (core_partials == nullptr) return;
   __syncthreads();
-  for (int i = thread; i < core_size; i += num_threads) {
+#pragma unroll 1
+  for (int i = thread; i < core_size; i += kScoresThreads) {
     float sum = 0.0f;
-    for (int w = 0; w < num_core_warps; ++w) sum += warp_cores[w * core_size + i];
-    core_partials[(slice * p.num_heads + head) * core_size + i] = sum;
+#pragma unroll
+    for (int w = 0; w < kScoresWarps; ++w) sum += core_sums[w * core_size + i];
+    core_partials[int64_t{blockIdx.x} * core_size + i] = sum;
   }
 }
 
 constexpr int kReduceThreads = 256;
 
-// A warp per element of the cores sums over the slices of tokens.
 __global__ void __launch_bounds__(kReduceThreads)
-    product_key_topk_bwd_core_kernel(ProductKeyTopkBwdParams p, int64_t num_slices,
-                                     const float* core_partials) {
-  const int lane = threadIdx.x % kWarpSize;
-  const int64_t core_size = int64_t{p.num_cores} * p.tucker_rank * p.tucker_rank;
-  const int64_t num_elements = p.num_heads * core_size;
-  const int64_t element =
-      (int64_t{blockIdx.x} * kReduceThreads + threadIdx.x) / kWarpSize;  // of [H, C, R, R]
-  if (element >= num_elements) return;
-  float sum = 0.0f;
-  for (int64_t slice = lane; slice < num_slices; slice += kWarpSize) {
-    sum += core_partials[slice * num_elements + element];
-  }
-  sum = warp_sum(sum);
-  if (lane != 0) return;
-  const int64_t matrix = int64_t{p.tucker_rank} * p.tucker_rank;
-  const int64_t head = element / core_size;
-  const int64_t c = element % core_size / matrix;
-  static_cast<float*>(p.grad_core)[(c * p.num_heads + head) * matrix + element % matrix] = sum;
-}
-
-// ---- query -----------------------------------------------------------------------------------
-
-constexpr int kQueryThreads = 128;
-
-template <int kVec, typename scalar_t>
-__device__ __forceinline__ void accumulate_query(const ProductKeyTopkBwdParams& p,
-                                                 const scalar_t* keys, const float* weights,
-                                                 const int32_t* ids, scalar_t* grad_query) {
-  const int m = p.axis_topk;
-  const int key_packets = static_cast<int>(p.key_dim / kVec);
-  for (int i = threadIdx.x; i < p.num_queries * key_packets; i += kQueryThreads) {
-    const int query = i / key_packets;
-    const int packet = i - query * key_packets;
-    // A shared query collects from all ranks.
-    const int first_rank = p.num_queries == 1 ? 0 : query;
-    const int last_rank = p.num_queries == 1 ? p.tucker_rank : query + 1;
-    float sum[kVec] = {};
-    for (int r = first_rank; r < last_rank; ++r) {
-      const scalar_t* rank_keys = keys + r * p.num_keys * p.key_dim + packet * kVec;
-#pragma unroll 4
-      for (int k = 0; k < m; ++k) {
-        float key[kVec];
-        load_floats<kVec>(rank_keys + ids[k] * p.key_dim, key);
-#pragma unroll
-        for (int x = 0; x < kVec; ++x) sum[x] = fmaf(weights[r * m + k], key[x], sum[x]);
-      }
-    }
-    store_rounded<kVec>(sum, grad_query + int64_t{i} * kVec);
-  }
-}
-
-// Grid: row (token, side, head) of the query.
-template <typename scalar_t>
-__global__ void __launch_bounds__(kQueryThreads)
-    product_key_topk_bwd_query_kernel(ProductKeyTopkBwdParams p, const float* grad_axis_scores,
-                                      bool use_packets) {
-  __shared__ float weights[kMaxTuckerRank * kMaxAxisTopk];
-  __shared__ int32_t ids[kMaxAxisTopk];
-  const int m = p.axis_topk;
-  const int64_t row = blockIdx.x;
-  const int64_t head = row % p.num_heads;
-  const int64_t side = row / p.num_heads % 2;
-  const int64_t token = row / p.num_heads / 2;
-  const int64_t axis_row = (token * p.num_heads + head) * 2 + side;
-  const float* dS = grad_axis_scores + axis_row * p.tucker_rank * m;
-  for (int i = threadIdx.x; i < p.tucker_rank * m; i += kQueryThreads) weights[i] = dS[i];
-  for (int i = threadIdx.x; i < m; i += kQueryThreads) ids[i] = p.axis_indices[axis_row * m + i];
-  __syncthreads();
-  const scalar_t* keys = static_cast<const scalar_t*>(p.keys) +
-                         (head * 2 + side) * p.tucker_rank * p.num_keys * p.key_dim;
-  scalar_t* grad_query = static_cast<scalar_t*>(p.grad_query) + row * p.num_queries * p.key_dim;
-  if (use_packets) {
-    accumulate_query<kPacket>(p, keys, weights, ids, grad_query);
-  } else {
-    accumulate_query<1>(p, keys, weights, ids, grad_query);
-  }
-}
-
-// ---- keys ------------------------------------------------------------------------------------
-
-// An entry is one kept key of one token, head and side: its number is its offset in axis_indices.
-// A key row is (head, side, key id).
-constexpr int kEntryThreads = 256;
-constexpr int64_t kMaxEntryBlocks = 1 << 20;
-
-__global__ void __launch_bounds__(kEntryThreads)
-    product_key_topk_bwd_entries_kernel(ProductKeyTopkBwdParams p, int64_t num_entries,
-                                        uint32_t* key_rows, uint32_t* entries) {
-  const int64_t stride = int64_t{gridDim.x} * kEntryThreads;
-  for (int64_t entry = int64_t{blockIdx.x} * kEntryThreads + threadIdx.x; entry < num_entries;
-       entry += stride) {
-    const int64_t axis_row = entry / p.axis_topk;
-    const int64_t head_side = axis_row % (2 * p.num_heads);
-    key_rows[entry] = static_cast<uint32_t>(head_side * p.num_keys + p.axis_indices[entry]);
-    entries[entry] = static_cast<uint32_t>(entry);
-  }
-}
-
-// row_starts [num_key_rows + 1]: where the entries of each key row begin in sorted order.
-__global__ void __launch_bounds__(kEntryThreads)
-    product_key_topk_bwd_row_starts_kernel(const uint32_t* sorted_key_rows, int64_t num_entries,
-                                           int64_t num_key_rows, uint32_t* row_starts) {
-  const int64_t key_row = int64_t{blockIdx.x} * kEntryThreads + threadIdx.x;
-  if (key_row > num_key_rows) return;
-  int64_t first = 0;
-  int64_t last = num_entries;
-  while (first < last) {
-    const int64_t middle = (first + last) / 2;
-    if (sorted_key_rows[middle] < key_row) {
-      first = middle + 1;
-    } else {
-      last = middle;
-    }
-  }
-  row_starts[key_row] = static_cast<uint32_t>(first);
-}
-
-// One block per key row and span of at most kKeyThreads packets of its [R, Kd] gradient. Tokens and
-// weights of a tile of entries go through shared memory, so that nothing but the queries' own loads
-// is waited for; narrow spans split the entries between groups of threads.
-constexpr int kKeyThreads = 256;
-constexpr int kTileEntries = 128;
-
-struct KeySpans {
-  int packets;  // of a span
-  int count;    // of spans in a key row
-
-  KeySpans(const ProductKeyTopkParams& p, int packet_elements) {
-    const int64_t row_packets = p.tucker_rank * p.key_dim / packet_elements;
-    count = static_cast<int>(ceil_div(row_packets, kKeyThreads));
-    packets = static_cast<int>(ceil_div(row_packets, count));
-  }
-};
-
-template <int kVec, typename scalar_t>
-__device__ __forceinline__ void accumulate_key(const ProductKeyTopkBwdParams& p, KeySpans spans,
-                                               const float* grad_axis_scores,
-                                               const uint32_t* sorted_entries,
-                                               const uint32_t* row_starts) {
-  __shared__ int32_t tokens[kTileEntries];
-  __shared__ float weights[kMaxTuckerRank * kTileEntries];
-  __shared__ Packet<float, kVec> group_sums[kKeyThreads];
-
-  const int thread = threadIdx.x;
-  const int m = p.axis_topk;
-  const int64_t key_row = blockIdx.x / spans.count;
-  const int span = static_cast<int>(blockIdx.x - key_row * spans.count);
-  const int64_t key = key_row % p.num_keys;
-  const int64_t head_side = key_row / p.num_keys;
-  const int64_t head = head_side / 2;
-  const int64_t side = head_side % 2;
-
-  const int num_groups = kKeyThreads / spans.packets;
-  const int group = thread / spans.packets;
-  const int key_packets = static_cast<int>(p.key_dim / kVec);
-  const int row_packet = span * spans.packets + thread % spans.packets;
-  const bool active = group < num_groups && row_packet < p.tucker_rank * key_packets;
-  const int rank = active ? row_packet / key_packets : 0;
-  const int64_t dim = active ? int64_t{row_packet - rank * key_packets} * kVec : 0;
-  const int64_t query_dim = p.num_queries * p.key_dim;
-  const scalar_t* query = static_cast<const scalar_t*>(p.query) +
-                          (side * p.num_heads + head) * query_dim +
-                          (p.num_queries == 1 ? 0 : rank * p.key_dim) + dim;
-  const int64_t token_stride = 2 * p.num_heads * query_dim;
-
-  const int64_t first = row_starts[key_row];
-  const int64_t last = row_starts[key_row + 1];
-  float total[kVec] = {};
-  for (int64_t base = first; base < last; base += kTileEntries) {
-    const int count = static_cast<int>(min(int64_t{kTileEntries}, last - base));
-    __syncthreads();  // the previous tile has been read
-    for (int i = thread; i < count; i += kKeyThreads) {
-      const int64_t entry = sorted_entries[base + i];
-      const int64_t axis_row = entry / m;
-      tokens[i] = static_cast<int32_t>(axis_row / (2 * p.num_heads));
-      const float* dS = grad_axis_scores + axis_row * p.tucker_rank * m + (entry - axis_row * m);
-      for (int r = 0; r < p.tucker_rank; ++r) weights[r * kTileEntries + i] = dS[r * m];
-    }
-    __syncthreads();
-    if (!active) continue;
-    // A tile is summed by itself, so that the error grows with the number of tiles, not of entries.
-    float sum[kVec] = {};
-#pragma unroll 4
-    for (int i = group; i < count; i += num_groups) {
-      float q[kVec];
-      load_floats<kVec>(query + tokens[i] * token_stride, q);
-      const float weight = weights[rank * kTileEntries + i];
-#pragma unroll
-      for (int x = 0; x < kVec; ++x) sum[x] = fmaf(weight, q[x], sum[x]);
-    }
-#pragma unroll
-    for (int x = 0; x < kVec; ++x) total[x] += sum[x];
-  }
-
-  if (active) {
-#pragma unroll
-    for (int x = 0; x < kVec; ++x) group_sums[thread].elements[x] = total[x];
-  }
-  __syncthreads();
-  if (!active || group != 0) return;
-  for (int g = 1; g < num_groups; ++g) {
-#pragma unroll
-    for (int x = 0; x < kVec; ++x) total[x] += group_sums[g * spans.packets + thread].elements[x];
-  }
-  const int64_t out = ((head_side * p.tucker_rank + rank) * p.num_keys + key) * p.key_dim + dim;
-  store_rounded<kVec>(total, static_cast<scalar_t*>(p.grad_keys) + out);
-}
-
-template <typename scalar_t>
-__global__ void __launch_bounds__(kKeyThreads)
-    product_key_topk_bwd_keys_kernel(ProductKeyTopkBwdParams p, KeySpans spans, bool use_packets,
-                                     const float* grad_axis_scores, const uint32_t* sorted_entries,
-                                     const uint32_t* row_starts) {
-  if (use_packets) {
-    accumulate_key<kPacket, scalar_t>(p, spans, grad_axis_scores, sorted_entries, row_starts);
-  } else {
-    accumulate_key<1, scalar_t>(p, spans, grad_axis_scores, sorted_entries, row_starts);
-  }
+    product_key_topk_bwd_core_kernel(ProductKeyTopkBwdParams p, CorePartials partials) {
+  sum_core_partials(p, partials, (int64_t{blockIdx.x} * kReduceThreads + threadIdx.x) / kWarpSize);
 }
 
 // ---- launches ----------------------------------------------------------------------------------
 
 struct Workspace {
-  int64_t num_entries;
-  int64_t num_key_rows;
-  int64_t tokens_per_slice;
-  int64_t num_slices;
-  int num_key_bits;
-  size_t sort_bytes;
-  // Offsets.
-  size_t grad_axis_scores, core_partials;
-  size_t key_rows, sorted_key_rows, entries, sorted_entries, row_starts, sort;
-  size_t bytes = 0;
-
-  explicit Workspace(const ProductKeyTopkParams& p) {
-    num_entries = p.num_tokens * p.num_heads * 2 * p.axis_topk;
-    num_key_rows = int64_t{2} * p.num_heads * p.num_keys;
-    tokens_per_slice = ceil_div(p.num_tokens, kMaxTokenSlices);
-    num_slices = ceil_div(p.num_tokens, tokens_per_slice);
-    num_key_bits = key_bits(static_cast<uint64_t>(num_key_rows - 1));
-    sort_bytes = sort_pairs_workspace(num_entries, num_key_bits);
-    grad_axis_scores = take(num_entries * p.tucker_rank * sizeof(float));
-    core_partials = take(num_slices * p.num_heads * p.num_cores * p.tucker_rank * p.tucker_rank *
-                         sizeof(float));
-    key_rows = take(num_entries * sizeof(uint32_t));
-    sorted_key_rows = take(num_entries * sizeof(uint32_t));
-    entries = take(num_entries * sizeof(uint32_t));
-    sorted_entries = take(num_entries * sizeof(uint32_t));
-    row_starts = take((num_key_rows + 1) * sizeof(uint32_t));
-    sort = take(sort_bytes);
-  }
-
- private:
-  size_t take(size_t size) {
-    const size_t offset = bytes;
-    bytes += align_up(size);
-    return offset;
-  }
+  int64_t num_slices;  // of the tokens
+  // Offsets. Partial sums of the dense path overlay dS, which is grouped into buckets before.
+  size_t grad_axis_scores;
+  size_t core_partials;
+  DensePlan dense;
+  GatherWorkspace gather;
 };
 
-template <typename T>
-T* piece(const ProductKeyTopkBwdParams& p, size_t offset) {
-  return reinterpret_cast<T*>(static_cast<char*>(p.workspace) + offset);
-}
-
-Status launch_scores(const ProductKeyTopkBwdParams& p, const Workspace& workspace, Stream stream) {
-  const bool wants_core = p.grad_core != nullptr && p.mode == ScoreMode::kTucker;
-  float* core_partials = wants_core ? piece<float>(p, workspace.core_partials) : nullptr;
-  const ScoresLayout layout(p);
-  ULTRAMEM_RETURN_IF_ERROR(allow_shared_memory(product_key_topk_bwd_scores_kernel, layout.bytes));
-  product_key_topk_bwd_scores_kernel<<<static_cast<unsigned>(workspace.num_slices * p.num_heads),
-                                       2 * side_threads(p.axis_topk), layout.bytes, stream>>>(
-      p, workspace.tokens_per_slice, piece<float>(p, workspace.grad_axis_scores), core_partials);
-  ULTRAMEM_RETURN_IF_ERROR(launch_status());
-  if (!wants_core) return {};
-
-  const int64_t num_elements = int64_t{p.num_heads} * p.num_cores * p.tucker_rank * p.tucker_rank;
-  const int64_t num_blocks = ceil_div(num_elements * kWarpSize, kReduceThreads);
-  product_key_topk_bwd_core_kernel<<<static_cast<unsigned>(num_blocks), kReduceThreads, 0,
-                                     stream>>>(p, workspace.num_slices, core_partials);
-  return launch_status();
-}
-
-template <typename scalar_t>
-Status launch_query(const ProductKeyTopkBwdParams& p, const Workspace& workspace, Stream stream) {
-  const bool use_packets =
-      packets_fit(p.keys, p.key_dim, p.dtype) && packets_fit(p.grad_query, p.key_dim, p.dtype);
-  const int64_t num_blocks = p.num_tokens * 2 * p.num_heads;
-  product_key_topk_bwd_query_kernel<scalar_t>
-      <<<static_cast<unsigned>(num_blocks), kQueryThreads, 0, stream>>>(
-          p, piece<float>(p, workspace.grad_axis_scores), use_packets);
-  return launch_status();
-}
-
-template <typename scalar_t>
-Status launch_keys(const ProductKeyTopkBwdParams& p, const Workspace& workspace, Stream stream) {
-  const bool use_packets =
-      packets_fit(p.query, p.key_dim, p.dtype) && packets_fit(p.grad_keys, p.key_dim, p.dtype);
-  const KeySpans spans(p, use_packets ? kPacket : 1);
-  const int64_t num_key_blocks = workspace.num_key_rows * spans.count;
-  if (num_key_blocks > 0x7fffffff) {
-    return Status::invalid_argument(
-        "product_key_topk_bwd: too many keys of too large a key_dim for one launch");
+Status plan_workspace(const ProductKeyTopkBwdParams& p, Workspace* workspace,
+                      WorkspaceLayout& layout) {
+  DeviceLimits limits;
+  ULTRAMEM_RETURN_IF_ERROR(device_limits(&limits));
+  plan_dense(p, limits, &workspace->dense);
+  workspace->num_slices = std::min(ceil_div(p.num_tokens, kScoresWarps), kMaxTokenSlices);
+  const int64_t grad_axis_scores_bytes =
+      p.num_tokens * p.num_heads * 2 * p.tucker_rank * p.axis_topk * int64_t{sizeof(float)};
+  workspace->grad_axis_scores =
+      layout.take(std::max(grad_axis_scores_bytes, workspace->dense.partial_bytes));
+  workspace->core_partials = layout.take(workspace->num_slices * p.num_heads * p.num_cores *
+                                         p.tucker_rank * p.tucker_rank * sizeof(float));
+  if (workspace->dense.applies) {
+    lay_out_dense(p, &workspace->dense, layout);
+  } else {
+    lay_out_gather(p, &workspace->gather, layout);
   }
-  auto* key_rows = piece<uint32_t>(p, workspace.key_rows);
-  auto* sorted_key_rows = piece<uint32_t>(p, workspace.sorted_key_rows);
-  auto* entries = piece<uint32_t>(p, workspace.entries);
-  auto* sorted_entries = piece<uint32_t>(p, workspace.sorted_entries);
-  auto* row_starts = piece<uint32_t>(p, workspace.row_starts);
+  return {};
+}
 
-  const int64_t entry_blocks =
-      std::min(ceil_div(workspace.num_entries, kEntryThreads), kMaxEntryBlocks);
-  product_key_topk_bwd_entries_kernel<<<static_cast<unsigned>(entry_blocks), kEntryThreads, 0,
-                                        stream>>>(p, workspace.num_entries, key_rows, entries);
-  ULTRAMEM_RETURN_IF_ERROR(launch_status());
-  // Stable, so the entries of a key row stay in the order of their tokens.
-  ULTRAMEM_RETURN_IF_ERROR(sort_pairs(
-      key_rows, sorted_key_rows, entries, sorted_entries, workspace.num_entries,
-      workspace.num_key_bits, piece<void>(p, workspace.sort), workspace.sort_bytes, stream));
-  const int64_t row_blocks = ceil_div(workspace.num_key_rows + 1, kEntryThreads);
-  product_key_topk_bwd_row_starts_kernel<<<static_cast<unsigned>(row_blocks), kEntryThreads, 0,
-                                           stream>>>(sorted_key_rows, workspace.num_entries,
-                                                     workspace.num_key_rows, row_starts);
-  ULTRAMEM_RETURN_IF_ERROR(launch_status());
-  product_key_topk_bwd_keys_kernel<scalar_t>
-      <<<static_cast<unsigned>(num_key_blocks), kKeyThreads, 0, stream>>>(
-          p, spans, use_packets, piece<float>(p, workspace.grad_axis_scores), sorted_entries,
-          row_starts);
+template <int kRank, int kCores, bool kExact>
+Status launch_scores_kernel(const ProductKeyTopkBwdParams& p, const Workspace& workspace,
+                            float* core_partials, Stream stream) {
+  const ScoresLayout layout(p);
+  ULTRAMEM_RETURN_IF_ERROR(
+      allow_shared_memory(product_key_topk_bwd_scores_kernel<kRank, kCores, kExact>, layout.bytes));
+  int64_t num_blocks = workspace.num_slices * p.num_heads;
+  if (workspace.dense.applies) {
+    const int64_t key_rows = int64_t{2} * p.num_heads * p.tucker_rank * p.num_keys;
+    num_blocks += std::min(ceil_div(key_rows, kScoresWarps * kCheckRowsPerWarp), kMaxCheckBlocks);
+  }
+  product_key_topk_bwd_scores_kernel<kRank, kCores, kExact>
+      <<<static_cast<unsigned>(num_blocks), kScoresThreads, layout.bytes, stream>>>(
+          p, workspace.num_slices, workspace_piece<float>(p, workspace.grad_axis_scores),
+          core_partials, scores_findings(p, workspace.dense));
+  return launch_status();
+}
+
+Status launch_scores(const ProductKeyTopkBwdParams& p, const Workspace& workspace,
+                     float* core_partials, Stream stream) {
+  const ScoresFindings findings = scores_findings(p, workspace.dense);
+  if (findings.max_grad != nullptr) {
+    ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaMemsetAsync(findings.max_grad, 0, sizeof(uint32_t), stream));
+  }
+  if (p.tucker_rank == 2 && p.num_cores == 2) {
+    return launch_scores_kernel<2, 2, true>(p, workspace, core_partials, stream);
+  }
+  if (p.tucker_rank == 1 && p.num_cores == 1) {
+    return launch_scores_kernel<1, 1, true>(p, workspace, core_partials, stream);
+  }
+  return launch_scores_kernel<kMaxTuckerRank, kMaxNumCores, false>(p, workspace, core_partials,
+                                                                   stream);
+}
+
+Status launch_core(const ProductKeyTopkBwdParams& p, const CorePartials& partials, Stream stream) {
+  if (partials.data == nullptr) return {};
+  const int64_t num_blocks = ceil_div(core_elements(p) * kWarpSize, kReduceThreads);
+  product_key_topk_bwd_core_kernel<<<static_cast<unsigned>(num_blocks), kReduceThreads, 0,
+                                     stream>>>(p, partials);
   return launch_status();
 }
 
@@ -530,46 +460,45 @@ Status check_bwd(const ProductKeyTopkBwdParams& p) {
   return {};
 }
 
-ULTRAMEM_REGISTER_KERNEL(scores, "product_key_topk_bwd_scores", kScoresMaxThreads,
-                         product_key_topk_bwd_scores_kernel);
+ULTRAMEM_REGISTER_KERNEL(scores_1, "product_key_topk_bwd_scores<1>", kScoresThreads,
+                         product_key_topk_bwd_scores_kernel<1, 1, true>);
+ULTRAMEM_REGISTER_KERNEL(scores_2, "product_key_topk_bwd_scores<2>", kScoresThreads,
+                         product_key_topk_bwd_scores_kernel<2, 2, true>);
+ULTRAMEM_REGISTER_KERNEL(scores_4, "product_key_topk_bwd_scores<4>", kScoresThreads,
+                         product_key_topk_bwd_scores_kernel<kMaxTuckerRank, kMaxNumCores, false>);
 ULTRAMEM_REGISTER_KERNEL(core, "product_key_topk_bwd_core", kReduceThreads,
                          product_key_topk_bwd_core_kernel);
-ULTRAMEM_REGISTER_KERNEL(query_f32, "product_key_topk_bwd_query<fp32>", kQueryThreads,
-                         product_key_topk_bwd_query_kernel<float>);
-ULTRAMEM_REGISTER_KERNEL(query_bf16, "product_key_topk_bwd_query<bf16>", kQueryThreads,
-                         product_key_topk_bwd_query_kernel<__nv_bfloat16>);
-ULTRAMEM_REGISTER_KERNEL(query_f16, "product_key_topk_bwd_query<fp16>", kQueryThreads,
-                         product_key_topk_bwd_query_kernel<__half>);
-ULTRAMEM_REGISTER_KERNEL(entries, "product_key_topk_bwd_entries", kEntryThreads,
-                         product_key_topk_bwd_entries_kernel);
-ULTRAMEM_REGISTER_KERNEL(row_starts, "product_key_topk_bwd_row_starts", kEntryThreads,
-                         product_key_topk_bwd_row_starts_kernel);
-ULTRAMEM_REGISTER_KERNEL(keys_f32, "product_key_topk_bwd_keys<fp32>", kKeyThreads,
-                         product_key_topk_bwd_keys_kernel<float>);
-ULTRAMEM_REGISTER_KERNEL(keys_bf16, "product_key_topk_bwd_keys<bf16>", kKeyThreads,
-                         product_key_topk_bwd_keys_kernel<__nv_bfloat16>);
-ULTRAMEM_REGISTER_KERNEL(keys_f16, "product_key_topk_bwd_keys<fp16>", kKeyThreads,
-                         product_key_topk_bwd_keys_kernel<__half>);
 
 }  // namespace
 
 size_t product_key_topk_bwd_workspace(const ProductKeyTopkBwdParams& params) {
-  if (!check_bwd(params).ok() || params.num_tokens == 0) return 0;
-  return Workspace(params).bytes;
+  Workspace workspace;
+  WorkspaceLayout layout;
+  if (!check_bwd(params).ok() || params.num_tokens == 0 ||
+      !plan_workspace(params, &workspace, layout).ok()) {
+    return 0;
+  }
+  return layout.bytes();
 }
 
 Status product_key_topk_bwd(const ProductKeyTopkBwdParams& params, Stream stream) {
   ULTRAMEM_RETURN_IF_ERROR(check_bwd(params));
   if (params.num_tokens == 0) return clear_gradients(params, stream);
-  const Workspace workspace(params);
-  ULTRAMEM_RETURN_IF_ERROR(launch_scores(params, workspace, stream));
-  return ULTRAMEM_DISPATCH_DTYPE(params.dtype, scalar_t, [&]() -> Status {
-    if (params.grad_query != nullptr) {
-      ULTRAMEM_RETURN_IF_ERROR(launch_query<scalar_t>(params, workspace, stream));
-    }
-    if (params.grad_keys == nullptr) return {};
-    return launch_keys<scalar_t>(params, workspace, stream);
-  });
+  Workspace workspace;
+  WorkspaceLayout layout;
+  ULTRAMEM_RETURN_IF_ERROR(plan_workspace(params, &workspace, layout));
+  const bool wants_core = params.grad_core != nullptr && params.mode == ScoreMode::kTucker;
+  CorePartials core_partials;
+  core_partials.num_slices = workspace.num_slices;
+  if (wants_core) core_partials.data = workspace_piece<float>(params, workspace.core_partials);
+  ULTRAMEM_RETURN_IF_ERROR(launch_scores(params, workspace, core_partials.data, stream));
+  auto* grad_axis_scores = workspace_piece<float>(params, workspace.grad_axis_scores);
+  if (workspace.dense.applies) {
+    return launch_dense(params, workspace.dense, grad_axis_scores, core_partials, grad_axis_scores,
+                        stream);
+  }
+  ULTRAMEM_RETURN_IF_ERROR(launch_core(params, core_partials, stream));
+  return launch_gather(params, workspace.gather, grad_axis_scores, stream);
 }
 
 }  // namespace ultramem::cuda

@@ -1,18 +1,17 @@
-// Product-key retrieval, forward: scores of all keys and the best m of either axis, then the best M
-// of the m x m grid.
+// Product-key retrieval, forward: the best m keys of either axis, then the best M pairs of them.
 //
-// The scores of all keys never reach memory. Sums are fp32, in an order that depends on the shape
+// Here: which kernels do it, and the axis stage for any dtype, shape and device. The scores of all
+// keys never reach memory. Sums are fp32, in an order that depends on the shape
 // of a key alone: equal keys get bitwise equal ranks, and a token's result does not depend on how
 // many tokens it comes with.
 #include "block_topk.cuh"
 #include "common.cuh"
 #include "kernel_registry.h"
 #include "product_key_common.cuh"
+#include "product_key_topk_fwd.h"
 
 namespace ultramem::cuda {
 namespace {
-
-// ---- axis ------------------------------------------------------------------------------------
 
 // A block scores a tile of tokens against all keys of one head and side, in chunks whose ranks fit
 // in shared memory; after every chunk one warp per token folds the ranks into the best so far.
@@ -36,12 +35,12 @@ struct AxisLayout {
   int kept;    // [tile, kept_stride] candidates
   int ranks;   // [tile, chunk] sortable ranks
   int query_stride;
-  int kept_stride;  // axis_topk, rounded up for the sort
+  int kept_stride;
   int64_t bytes;
 
   __host__ __device__ AxisLayout(const ProductKeyTopkParams& p, int tile, int chunk) {
     query_stride = static_cast<int>(ceil_div(p.num_queries * p.key_dim, kPacket)) * kPacket;
-    kept_stride = next_power_of_two(p.axis_topk);
+    kept_stride = p.axis_topk;
     SharedLayout layout;
     filter = layout.take(kMaxTuckerRank * sizeof(float));
     query = layout.take(int64_t{4} * tile * query_stride);
@@ -263,11 +262,8 @@ __global__ void __launch_bounds__(AxisTraits<kTileTokens>::kThreads, kTileTokens
   const int64_t first_output = (first_token * p.num_heads + head) * 2 + side;
   const int64_t output_stride = int64_t{2} * p.num_heads;
   if (warp < num_tokens) {
-    uint64_t* best = kept + warp * layout.kept_stride;
-    // Zero lies below every candidate: NaN has rank 0, but an inverted key id is never 0.
-    for (int i = m + lane; i < layout.kept_stride; i += kWarpSize) best[i] = 0;
-    __syncwarp();
-    bitonic_sort_descending(best, layout.kept_stride, lane, kWarpSize, [] { __syncwarp(); });
+    // In the order of their positions, as merge_best leaves them.
+    const uint64_t* best = kept + warp * layout.kept_stride;
     int32_t* axis_indices = p.axis_indices + (first_output + warp * output_stride) * m;
     for (int i = lane; i < m; i += kWarpSize) {
       axis_indices[i] = static_cast<int32_t>(candidate_position(best[i]));
@@ -338,215 +334,25 @@ ULTRAMEM_REGISTER_KERNEL(axis_single_bf16, "product_key_topk_fwd_axis<bf16, 1>",
 ULTRAMEM_REGISTER_KERNEL(axis_single_f16, "product_key_topk_fwd_axis<fp16, 1>",
                          AxisTraits<1>::kThreads, product_key_topk_fwd_axis_kernel<__half, 1>);
 
-// ---- grid ------------------------------------------------------------------------------------
-
-// One block per (token, head). The kept rows and columns are put in the order of their key ids
-// first: a position row * m + col in that grid is ordered like the product index row * n + col,
-// which makes it the tie-break.
-constexpr int kGridThreads = 256;
-constexpr int kGridWarps = kGridThreads / kWarpSize;
-constexpr int kGridPositionBits = 14;  // kMaxAxisTopk^2 = 2^14
-static_assert(kMaxAxisTopk * kMaxAxisTopk == 1 << kGridPositionBits);
-using GridCounter = BlockCounter<kGridWarps>;
-
-struct GridLayout {
-  int rank_order_ids;  // [2, m] key ids in the order of their rank
-  int ids;             // [2, m] key ids, ascending
-  int rank_positions;  // [2, m] where each of `ids` came in rank order
-  int scores;          // [2, R, m] S, ascending ids
-  int folded;          // [R, m] Cbar^T S_row
-  int core;            // [C, R, R]
-  int counter;         // scratch of GridCounter and one more integer
-  int best;            // [topk, rounded up for the sort] candidates
-  int ranks;           // [m * m, rounded up to packets] sortable ranks
-  int num_best;
-  int num_packets;  // of four ranks
-  int64_t bytes;
-
-  __host__ __device__ explicit GridLayout(const ProductKeyTopkParams& p) {
-    const int64_t m = p.axis_topk;
-    num_best = next_power_of_two(p.topk);
-    num_packets = static_cast<int>(ceil_div(m * m, kPacket));
-    SharedLayout layout;
-    rank_order_ids = layout.take(4 * 2 * m);
-    ids = layout.take(4 * 2 * m);
-    rank_positions = layout.take(4 * 2 * m);
-    scores = layout.take(4 * 2 * p.tucker_rank * m);
-    folded = layout.take(4 * p.tucker_rank * m);
-    core = layout.take(4 * p.num_cores * p.tucker_rank * p.tucker_rank);
-    counter = layout.take(4 * (GridCounter::kScratchInts + 1));
-    best = layout.take(int64_t{8} * num_best);
-    ranks = layout.take(int64_t{16} * num_packets);
-    bytes = layout.bytes();
-  }
-};
-
-__global__ void __launch_bounds__(kGridThreads)
-    product_key_topk_fwd_grid_kernel(ProductKeyTopkParams p) {
-  extern __shared__ __align__(16) unsigned char shared_bytes[];
-  const GridLayout layout(p);
-  auto* rank_order_ids = reinterpret_cast<int32_t*>(shared_bytes + layout.rank_order_ids);
-  auto* ids = reinterpret_cast<int32_t*>(shared_bytes + layout.ids);
-  auto* rank_positions = reinterpret_cast<int32_t*>(shared_bytes + layout.rank_positions);
-  auto* scores = reinterpret_cast<float*>(shared_bytes + layout.scores);
-  auto* folded = reinterpret_cast<float*>(shared_bytes + layout.folded);
-  auto* core = reinterpret_cast<float*>(shared_bytes + layout.core);
-  auto* scratch = reinterpret_cast<int*>(shared_bytes + layout.counter);
-  auto* best = reinterpret_cast<uint64_t*>(shared_bytes + layout.best);
-  auto* ranks = reinterpret_cast<uint32_t*>(shared_bytes + layout.ranks);
-  int* num_found = scratch + GridCounter::kScratchInts;
-
-  const int thread = threadIdx.x;
-  const int m = p.axis_topk;
-  const int num_pairs = m * m;
-  const int R = p.tucker_rank;
-  const int core_size = R * R;
-  const bool additive = p.mode == ScoreMode::kAdditive;
-  const int64_t token_head = blockIdx.x;
-  const int64_t head = token_head % p.num_heads;
-
-  const int32_t* axis_indices = p.axis_indices + token_head * 2 * m;
-  for (int i = thread; i < 2 * m; i += kGridThreads) rank_order_ids[i] = axis_indices[i];
-  if (!additive) {
-    const auto* cores = static_cast<const float*>(p.core);
-    for (int i = thread; i < p.num_cores * core_size; i += kGridThreads) {
-      const int c = i / core_size;
-      core[i] = cores[(c * int64_t{p.num_heads} + head) * core_size + (i - c * core_size)];
-    }
-  }
-  for (int i = thread; i < layout.num_best; i += kGridThreads) best[i] = 0;
-  if (thread == 0) *num_found = 0;
-  __syncthreads();
-
-  const auto* axis_scores = static_cast<const float*>(p.axis_scores) + token_head * 2 * R * m;
-  for (int i = thread; i < 2 * m; i += kGridThreads) {
-    const int side = i >= m;
-    const int rank_position = i - side * m;
-    const int32_t id = rank_order_ids[i];
-    int position = 0;
-    for (int j = 0; j < m; ++j) position += rank_order_ids[side * m + j] < id;
-    ids[side * m + position] = id;
-    rank_positions[side * m + position] = rank_position;
-    for (int r = 0; r < R; ++r) {
-      scores[(side * R + r) * m + position] = axis_scores[(side * R + r) * m + rank_position];
-    }
-  }
-  __syncthreads();
-
-  const float* row_scores = scores;
-  const float* col_scores = scores + R * m;
-  for (int i = thread; i < R * m; i += kGridThreads) {
-    const int s = i / m;
-    const int row = i - s * m;
-    float sum = 0.0f;
-    for (int r = 0; r < R; ++r) {
-      float cbar = additive ? 1.0f : 0.0f;
-      for (int c = 0; c < p.num_cores && !additive; ++c) cbar += core[(c * R + r) * R + s];
-      sum = fmaf(row_scores[r * m + row], cbar, sum);
-    }
-    folded[i] = sum;
-  }
-  __syncthreads();
-
-  for (int i = thread; i < layout.num_packets * kPacket; i += kGridThreads) {
-    uint32_t rank = 0;  // padding, which no threshold above 0 counts
-    if (i < num_pairs) {
-      const int row = i / m;
-      const int col = i - row * m;
-      float sum = additive ? folded[row] + col_scores[col] : 0.0f;
-      for (int s = 0; s < R && !additive; ++s) {
-        sum = fmaf(folded[s * m + row], col_scores[s * m + col], sum);
-      }
-      rank = sortable(sum);
-    }
-    ranks[i] = rank;
-  }
-  __syncthreads();
-
-  GridCounter counter(scratch, thread / kWarpSize, thread % kWarpSize);
-  const auto* rank_packets = reinterpret_cast<const uint4*>(ranks);
-  const auto count_at_least = [&](uint32_t threshold) {
-    int count = 0;
-    for (int i = thread; i < layout.num_packets; i += kGridThreads) {
-      const uint4 four = rank_packets[i];
-      count += (four.x >= threshold) + (four.y >= threshold) + (four.z >= threshold) +
-               (four.w >= threshold);
-    }
-    return counter.sum(count);
-  };
-  const Threshold threshold = find_threshold(p.topk, 32, count_at_least);
-  // Of equal ranks the lowest positions: a second search, over inverted positions.
-  constexpr uint32_t kLastPosition = (1u << kGridPositionBits) - 1;
-  uint32_t tie_threshold = 0;
-  if (!threshold.exact) {
-    const int num_ties_kept = p.topk - count_at_least(threshold.value + 1);
-    const auto count_ties_at_least = [&](uint32_t inverted_position) {
-      int count = 0;
-      for (int i = thread; i < num_pairs; i += kGridThreads) {
-        count += ranks[i] == threshold.value && kLastPosition - i >= inverted_position;
-      }
-      return counter.sum(count);
-    };
-    tie_threshold = find_threshold(num_ties_kept, kGridPositionBits, count_ties_at_least).value;
-  }
-  for (int i = thread; i < num_pairs; i += kGridThreads) {
-    const uint32_t rank = ranks[i];
-    if (rank > threshold.value || (rank == threshold.value && kLastPosition - i >= tie_threshold)) {
-      // In any order: the sort below restores the only one.
-      best[atomicAdd(num_found, 1)] = make_candidate(rank, static_cast<uint32_t>(i));
-    }
-  }
-  __syncthreads();
-  bitonic_sort_descending(best, layout.num_best, thread, kGridThreads, [] { __syncthreads(); });
-
-  auto* out_scores = static_cast<float*>(p.scores);
-  for (int k = thread; k < p.topk; k += kGridThreads) {
-    const int position = static_cast<int>(candidate_position(best[k]));
-    const int row = position / m;
-    const int col = position - row * m;
-    const int64_t output = token_head * p.topk + k;
-    p.indices[output] = ids[row] * p.num_keys + ids[m + col];
-    p.grid_positions[output] =
-        static_cast<int16_t>(rank_positions[row] * m + rank_positions[m + col]);
-    if (additive) {
-      out_scores[output] = row_scores[row] + col_scores[col];
-      continue;
-    }
-    for (int c = 0; c < p.num_cores; ++c) {
-      float score = 0.0f;
-      for (int s = 0; s < R; ++s) {
-        float row_sum = 0.0f;
-        for (int r = 0; r < R; ++r) {
-          row_sum = fmaf(row_scores[r * m + row], core[(c * R + r) * R + s], row_sum);
-        }
-        score = fmaf(row_sum, col_scores[s * m + col], score);
-      }
-      out_scores[output * p.num_cores + c] = score;
-    }
-  }
-}
-
-Status launch_grid(const ProductKeyTopkParams& p, Stream stream) {
-  const GridLayout layout(p);
-  ULTRAMEM_RETURN_IF_ERROR(allow_shared_memory(product_key_topk_fwd_grid_kernel, layout.bytes));
-  const int64_t num_blocks = p.num_tokens * p.num_heads;
-  product_key_topk_fwd_grid_kernel<<<static_cast<unsigned>(num_blocks), kGridThreads, layout.bytes,
-                                     stream>>>(p);
-  return launch_status();
-}
-
-ULTRAMEM_REGISTER_KERNEL(grid, "product_key_topk_fwd_grid", kGridThreads,
-                         product_key_topk_fwd_grid_kernel);
-
 }  // namespace
+
+Status launch_axis_generic(const ProductKeyTopkParams& params, Stream stream) {
+  return ULTRAMEM_DISPATCH_DTYPE(params.dtype, scalar_t,
+                                 [&] { return launch_axis_tiled<scalar_t>(params, stream); });
+}
 
 size_t product_key_topk_fwd_workspace(const ProductKeyTopkParams&) { return 0; }
 
 Status product_key_topk_fwd(const ProductKeyTopkParams& params, Stream stream) {
   ULTRAMEM_RETURN_IF_ERROR(check_product_key_topk(params));
   if (params.num_tokens == 0) return {};
-  ULTRAMEM_RETURN_IF_ERROR(ULTRAMEM_DISPATCH_DTYPE(
-      params.dtype, scalar_t, [&] { return launch_axis_tiled<scalar_t>(params, stream); }));
+#if defined(ULTRAMEM_WITH_SM90A)
+  if (axis_wgmma_applies(params)) {
+    ULTRAMEM_RETURN_IF_ERROR(launch_axis_wgmma(params, stream));
+    return launch_grid(params, stream);
+  }
+#endif
+  ULTRAMEM_RETURN_IF_ERROR(launch_axis_generic(params, stream));
   return launch_grid(params, stream);
 }
 

@@ -66,11 +66,14 @@ inline const void* data_or_null(const OptionalTensor& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
 }
 
-inline Tensor as_contiguous(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
+// torch's `contiguous` goes through the dispatcher even where there is nothing to do.
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
 
 inline OptionalTensor as_contiguous(const OptionalTensor& tensor) {
   if (!tensor.has_value()) return std::nullopt;
-  return torch::stable::contiguous(*tensor);
+  return as_contiguous(*tensor);
 }
 
 }  // namespace ultramem::torch_binding

@@ -1,6 +1,7 @@
 // C entry points of the torch library for whoever asks what it holds (csrc/python, Python's
 // ctypes). Plain C, so that they bind to no Python and no C++ ABI.
 #include "ultramem/device_info.h"
+#include "ultramem/product_key_topk.h"
 
 #define ULTRAMEM_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -24,5 +25,65 @@ ULTRAMEM_EXPORT const char* ultramem_kernel_attributes(int32_t index,
   (void)index;
   (void)out;
   return "this build has no CUDA kernels";
+#endif
+}
+
+// The sizes of a product_key_topk call, as ultramem_cuda/_library.py hands them over.
+struct UltramemRetrievalShape {
+  int64_t num_tokens, num_keys, key_dim, num_heads, num_queries, tucker_rank, num_cores, axis_topk,
+      topk, additive, dtype;
+};
+
+namespace {
+
+ultramem::ProductKeyTopkBwdParams retrieval_params(const UltramemRetrievalShape& shape) {
+  ultramem::ProductKeyTopkBwdParams params;
+  params.num_tokens = shape.num_tokens;
+  params.num_keys = shape.num_keys;
+  params.key_dim = shape.key_dim;
+  params.num_heads = static_cast<int32_t>(shape.num_heads);
+  params.num_queries = static_cast<int32_t>(shape.num_queries);
+  params.tucker_rank = static_cast<int32_t>(shape.tucker_rank);
+  params.num_cores = static_cast<int32_t>(shape.num_cores);
+  params.axis_topk = static_cast<int32_t>(shape.axis_topk);
+  params.topk = static_cast<int32_t>(shape.topk);
+  params.mode = shape.additive != 0 ? ultramem::ScoreMode::kAdditive : ultramem::ScoreMode::kTucker;
+  params.dtype = static_cast<ultramem::DType>(shape.dtype);
+  return params;
+}
+
+}  // namespace
+
+// Name of the path that the forward takes on that compute capability (10 * major + minor); *reason
+// says why.
+ULTRAMEM_EXPORT const char* ultramem_product_key_topk_fwd_path(const UltramemRetrievalShape* shape,
+                                                               int32_t compute_capability,
+                                                               const char** reason) {
+  switch (ultramem::cuda::product_key_topk_fwd_path(retrieval_params(*shape), compute_capability,
+                                                    reason)) {
+    case ultramem::RetrievalPath::kGeneric:
+      return "generic";
+    case ultramem::RetrievalPath::kTensorCore90:
+      return "tensor cores (sm_90)";
+  }
+  return "unknown";
+}
+
+// Bytes of scratch memory on the current device, for the backward with all gradients wanted; -1 in
+// a build without CUDA kernels.
+ULTRAMEM_EXPORT int64_t ultramem_product_key_topk_workspace(const UltramemRetrievalShape* shape,
+                                                            int32_t backward) {
+#if defined(ULTRAMEM_WITH_CUDA)
+  ultramem::ProductKeyTopkBwdParams params = retrieval_params(*shape);
+  if (backward == 0) {
+    return static_cast<int64_t>(ultramem::cuda::product_key_topk_fwd_workspace(params));
+  }
+  // Null gradients are not computed; nothing is written through these.
+  params.grad_query = params.grad_keys = params.grad_core = &params;
+  return static_cast<int64_t>(ultramem::cuda::product_key_topk_bwd_workspace(params));
+#else
+  (void)shape;
+  (void)backward;
+  return -1;
 #endif
 }

@@ -1,28 +1,82 @@
-// tucker_query and tucker_filter. The projection and its gradients are torch's matrix products;
-// the norm between them is ours.
+// tucker_query and tucker_filter. The projection and its gradients are torch's matrix products, the
+// norm between them is ours; for few tokens on CUDA, so is the whole.
 #include <array>
 
 #include "ops.h"
 #include "ultramem/rms_norm.h"
 #include "ultramem/tucker_filter.h"
+#include "ultramem/tucker_query.h"
 
 namespace ultramem::torch_binding {
 namespace {
 
-// a [M, K] times b [K, N], in their dtype. The out variant, because autocast, which would change
-// the dtype under an operator that was called inside it, leaves that alone.
-Tensor matmul(const OpContext& context, const Tensor& a, const Tensor& b) {
-  const Tensor out = context.empty({a.size(0), b.size(1)}, a.scalar_type());
+// out [M, N] = a [M, K] times b [K, N], in their dtype. The out variant, because autocast, which
+// would change the dtype under an operator that was called inside it, leaves that alone.
+void matmul(const Tensor& a, const Tensor& b, const Tensor& out) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  // The result is a second handle of `out`.
+  torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 struct QueryShape {
   int64_t num_tokens, d_model, num_heads, num_queries, key_dim;
 };
+
+#if defined(ULTRAMEM_WITH_CUDA)
+
+template <typename Params>
+Params query_params(const OpContext& context, const Tensor& x, const Tensor& weight,
+                    const Tensor& norm_weight, const Tensor& projection, double eps) {
+  Params params;
+  params.num_tokens = x.size(0);
+  params.d_model = x.size(1);
+  params.key_dim = norm_weight.size(0);
+  params.num_segments = weight.size(0) / params.key_dim;
+  params.eps = eps;
+  params.dtype = context.dtype("x", x);
+  params.x = x.const_data_ptr();
+  params.weight = weight.const_data_ptr();
+  params.norm_weight = norm_weight.const_data_ptr();
+  params.projection = projection.mutable_data_ptr();
+  return params;
+}
+
+// The kernels for few tokens, where they take the shape: whether they did. The matrix products take
+// any strides; these do not.
+bool few_tokens_fwd(const OpContext& context, const Tensor& x, const Tensor& weight,
+                    const Tensor& norm_weight, double eps, const Tensor& query,
+                    const Tensor& projection) {
+  if (!context.is_cuda() || !x.is_contiguous() || !weight.is_contiguous()) return false;
+  auto params = query_params<TuckerQueryParams>(context, x, weight, norm_weight, projection, eps);
+  params.query = query.mutable_data_ptr();
+  if (!cuda::tucker_query_small_fwd_supported(params)) return false;
+  context.check(cuda::tucker_query_small_fwd(params, context.stream()));
+  return true;
+}
+
+// grad_x and grad_weight are empty where they are not wanted.
+bool few_tokens_bwd(const OpContext& context, const Tensor& grad_query, const Tensor& x,
+                    const Tensor& weight, const Tensor& norm_weight, const Tensor& projection,
+                    double eps, const Tensor& grad_x, const Tensor& grad_weight,
+                    const Tensor& grad_norm_weight) {
+  if (!context.is_cuda() || !x.is_contiguous() || !weight.is_contiguous()) return false;
+  auto params =
+      query_params<TuckerQueryBwdParams>(context, x, weight, norm_weight, projection, eps);
+  params.grad_query = grad_query.const_data_ptr();
+  if (grad_x.numel() > 0) params.grad_x = grad_x.mutable_data_ptr();
+  if (grad_weight.numel() > 0) params.grad_weight = grad_weight.mutable_data_ptr();
+  params.grad_norm_weight = grad_norm_weight.mutable_data_ptr();
+  if (!cuda::tucker_query_small_bwd_supported(params)) return false;
+  const Tensor workspace = context.workspace(cuda::tucker_query_small_bwd_workspace(params));
+  params.workspace = workspace.mutable_data_ptr();
+  context.check(cuda::tucker_query_small_bwd(params, context.stream()));
+  return true;
+}
+
+#endif  // ULTRAMEM_WITH_CUDA
 
 QueryShape check_query_arguments(const OpContext& context, const Tensor& x, const Tensor& weight,
                                  const Tensor& norm_weight, int64_t num_heads, double eps) {
@@ -52,10 +106,16 @@ std::tuple<Tensor, Tensor> tucker_query(Tensor x, Tensor weight, Tensor norm_wei
   const OpContext context("tucker_query", "x", x);
   const QueryShape shape = check_query_arguments(context, x, weight, norm_weight, num_heads, eps);
   norm_weight = as_contiguous(norm_weight);
-  Tensor projection = matmul(context, x, transpose(weight, 0, 1));
   Tensor query = context.empty(
       {shape.num_tokens, 2, shape.num_heads, shape.num_queries, shape.key_dim}, x.scalar_type());
+  Tensor projection = context.empty({shape.num_tokens, weight.size(0)}, x.scalar_type());
+#if defined(ULTRAMEM_WITH_CUDA)
+  if (few_tokens_fwd(context, x, weight, norm_weight, eps, query, projection)) {
+    return {query, projection};
+  }
+#endif
 
+  matmul(x, transpose(weight, 0, 1), projection);
   RmsNormParams params;
   params.dtype = context.dtype("x", x);
   params.dim = shape.key_dim;
@@ -78,8 +138,21 @@ std::tuple<Tensor, Tensor, Tensor> tucker_query_bwd(Tensor grad_query, Tensor x,
   context.check_dtype("grad_query", grad_query, x.scalar_type());
   context.check(grad_query.numel() == projection.numel(), "grad_query must have query's shape");
 
-  Tensor grad_projection = torch::stable::empty_like(projection);
+  auto gradient_of = [&](const Tensor& tensor, bool needed) {
+    return needed ? context.empty({tensor.size(0), tensor.size(1)}, tensor.scalar_type())
+                  : context.empty({0}, tensor.scalar_type());
+  };
+  Tensor grad_x = gradient_of(x, need_x);
+  Tensor grad_weight = gradient_of(weight, need_weight);
   Tensor grad_norm_weight = context.empty({norm_weight.size(0)}, norm_weight.scalar_type());
+#if defined(ULTRAMEM_WITH_CUDA)
+  if (few_tokens_bwd(context, grad_query, x, weight, norm_weight, projection, eps, grad_x,
+                     grad_weight, grad_norm_weight)) {
+    return {grad_x, grad_weight, grad_norm_weight};
+  }
+#endif
+
+  Tensor grad_projection = torch::stable::empty_like(projection);
   RmsNormBwdParams params;
   params.dtype = context.dtype("x", x);
   params.dim = norm_weight.size(0);
@@ -94,10 +167,8 @@ std::tuple<Tensor, Tensor, Tensor> tucker_query_bwd(Tensor grad_query, Tensor x,
   params.workspace = workspace.mutable_data_ptr();
   context.check(ULTRAMEM_CALL(context, rms_norm_bwd, params));
 
-  const ScalarType dtype = x.scalar_type();
-  Tensor grad_x = need_x ? matmul(context, grad_projection, weight) : context.empty({0}, dtype);
-  Tensor grad_weight = need_weight ? matmul(context, transpose(grad_projection, 0, 1), x)
-                                   : context.empty({0}, dtype);
+  if (need_x) matmul(grad_projection, weight, grad_x);
+  if (need_weight) matmul(transpose(grad_projection, 0, 1), x, grad_weight);
   return {grad_x, grad_weight, grad_norm_weight};
 }
 

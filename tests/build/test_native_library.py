@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from binaries import cuobjdump, tool
 
 import ultramem_cuda
 from ultramem_cuda import _library
@@ -24,18 +25,6 @@ RUNTIME_WEAK = {
     "_ITM_deregisterTMCloneTable",
     "_ITM_registerTMCloneTable",
 }
-
-
-def tool(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def cuobjdump() -> str:
-    """CUDA's disassembler, from the toolkit or from its PyPI package."""
-    on_path = shutil.which("cuobjdump")
-    packaged = [str(f) for base in sys.path for f in Path(base).glob("nvidia/*/bin/cuobjdump")]
-    assert on_path or packaged, "cuobjdump is missing; requirements.txt installs it"
-    return on_path or packaged[0]
 
 
 def build_info() -> dict[str, Any]:
@@ -91,6 +80,8 @@ def test_exports_only_its_c_entry_points():
         "ultramem_cpu_capability",
         "ultramem_kernel_attributes",
         "ultramem_kernel_count",
+        "ultramem_product_key_topk_fwd_path",
+        "ultramem_product_key_topk_workspace",
     }
 
 

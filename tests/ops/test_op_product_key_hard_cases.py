@@ -233,6 +233,41 @@ def test_sorted_scores(device: str, order: str, mode: str, num_keys: int, axis_t
     check_exact(query, keys, core, topk=axis_topk, axis_topk=axis_topk, mode=mode)
 
 
+@pytest.mark.parametrize("mode", ["tucker", "additive"])
+@pytest.mark.parametrize("special", [0.0, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("distinct", [1, 3, 50])
+@pytest.mark.parametrize(
+    ("axis_topk", "topk"),
+    [(8, 64), (14, 32), (32, 32), (32, 700), (33, 33), (100, 1024), (128, 33), (128, 128)],
+)
+def test_grid_of_few_values(
+    device: str, axis_topk: int, topk: int, distinct: int, special: float, mode: str
+) -> None:
+    """Ties where the grid is cut, among numbers and among NaN, in grids of every size: more equal
+    pairs than there is room for, too few numbers, infinities that the cut falls on."""
+    rows = [float(1 + i * 7 % distinct) for i in range(axis_topk)]
+    cols = [float(i * 5 % distinct - 1) for i in range(axis_topk)]
+    for place in range(0, axis_topk, 3):
+        rows[place] = special
+    cols[-1] = special
+    query, keys = from_axis_scores(rows, cols, device)
+    core = unit_core(device) if mode == "tucker" else None
+    if mode == "additive":
+        topk = min(topk, axis_topk)
+    with np.errstate(invalid="ignore"):
+        check_exact(query, keys, core, topk=topk, axis_topk=axis_topk, mode=mode)
+
+
+@pytest.mark.parametrize("numbers", [0, 5, 40])
+def test_fewer_numbers_than_wanted(device: str, numbers: int) -> None:
+    """A grid that is NaN but for a few rows: first all numbers, then the lowest NaN."""
+    rows = [math.nan] * 100
+    rows[50 : 50 + numbers // 5] = [float(i) for i in range(numbers // 5)]
+    cols = [2.0] * 5 + [math.nan] * 95
+    query, keys = from_axis_scores(rows, cols, device)
+    check_exact(query, keys, unit_core(device), topk=300, axis_topk=100, mode="tucker")
+
+
 @pytest.mark.parametrize("copies", [2, 40])
 def test_identical_keys_go_by_the_lower_id(
     device_dtype: tuple[str, torch.dtype], copies: int

@@ -71,6 +71,47 @@ def test_fixed_shapes(device_dtype: tuple[str, torch.dtype], shape: tuple[int, .
     check_rms_norm(data.normal(*shape, dtype=dtype), data.gains(shape[-1]), eps=1e-5)
 
 
+# On CUDA the length of a row decides how many lanes share it, and whether registers hold it; the
+# number of rows, how many blocks there are and how many rows each of them walks over.
+@pytest.mark.parametrize("dim", [8, 64, 128, 136, 256, 264, 512, 640, 1024, 1032, 2048, 2056])
+@pytest.mark.parametrize("rows", [1, 33, 300])
+def test_lengths_of_rows(device_dtype: tuple[str, torch.dtype], rows: int, dim: int) -> None:
+    device, dtype = device_dtype
+    data = Data(dim, device)
+    check_rms_norm(data.normal(rows, dim, dtype=dtype), data.gains(dim), seed=rows)
+
+
+@pytest.mark.parametrize("shape", [(20000, 24), (4000, 264), (3000, 1032)], ids=str)
+def test_many_rows(device_dtype: tuple[str, torch.dtype], shape: tuple[int, int]) -> None:
+    device, dtype = device_dtype
+    data = Data(5, device)
+    check_rms_norm(data.normal(*shape, dtype=dtype), data.gains(shape[-1]))
+
+
+def test_rows_that_begin_anywhere(device_dtype: tuple[str, torch.dtype]) -> None:
+    """Contiguous, whole vectors long, but not aligned as they are: as right, if slower."""
+    device, dtype = device_dtype
+    data = Data(6, device)
+    x = data.normal(40 * 64 + 1, dtype=dtype)[1:].view(40, 64)
+    gain = data.gains(65)[1:]
+    assert x.is_contiguous()
+    assert gain.is_contiguous()
+    check_rms_norm(x, gain)
+
+
+def test_same_gradients_in_every_run(device_dtype: tuple[str, torch.dtype]) -> None:
+    device, dtype = device_dtype
+    data = Data(7, device)
+    x = data.normal(9000, 192, dtype=dtype, requires_grad=True)
+    gain = data.gains(192, requires_grad=True)
+    upstream = data.normal(9000, 192, dtype=dtype)
+    y = ops.rms_norm(x, gain)
+    first = torch.autograd.grad(y, [x, gain], upstream, retain_graph=True)
+    for _ in range(3):
+        again = torch.autograd.grad(y, [x, gain], upstream, retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+
+
 def test_last_dimension_one(device: str) -> None:
     x = torch.tensor([[3.0], [-0.5]], device=device)
     y = ops.rms_norm(x, torch.tensor([2.0], device=device), eps=0.0)

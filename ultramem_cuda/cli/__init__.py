@@ -41,7 +41,13 @@ def build_parser() -> argparse.ArgumentParser:
         description="Says what was built, what this machine has and what will be used. "
         "Exits with 1 where the native library is missing or does not load.",
     )
-    command.set_defaults(run=lambda args: doctor.run())
+    command.add_argument(
+        "--shape",
+        metavar="SHAPE",
+        help="which kernels retrieval runs for this shape, and its memory: S, B, M, L or "
+        "n=1138,Kd=192,M=32[,m=,R=,C=,H=,Q=,T=,dtype=bf16|fp16|fp32,mode=tucker|additive]",
+    )
+    command.set_defaults(run=lambda args: doctor.run(args.shape))
 
     command = commands.add_parser(
         "check",

@@ -17,15 +17,25 @@ from .. import _library
 from .._version import __version__
 from ..examples.lm.arguments import resolve_device
 from ..examples.lm.layers import grouped_mm_runs
+from . import retrieval_shape
 
 Facts = list[tuple[str, str]]
 Sections = dict[str, Facts]
 
 
-def run() -> int:
-    """Prints the sections; 0 where the native library is loaded, else 1."""
-    print(render(sections()))
-    return 0 if _library.is_loaded() else 1
+def run(shape: str | None = None) -> int:
+    """Prints the sections; 0 where the native library is loaded, else 1.
+
+    Args:
+        shape: as `retrieval_shape.parse` takes it; what retrieval does with it is then printed
+            alone.
+    """
+    if shape is None or not _library.is_loaded():
+        print(render(sections()))
+        return 0 if _library.is_loaded() else 1
+    sizes = retrieval_shape.parse(shape)
+    print(render({f"product_key_topk, shape {shape}": retrieval_shape.facts(sizes)}))
+    return 0
 
 
 def sections() -> Sections:

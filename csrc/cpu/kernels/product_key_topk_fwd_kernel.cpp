@@ -4,6 +4,8 @@
 // in L2 and are reduced to the m best of each token; the R scores of those are then computed
 // exactly, and the grid of m * m candidates is scored and reduced the same way. With few tokens
 // packing the keys would cost more than the product: they are scored row by row instead.
+#include <algorithm>
+
 #include "../arena.h"
 #include "../parallel.h"
 #include "axis_scores.h"
@@ -218,6 +220,7 @@ class Forward {
     for (int64_t i = p_.num_keys; i < layout_.padded_keys; ++i) scores[i] = kMinusInfinity<Acc>;
     int32_t* kept = axis_indices_of(token, head, side);
     select_topk(scores, p_.num_keys, m, scratch.candidates, kept);
+    std::sort(kept, kept + m);
 
     widen(scratch.query, query_of(token, head, side), p_.num_queries * p_.key_dim);
     Acc* exact = axis_scores_of(token, head, side);
@@ -233,33 +236,23 @@ class Forward {
     }
   }
 
-  // Positions of the kept keys in ascending order of key id: in that order the grid's flat position
-  // breaks ties as row * n + col does.
-  void order_by_key(const int32_t* kept, int32_t* order) const {
-    for (int32_t i = 0; i < p_.axis_topk; ++i) {
-      int32_t place = 0;
-      for (int32_t j = 0; j < p_.axis_topk; ++j) place += kept[j] < kept[i];
-      order[place] = i;
-    }
-  }
-
+  // The kept keys are in ascending order, so the grid's flat position breaks ties as row * n + col
+  // does.
   void select_grid(int64_t token, int64_t head, const Scratch<Acc>& scratch) const {
     const int32_t m = p_.axis_topk, rank = p_.tucker_rank;
     const int32_t* rows = axis_indices_of(token, head, 0);
     const int32_t* cols = axis_indices_of(token, head, 1);
-    int32_t row_order[kMaxAxisTopk], col_order[kMaxAxisTopk], best[kMaxTopk];
-    order_by_key(rows, row_order);
-    order_by_key(cols, col_order);
-    score_grid(token, head, row_order, col_order, scratch.grid);
+    int32_t best[kMaxTopk];
+    score_grid(token, head, scratch.grid);
     select_topk(scratch.grid, int64_t{m} * m, p_.topk, scratch.candidates, best);
 
     const int64_t out = (token * p_.num_heads + head) * p_.topk;
     const Acc* s_row = axis_scores_of(token, head, 0);
     const Acc* s_col = axis_scores_of(token, head, 1);
     for (int32_t k = 0; k < p_.topk; ++k) {
-      const int32_t i = row_order[best[k] / m], j = col_order[best[k] % m];
+      const int32_t i = best[k] / m, j = best[k] % m;
       p_.indices[out + k] = int64_t{rows[i]} * p_.num_keys + cols[j];
-      p_.grid_positions[out + k] = static_cast<int16_t>(i * m + j);
+      p_.grid_positions[out + k] = static_cast<int16_t>(best[k]);
       Acc* scores = static_cast<Acc*>(p_.scores) + (out + k) * p_.num_cores;
       if (p_.mode == ScoreMode::kAdditive) {
         scores[0] = s_row[i] + s_col[j];
@@ -279,21 +272,19 @@ class Forward {
     }
   }
 
-  // grid[a * m + b] = rank of the a-th row and b-th column in key order, padded with -inf.
-  void score_grid(int64_t token, int64_t head, const int32_t* row_order, const int32_t* col_order,
-                  Acc* grid) const {
+  // grid[i * m + j] = rank of the pair (i, j), padded with -inf.
+  void score_grid(int64_t token, int64_t head, Acc* grid) const {
     constexpr int kW = kLanes<Acc>;
     const int32_t m = p_.axis_topk, rank = p_.tucker_rank;
     const Acc* s_row = axis_scores_of(token, head, 0);
     const Acc* s_col = axis_scores_of(token, head, 1);
     Acc col[kMaxTuckerRank][kMaxAxisTopk + kW] = {};
     for (int32_t s = 0; s < rank; ++s) {
-      for (int32_t b = 0; b < m; ++b) col[s][b] = s_col[s * m + col_order[b]];
+      std::copy_n(s_col + s * m, m, col[s]);
     }
     Acc core_sum[kMaxTuckerRank][kMaxTuckerRank] = {};
     if (p_.mode == ScoreMode::kTucker) sum_cores(head, core_sum);
-    for (int32_t a = 0; a < m; ++a) {
-      const int32_t i = row_order[a];
+    for (int32_t i = 0; i < m; ++i) {
       Acc row[kMaxTuckerRank] = {};
       for (int32_t r = 0; r < rank; ++r) {
         for (int32_t s = 0; s < rank; ++s) row[s] += s_row[r * m + i] * core_sum[r][s];
@@ -307,7 +298,7 @@ class Forward {
           score = load(col[0] + b) * row[0];
           for (int32_t s = 1; s < rank; ++s) score += load(col[s] + b) * row[s];
         }
-        store(grid + a * m + b, score);
+        store(grid + i * m + b, score);
       }
     }
     for (int64_t i = int64_t{m} * m; i < round_up(int64_t{m} * m, kW); ++i) {

@@ -18,6 +18,18 @@ namespace ultramem {
 
 enum class ScoreMode : int32_t { kTucker = 0, kAdditive = 1 };
 
+// The kernels that the forward runs on a GPU.
+enum class RetrievalPath : int32_t {
+  kGeneric = 0,       // scores by FMAs in float32: every shape, and exact for float32 inputs
+  kTensorCore90 = 1,  // scores by the tensor cores of compute capability 9.0
+};
+
+// What kTensorCore90 takes, of bfloat16 and float16.
+inline constexpr int64_t kTensorCore90MaxKeys = 8192;
+inline constexpr int64_t kTensorCore90MaxKeyDim = 1024;
+inline constexpr int64_t kTensorCore90KeyDimMultiple = 8;  // rows of 16 bytes
+inline constexpr int64_t kTensorCore90MinTokens = 65;      // times heads
+
 struct ProductKeyTopkParams {
   int64_t num_tokens = 0;   // T
   int64_t num_keys = 0;     // n, per side
@@ -39,7 +51,7 @@ struct ProductKeyTopkParams {
 
   void* scores = nullptr;             // [T, H, M, C] acc
   int64_t* indices = nullptr;         // [T, H, M]
-  int32_t* axis_indices = nullptr;    // [T, H, 2, m], key ids in rank order
+  int32_t* axis_indices = nullptr;    // [T, H, 2, m], the kept key ids, ascending
   void* axis_scores = nullptr;        // [T, H, 2, R, m] acc, S at the kept keys
   int16_t* grid_positions = nullptr;  // [T, H, M], i * m + j into the kept keys
 
@@ -48,6 +60,11 @@ struct ProductKeyTopkParams {
 
 // Reads query, keys, core, axis_indices, axis_scores and grid_positions of the forward; writes no
 // output of it. Selection is not differentiated. Null gradients are not computed.
+//
+// What is not finite stays with the tokens and keys that hold it: an infinite or NaN dS, query or
+// key spoils the gradients of that token and of the keys that it kept, and no other. The CUDA
+// backward, where it uses tensor cores, makes all of a spoiled row NaN, and may take a query for
+// not finite where all scores of a rank at the kept keys are infinite or NaN.
 struct ProductKeyTopkBwdParams : ProductKeyTopkParams {
   const void* grad_scores = nullptr;  // [T, H, M, C] acc
   void* grad_query = nullptr;         // like query
@@ -64,6 +81,11 @@ Status product_key_topk_bwd(const ProductKeyTopkBwdParams& params, const Executo
 }  // namespace cpu
 
 namespace cuda {
+// The path that the forward takes for these sizes and this dtype: the one place of that rule. Reads
+// no pointer and needs no device. compute_capability is 10 * major + minor; where reason is not
+// null, *reason becomes static text that says why.
+RetrievalPath product_key_topk_fwd_path(const ProductKeyTopkParams& params, int compute_capability,
+                                        const char** reason = nullptr);
 size_t product_key_topk_fwd_workspace(const ProductKeyTopkParams& params);
 Status product_key_topk_fwd(const ProductKeyTopkParams& params, Stream stream);
 size_t product_key_topk_bwd_workspace(const ProductKeyTopkBwdParams& params);

@@ -6,5 +6,6 @@
 #include "ultramem/product_key_topk.h"
 #include "ultramem/rms_norm.h"
 #include "ultramem/tucker_filter.h"
+#include "ultramem/tucker_query.h"
 #include "ultramem/types.h"
 #include "ultramem/value_ffn.h"

@@ -1,0 +1,184 @@
+// What the files of the backward of product_key_topk share. Its scores kernel turns dg into dS, the
+// gradient of the scores of the kept keys; then one of two paths turns dS into the gradients of
+// query and keys: sums over gathered rows, for any shape and dtype, or products on tensor cores.
+#pragma once
+
+#include "common.cuh"
+#include "sm90a.h"
+#include "ultramem/product_key_topk.h"
+
+namespace ultramem::cuda {
+
+class WorkspaceLayout {
+ public:
+  size_t take(int64_t size) {
+    const size_t offset = bytes_;
+    bytes_ += align_up(static_cast<size_t>(size));
+    return offset;
+  }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  size_t bytes_ = 0;
+};
+
+template <typename T>
+T* workspace_piece(const ProductKeyTopkBwdParams& p, size_t offset) {
+  return reinterpret_cast<T*>(static_cast<char*>(p.workspace) + offset);
+}
+
+// Divides integers below 2^14 whose quotient is below 128, without an integer division.
+class SmallDivisor {
+ public:
+  __device__ explicit SmallDivisor(int divisor)
+      : inverse_(((1u << kShift) + divisor - 1) / divisor) {}
+  // The inverse is less than 1 too large: the quotient by less than 2^14 / 2^24, below 1 / divisor.
+  __device__ int quotient(int x) const {
+    return static_cast<int>(static_cast<uint32_t>(x) * inverse_ >> kShift);
+  }
+
+ private:
+  static constexpr int kShift = 24;
+  uint32_t inverse_;
+};
+
+// Launches a kernel that calls `wait_for_prerequisite_grid` before it needs anything of the kernel
+// ahead of it, so that it may begin before that one has ended. All its threads have to call it:
+// what follows takes the end of this kernel for the end of both.
+template <typename... Arguments>
+Status launch_overlapping(void (*kernel)(Arguments...), dim3 grid, int block_threads,
+                          int64_t shared_bytes, Stream stream, const Arguments&... arguments) {
+  cudaFuncAttributes attributes{};
+  ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaFuncGetAttributes(&attributes, kernel));
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(block_threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &overlap;
+  // Code made from the PTX of an older architecture does not wait, whatever it runs on.
+  config.numAttrs = attributes.ptxVersion >= 90 ? 1 : 0;
+  ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaLaunchKernelEx(&config, kernel, arguments...));
+  return launch_status();
+}
+
+// Of the current device.
+struct DeviceLimits {
+  int shared_bytes = 0;  // the most that a block can have
+  int num_sms = 0;
+  bool wgmma = false;  // sm90a_available
+};
+
+inline Status device_limits(DeviceLimits* limits) {
+  int device = 0;
+  limits->wgmma = sm90a_available();
+  ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaGetDevice(&device));
+  ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaDeviceGetAttribute(
+      &limits->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return to_status(
+      cudaDeviceGetAttribute(&limits->num_sms, cudaDevAttrMultiProcessorCount, device));
+}
+
+// ---- dcore -------------------------------------------------------------------------------------
+
+// What slices of the tokens add to dcore.
+struct CorePartials {
+  float* data = nullptr;  // [slices, H, C, R, R]; null where dcore is not wanted
+  int64_t num_slices = 0;
+};
+
+__host__ __device__ inline int64_t core_elements(const ProductKeyTopkParams& p) {
+  return int64_t{p.num_heads} * p.num_cores * p.tucker_rank * p.tucker_rank;
+}
+
+// ---- gathered rows -----------------------------------------------------------------------------
+
+struct GatherWorkspace {
+  int64_t num_entries;
+  int64_t num_key_rows;
+  int num_key_bits;
+  size_t sort_bytes;
+  // Offsets.
+  size_t key_rows, sorted_key_rows, entries, sorted_entries, row_starts, sort;
+};
+
+void lay_out_gather(const ProductKeyTopkParams& p, GatherWorkspace* workspace,
+                    WorkspaceLayout& layout);
+
+// grad_axis_scores [T, H, 2, R, m] is dS.
+Status launch_gather(const ProductKeyTopkBwdParams& p, const GatherWorkspace& workspace,
+                     const float* grad_axis_scores, Stream stream);
+
+// ---- products on tensor cores ------------------------------------------------------------------
+
+// How the steps of a product (each 64 deep, into one tile of the output) are spread over blocks.
+// Tiles are taken in order. Where whole tiles would leave the machine half idle, a tile's steps may
+// be split between blocks, whose partial sums a second kernel adds in the order of the blocks.
+//
+// In a cluster, blocks take neighbouring rows of tiles in step and share what they load. A tile of
+// the schedule then stands for one of each of them, and a block of it for the cluster.
+struct ProductSchedule {
+  int cluster = 1;
+  int64_t num_tiles = 0;
+  int64_t tile_steps = 0;
+  int64_t num_blocks = 0;
+  bool split = false;
+
+  __host__ __device__ int64_t first_step(int64_t block) const {
+    return split ? block * (num_tiles * tile_steps) / num_blocks
+                 : block * num_tiles / num_blocks * tile_steps;
+  }
+  // The block that does a step of a split schedule.
+  __host__ __device__ int64_t block_of(int64_t step) const {
+    return ((step + 1) * num_blocks - 1) / (num_tiles * tile_steps);
+  }
+  // Where a block leaves its part of a tile that it shares with others. With fewer tiles than
+  // blocks, (block, tile) goes up by at least one in sum from part to part; with more, a block
+  // shares at most its first and its last tile.
+  __host__ __device__ int64_t slot(int64_t block, int64_t tile) const {
+    const int64_t first_tile = first_step(block) / tile_steps;
+    return block + (first_tile < block ? first_tile : block) + (tile != first_tile);
+  }
+  int64_t num_slots() const {
+    return split ? cluster * (num_blocks + (num_tiles < num_blocks ? num_tiles : num_blocks)) : 0;
+  }
+};
+
+struct DensePlan {
+  bool applies = false;
+  bool wgmma = false;  // whether launch_product_wgmma takes the products
+  int tile_cols = 0;   // of the output
+  int num_stages = 0;  // of the ring in shared memory; not where wgmma
+  ProductSchedule query;
+  ProductSchedule keys;
+  int64_t partial_bytes = 0;  // of whichever product needs more
+  // Offsets.
+  size_t entries, bucket_starts, key_finite, query_finite, max_grad;
+};
+
+// Says whether the dense path takes this call and how. Which gradients are wanted changes only how
+// much memory it takes, so that the others' values do not depend on it.
+void plan_dense(const ProductKeyTopkBwdParams& p, const DeviceLimits& limits, DensePlan* plan);
+
+// Takes what the plan needs apart from the partial sums, which may overlay dS.
+void lay_out_dense(const ProductKeyTopkBwdParams& p, DensePlan* plan, WorkspaceLayout& layout);
+
+// What the scores kernel finds out for the products; null where they are not used.
+struct ScoresFindings {
+  // 1 where a row is known to be finite. A query is taken to be where any of its kept scores is.
+  uint8_t* key_finite = nullptr;    // [H, 2, R, n]
+  uint8_t* query_finite = nullptr;  // [H, 2, R, T]
+  // The bits of the largest finite |dS|; null where dS needs no scale.
+  uint32_t* max_grad = nullptr;
+};
+ScoresFindings scores_findings(const ProductKeyTopkBwdParams& p, const DensePlan& plan);
+
+// Sums core_partials, too. `partials` has plan.partial_bytes and may overlay grad_axis_scores.
+Status launch_dense(const ProductKeyTopkBwdParams& p, const DensePlan& plan,
+                    const float* grad_axis_scores, const CorePartials& core_partials,
+                    float* partials, Stream stream);
+
+}  // namespace ultramem::cuda

@@ -1,0 +1,439 @@
+// The products of the dense path of the backward on sm_90: see product_key_topk_bwd_product.cuh.
+//
+// Two warpgroups multiply 64 rows each by up to 256 columns. Each warp of a third one fills every
+// fourth stage of the ring alone: it unfolds the entries of dS, and one of its lanes has the dense
+// rows copied as boxes of 64 columns (TMA), the operand that wgmma transposes. The blocks of a
+// cluster take neighbouring rows of the output and need the same dense rows in the same step: each
+// copies its share of them to all.
+#include "common.cuh"
+#include "kernel_registry.h"
+#include "mma.cuh"
+#include "product_key_common.cuh"
+#include "product_key_topk_bwd.h"
+#include "product_key_topk_bwd_product.cuh"
+#include "wgmma.cuh"
+
+namespace ultramem::cuda {
+namespace {
+
+constexpr int kGroupThreads = 128;  // of a warpgroup
+constexpr int kGroupRows = 64;
+constexpr int kGroups = kTileRows / kGroupRows;  // that multiply
+constexpr int kThreads = (kGroups + 1) * kGroupThreads;
+// A block of this size is launched with 168 registers a thread. A multiplier holds up to 128 sums.
+constexpr int kLaunchRegisters = 168;
+constexpr int kMultiplierRegisters = 200;
+constexpr int kFillerRegisters = 104;
+static_assert(kGroups * kMultiplierRegisters + kFillerRegisters ==
+              (kGroups + 1) * kLaunchRegisters);
+constexpr int kBoxCols = 64;
+constexpr int kRowBytes = 128;  // of a box, and of the sparse tile
+constexpr int kBoxBytes = kTileDepth * kRowBytes;
+constexpr int kAlignment = 1024;  // of swizzled tiles
+static_assert(2 * kBoxCols == kRowBytes && 2 * kTileDepth == kRowBytes);
+
+template <int kCols>
+struct WgmmaTraits {
+  static constexpr int kBoxes = kCols / kBoxCols;
+  static constexpr int kSparseBytes = kTileRows * kRowBytes;
+  static constexpr int kStageBytes = kSparseBytes + kBoxes * kBoxBytes;
+  static constexpr int kStages = kCols == 256 ? 4 : 5;
+  static constexpr int kBarriersOffset = kStages * kStageBytes;
+  static constexpr int kSharedBytes = kBarriersOffset + 2 * 8 * kStages;
+  static_assert(kCols % kBoxCols == 0 && kStageBytes % kAlignment == 0);
+  static_assert(kSharedBytes + kAlignment <= 232448, "more than a block of sm_90 has");
+};
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+constexpr int kMultiplierWarps = kGroups * kGroupThreads / kWarpSize;
+constexpr int kFillers = kGroupThreads / kWarpSize;
+constexpr int kChunkBytes = 16;
+// Of a thread that multiplies.
+template <int kCols>
+constexpr int kSums = kCols / 2;
+
+// The ring, by how many steps a block has begun.
+template <int kCols>
+struct Ring {
+  using Traits = WgmmaTraits<kCols>;
+  uint32_t base;
+
+  __device__ static uint32_t parity(int step) { return step / Traits::kStages & 1; }
+  __device__ uint32_t sparse(int step) const {
+    return base + step % Traits::kStages * Traits::kStageBytes;
+  }
+  __device__ uint32_t dense(int step) const { return sparse(step) + Traits::kSparseBytes; }
+  __device__ uint32_t full(int step) const {
+    return base + Traits::kBarriersOffset + 8 * (step % Traits::kStages);
+  }
+  __device__ uint32_t empty(int step) const { return full(step) + 8 * Traits::kStages; }
+};
+
+// What a block does of the schedule, along with its cluster.
+struct WorkerSteps {
+  int64_t worker;
+  int64_t first;
+  int count;
+
+  __device__ explicit WorkerSteps(const ProductSchedule& schedule)
+      : worker(blockIdx.x / schedule.cluster),
+        first(schedule.first_step(worker)),
+        count(static_cast<int>(schedule.first_step(worker + 1) - first)) {}
+};
+
+// A stage is full once its warp has said how many bytes it has copied, or copied them itself, and
+// once it has unfolded the entries.
+constexpr int kFullArrivals = 2;
+
+// ---- the warps that fill the ring
+
+// Entries of a bucket that a lane reads ahead; longer buckets are read in place.
+constexpr int kLaneEntries = 16;
+constexpr int kEntryUnroll = 4;
+
+__device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t byte) {
+  return row * kRowBytes + (byte ^ row % 8 * kChunkBytes);
+}
+
+__device__ __forceinline__ void unfold_entry(uint32_t entry, int half, bool rows_are_tokens,
+                                             uint32_t to) {
+  const EntryPlace place = entry_place(entry, half, rows_are_tokens);
+  store_shared(to + swizzled(place.row, 2 * place.col), static_cast<uint16_t>(entry >> 16));
+}
+
+// This block's share of the dense rows, to all blocks of its cluster.
+template <int kCols>
+__device__ __forceinline__ void copy_boxes(const CUtensorMap& dense_map, int cluster,
+                                           int block_rank, int num_boxes, int first_col,
+                                           int first_row, int plane, uint32_t to, uint32_t full) {
+  const int share = kTileDepth / cluster * block_rank;  // its first row
+  const auto mask = static_cast<uint16_t>((1 << cluster) - 1);
+#pragma unroll
+  for (int i = 0; i < WgmmaTraits<kCols>::kBoxes; ++i) {
+    if (i == num_boxes) break;
+    const uint32_t box = to + i * kBoxBytes + share * kRowBytes;
+    const int x = first_col + i * kBoxCols;
+    if (cluster > 1) {
+      copy_box_multicast(&dense_map, box, full, mask, x, first_row + share, plane);
+    } else {
+      copy_box(&dense_map, box, full, x, first_row, plane);
+    }
+  }
+}
+
+// The same rows, all of them, by this warp: zeros where they are not finite or do not exist.
+template <typename scalar_t, int kCols>
+__device__ __forceinline__ void copy_finite_rows(const Product& p, const Step& step,
+                                                 uint64_t finite, uint32_t to, int lane) {
+  constexpr int kChunkElements = kChunkBytes / static_cast<int>(sizeof(scalar_t));
+  constexpr int kChunks = kCols / kChunkElements;  // of a row
+  const scalar_t* rows = dense_rows<scalar_t>(p, step, kCols);
+  const int num_cols = p.key_dim - step.coords.col_tile * kCols;
+#pragma unroll 4
+  for (int i = lane; i < kTileDepth * kChunks; i += kWarpSize) {
+    const int row = i / kChunks;
+    const int col = (i - row * kChunks) * kChunkElements;
+    uint4 chunk = make_uint4(0, 0, 0, 0);
+    if ((finite >> row & 1) != 0 && col < num_cols) {
+      chunk = *reinterpret_cast<const uint4*>(rows + row * p.dense.row_stride + col);
+    }
+    const uint32_t byte = static_cast<uint32_t>(2 * (col % kBoxCols));
+    store_shared(to + col / kBoxCols * kBoxBytes + swizzled(row, byte), chunk);
+  }
+}
+
+template <typename scalar_t, int kCols>
+__device__ __forceinline__ void fill_ring(const Product& p, const CUtensorMap& dense_map,
+                                          Ring<kCols> ring) {
+  using Traits = WgmmaTraits<kCols>;
+  const int warp = (static_cast<int>(threadIdx.x) - kGroups * kGroupThreads) / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize;
+  const int cluster = p.schedule.cluster;
+  const int block_rank = static_cast<int>(cluster_rank());
+  const WorkerSteps steps(p.schedule);
+  if (warp >= steps.count) return;
+
+  StepCursor cursor(p, steps.first, block_rank);
+#pragma unroll 1
+  for (int i = 0; i < warp; ++i) cursor.advance();
+#pragma unroll 1
+  for (int i = warp; i < steps.count; i += kFillers) {
+    const Step step = cursor.read();
+    const int second_row = lane + kWarpSize;
+    const bool exists[2] = {lane < step.num_dense_rows, second_row < step.num_dense_rows};
+    const bool finite[2] = {exists[0] && step.finite[lane] != 0,
+                            exists[1] && step.finite[second_row] != 0};
+    uint32_t ahead[kBucketsPerStep][kLaneEntries];
+#pragma unroll
+    for (int half = 0; half < kBucketsPerStep; ++half) {
+#pragma unroll
+      for (int j = 0; j < kLaneEntries; ++j) {
+        const int entry = lane + j * kWarpSize;
+        ahead[half][j] = entry < step.num_entries[half] ? step.entries[half][entry] : 0;
+      }
+    }
+    // The blocks of a cluster see the same dense rows and agree on who copies them.
+    const bool all_finite =
+        __all_sync(kFullMask, finite[0] == exists[0] && finite[1] == exists[1]) != 0;
+
+    const uint32_t sparse = ring.sparse(i);
+    const uint32_t dense = ring.dense(i);
+    const uint32_t full = ring.full(i);
+    mbarrier_wait(ring.empty(i), Ring<kCols>::parity(i) ^ 1);
+    if (all_finite) {
+      if (lane == 0) {
+        const TileCoords& coords = step.coords;
+        const int first_col = coords.col_tile * kCols;
+        // Columns that are in no box are multiplied, too, but into columns that are not stored.
+        const int num_boxes =
+            min(Traits::kBoxes, (p.key_dim - first_col + kBoxCols - 1) / kBoxCols);
+        const int plane = coords.head * p.dense_planes.head + coords.side * p.dense_planes.side +
+                          step.dense_rank * p.dense_planes.rank;
+        barrier_expect_bytes(full, num_boxes * kBoxBytes);
+        copy_boxes<kCols>(dense_map, cluster, block_rank, num_boxes, first_col,
+                          step.first_dense_row, plane, dense, full);
+      }
+    } else {
+      const uint64_t low_rows = __ballot_sync(kFullMask, finite[0]);
+      const uint64_t high_rows = __ballot_sync(kFullMask, finite[1]);
+      copy_finite_rows<scalar_t, kCols>(p, step, high_rows << 32 | low_rows, dense, lane);
+      if (lane == 0) mbarrier_arrive(full);
+    }
+
+#pragma unroll
+    for (int chunk = 0; chunk < Traits::kSparseBytes; chunk += kWarpSize * kChunkBytes) {
+      store_shared(sparse + chunk + lane * kChunkBytes, make_uint4(0, 0, 0, 0));
+    }
+    __syncwarp();
+#pragma unroll
+    for (int half = 0; half < kBucketsPerStep; ++half) {
+#pragma unroll
+      for (int j = 0; j < kLaneEntries; ++j) {
+        if (j % kEntryUnroll == 0 && j * kWarpSize >= step.num_entries[half]) break;
+        if (lane + j * kWarpSize < step.num_entries[half]) {
+          unfold_entry(ahead[half][j], half, p.rows_are_tokens, sparse);
+        }
+      }
+#pragma unroll kEntryUnroll
+      for (int entry = lane + kLaneEntries * kWarpSize; entry < step.num_entries[half];
+           entry += kWarpSize) {
+        unfold_entry(step.entries[half][entry], half, p.rows_are_tokens, sparse);
+      }
+    }
+    fence_shared_writes();
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(full);
+#pragma unroll 1
+    for (int j = 0; j < kFillers; ++j) cursor.advance();
+  }
+}
+
+// ---- the warpgroups that multiply
+
+// Begins sums += a group's 64 rows of the sparse tile times the dense rows of a stage.
+template <typename scalar_t, int kCols>
+__device__ __forceinline__ void multiply_stage(Ring<kCols> ring, int step, int group,
+                                               float (&sums)[kSums<kCols>]) {
+  mbarrier_wait(ring.full(step), Ring<kCols>::parity(step));
+  const uint64_t sparse = tile_descriptor(ring.sparse(step) + group * kGroupRows * kRowBytes);
+  const uint64_t dense = transposed_tile_descriptor(ring.dense(step), kBoxBytes);
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < kTileDepth / 16; ++k) {
+    // 32 bytes along the sparse rows; 16 dense rows. In units of 16 bytes.
+    wgmma_k16_transposed<scalar_t>(sums, sparse + 2 * k, dense + kRowBytes * k);
+  }
+  wgmma_commit();
+}
+
+// A thread holds, of each eight columns, two neighbouring ones of row lane / 4 of its warp and of
+// the row eight below. Even and odd lanes swap halves of two such eights, so that each stores four
+// columns of one of them: `store(row, column, first pair, second pair)`, where `narrow` has made
+// something else of a pair before.
+template <int kCount, typename Narrow, typename Store>
+__device__ __forceinline__ void store_sums(const float (&sums)[kCount], int lane,
+                                           const Narrow& narrow, const Store& store) {
+  const bool odd = lane % 2 != 0;
+  const int lane_col = (odd ? 8 : 0) + lane % 4 / 2 * 4;
+#pragma unroll
+  for (int low = 0; low < 2; ++low) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 8) {
+      const auto left = narrow(sums[i + 2 * low], sums[i + 2 * low + 1]);
+      const auto right = narrow(sums[i + 4 + 2 * low], sums[i + 4 + 2 * low + 1]);
+      const auto received = __shfl_xor_sync(kFullMask, odd ? left : right, 1);
+      store(lane / 4 + 8 * low, 2 * i + lane_col, odd ? received : left, odd ? right : received);
+    }
+  }
+}
+
+// Rounded, of a whole tile.
+template <typename scalar_t, int kCols>
+__device__ __forceinline__ void store_tile_rows(const Product& p, const TileCoords& coords,
+                                                int first_row, int lane,
+                                                const float (&sums)[kSums<kCols>]) {
+  const float unscale = power_of_two(-scale_exponent(p.max_grad));
+  const int64_t tile_row = int64_t{coords.row_tile} * kTileRows + first_row;
+  const int tile_col = coords.col_tile * kCols;
+  auto* out = static_cast<scalar_t*>(p.out.data) + coords.offset(p.out, coords.rank) +
+              tile_row * p.out.row_stride + tile_col;
+  store_sums(
+      sums, lane,
+      [&](float x, float y) { return pack_rounded<scalar_t>(x * unscale, y * unscale); },
+      [&](int row, int col, uint32_t first, uint32_t second) {
+        if (tile_row + row < p.out.num_rows && tile_col + col < p.key_dim) {
+          *reinterpret_cast<uint2*>(out + row * p.out.row_stride + col) = make_uint2(first, second);
+        }
+      });
+}
+
+// Scaled and unrounded, of a part of a tile.
+template <int kCols>
+__device__ __forceinline__ void store_partial_rows(float* partial, int first_row, int lane,
+                                                   const float (&sums)[kSums<kCols>]) {
+  partial += first_row * kCols;
+  store_sums(
+      sums, lane,
+      [](float x, float y) {
+        return uint64_t{__float_as_uint(y)} << 32 | uint64_t{__float_as_uint(x)};
+      },
+      [&](int row, int col, uint64_t first, uint64_t second) {
+        *reinterpret_cast<ulonglong2*>(partial + row * kCols + col) =
+            make_ulonglong2(first, second);
+      });
+}
+
+template <typename scalar_t, int kCols>
+__device__ __forceinline__ void multiply(const Product& p, Ring<kCols> ring) {
+  using Traits = WgmmaTraits<kCols>;
+  const int lane = threadIdx.x % kWarpSize;
+  const int group = threadIdx.x / kGroupThreads;
+  const int group_warp = threadIdx.x % kGroupThreads / kWarpSize;
+  const int first_row = group * kGroupRows + group_warp * (kGroupRows / 4);
+  const int cluster = p.schedule.cluster;
+  // Each warp for itself: that its share of a product is complete says nothing of the others'.
+  const auto release = [&](int step) {
+    if (lane < cluster) barrier_release_cluster(ring.empty(step), static_cast<uint32_t>(lane));
+  };
+
+  const int block_rank = static_cast<int>(cluster_rank());
+  const WorkerSteps steps(p.schedule);
+  const int64_t tile_steps = p.schedule.tile_steps;
+  int64_t tile = steps.first / tile_steps;
+  for (int begun = 0; begun < steps.count; ++tile) {
+    const int tile_end =
+        static_cast<int>(min((tile + 1) * tile_steps - steps.first, int64_t{steps.count}));
+    const bool whole = tile_end - begun == tile_steps;
+    float sums[kSums<kCols>];
+#pragma unroll
+    for (int i = 0; i < kSums<kCols>; ++i) sums[i] = 0.0f;
+    multiply_stage<scalar_t, kCols>(ring, begun, group, sums);
+    ++begun;
+#pragma unroll 1
+    for (; begun < tile_end; ++begun) {
+      multiply_stage<scalar_t, kCols>(ring, begun, group, sums);
+      wgmma_wait<1>();
+      release(begun - 1);
+    }
+    wgmma_wait<0>();
+    wgmma_results(sums);
+    release(tile_end - 1);
+
+    if (whole) {
+      store_tile_rows<scalar_t, kCols>(p, TileCoords(p, tile, block_rank), first_row, lane, sums);
+    } else {
+      const int64_t slot = p.schedule.slot(steps.worker, tile) * cluster + block_rank;
+      store_partial_rows<kCols>(p.partials + slot * kTileRows * kCols, first_row, lane, sums);
+    }
+  }
+}
+
+#endif  // __CUDA_ARCH_FEAT_SM90_ALL
+
+// One block an SM, in clusters of p.schedule.cluster. Clusters take the schedule's steps in order,
+// tile after tile, and the ring is filled ahead across tiles while results are stored.
+template <typename scalar_t, int kCols>
+__global__ void __launch_bounds__(kThreads, 1)
+    product_key_topk_bwd_product_wgmma_kernel(const __grid_constant__ Product p,
+                                              const __grid_constant__ CUtensorMap dense_map) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Traits = WgmmaTraits<kCols>;
+  extern __shared__ unsigned char shared_bytes[];
+  const int cluster = p.schedule.cluster;
+  Ring<kCols> ring;
+  ring.base = (shared_address(shared_bytes) + kAlignment - 1) / kAlignment * kAlignment;
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < Traits::kStages; ++stage) {
+      mbarrier_init(ring.full(stage), kFullArrivals);
+      mbarrier_init(ring.empty(stage), kMultiplierWarps * cluster);
+    }
+    barrier_init_fence();
+    prefetch_tensor_map(&dense_map);
+  }
+  cluster_sync();
+
+  if (threadIdx.x < kGroups * kGroupThreads) {
+    take_registers<kMultiplierRegisters>();
+    multiply<scalar_t, kCols>(p, ring);
+  } else {
+    give_up_registers<kFillerRegisters>();
+    fill_ring<scalar_t, kCols>(p, dense_map, ring);
+  }
+  __syncwarp();
+  // No block may leave while another still arrives at its barriers or copies into its memory.
+  cluster_sync();
+#endif
+}
+
+template <typename scalar_t, int kCols>
+Status launch_width(const Product& product, DType dtype, Stream stream) {
+  using Traits = WgmmaTraits<kCols>;
+  const ProductSchedule& schedule = product.schedule;
+  const RowSet& dense = product.dense;
+  const DensePlanes& planes = product.dense_planes;
+  CUtensorMap dense_map;
+  ULTRAMEM_RETURN_IF_ERROR(make_tensor_map(&dense_map, dense.data, dtype, product.key_dim,
+                                           dense.num_rows, planes.count, dense.row_stride,
+                                           planes.element_stride, kTileDepth / schedule.cluster));
+  const auto kernel = product_key_topk_bwd_product_wgmma_kernel<scalar_t, kCols>;
+  constexpr int kBytes = Traits::kSharedBytes + kAlignment;
+  ULTRAMEM_RETURN_IF_ERROR(allow_shared_memory(kernel, kBytes));
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(schedule.cluster);
+  attribute.val.clusterDim.y = 1;
+  attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(schedule.num_blocks * schedule.cluster));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return to_status(cudaLaunchKernelEx(&config, kernel, product, dense_map));
+}
+
+template <typename scalar_t>
+Status launch_type(const Product& product, DType dtype, int tile_cols, Stream stream) {
+  if (tile_cols == 256) return launch_width<scalar_t, 256>(product, dtype, stream);
+  return launch_width<scalar_t, 192>(product, dtype, stream);
+}
+
+#define ULTRAMEM_REGISTER_PRODUCT_WGMMA(id, type_name, scalar_t, cols)                    \
+  ULTRAMEM_REGISTER_KERNEL(product_wgmma_##cols##_##id,                                   \
+                           "product_key_topk_bwd_product_wgmma<" type_name "," #cols ">", \
+                           kThreads, product_key_topk_bwd_product_wgmma_kernel<scalar_t, cols>)
+ULTRAMEM_REGISTER_PRODUCT_WGMMA(bf16, "bf16", __nv_bfloat16, 256);
+ULTRAMEM_REGISTER_PRODUCT_WGMMA(bf16, "bf16", __nv_bfloat16, 192);
+ULTRAMEM_REGISTER_PRODUCT_WGMMA(f16, "fp16", __half, 256);
+ULTRAMEM_REGISTER_PRODUCT_WGMMA(f16, "fp16", __half, 192);
+
+}  // namespace
+
+Status launch_product_wgmma(const Product& product, DType dtype, int tile_cols, Stream stream) {
+  if (dtype == DType::kFloat16) return launch_type<__half>(product, dtype, tile_cols, stream);
+  return launch_type<__nv_bfloat16>(product, dtype, tile_cols, stream);
+}
+
+}  // namespace ultramem::cuda

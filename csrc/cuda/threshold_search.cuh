@@ -1,0 +1,121 @@
+// Where to cut a set of floats so that about as many lie above as are wanted.
+#pragma once
+
+#include "common.cuh"
+
+namespace ultramem::cuda {
+
+inline constexpr uint32_t kNanBits = 0x7fffffffu;
+
+// The largest float that everything of a higher sortable rank compares greater than: no value lies
+// between -0 and +0.
+__device__ __forceinline__ float threshold_at(uint32_t rank) {
+  rank -= rank == 0x7fffffffu;
+  return __uint_as_float((rank & 0x80000000u) ? rank & 0x7fffffffu : ~rank);
+}
+
+// Narrows down a value that between min and max of a set's numbers are above, for a caller who
+// counts. How many scores lie above a value falls about exponentially with it, so a guess is a
+// straight line through the logarithms of two counts; where that does not settle it soon, bisection
+// does.
+struct ThresholdSearch {
+  float low;         // enough are > low
+  float high;        // too few are > high
+  float count_low;   // how many
+  float count_high;  // how many; anything below 1 where that is not known
+
+  // A value strictly between the two; NaN where there is none: what is > low but not > high all
+  // equals high then. `step` counts the guesses of this search.
+  __device__ __forceinline__ float guess(float wanted, int step) {
+    constexpr int kGuesses = 6;
+    float value = __uint_as_float(kNanBits);
+    if (step < kGuesses) {
+      const float share = __fdividef(__logf(__fdividef(count_low, wanted)),
+                                     __logf(__fdividef(count_low, fmaxf(count_high, 0.5f))));
+      value = low + (high - low) * fminf(fmaxf(share, 0.02f), 0.98f);
+    }
+    if (!(value > low && value < high)) {
+      const uint32_t below = sortable(low);
+      value = threshold_at(below + (sortable(high) - below) / 2);
+    }
+    return value > low && value < high ? value : __uint_as_float(kNanBits);
+  }
+
+  // Takes over how many are > value; whether the search goes on.
+  __device__ __forceinline__ bool found(float value, uint32_t count, uint32_t min_count,
+                                        uint32_t max_count) {
+    if (count >= min_count) {
+      low = value;
+      count_low = static_cast<float>(count);
+      return count > max_count;
+    }
+    high = value;
+    count_high = static_cast<float>(count);
+    return true;
+  }
+};
+
+// A float of that sortable rank. Between -0 and +0, which are equal, lies a rank that no float has;
+// it stands for +0, and so does the float.
+__device__ __forceinline__ float value_of(uint32_t rank) {
+  return __uint_as_float((rank & 0x80000000u) ? rank & 0x7fffffffu : ~rank);
+}
+
+// Narrows down, in sortable ranks, where to cut a set of numbers so that between min and max of
+// them are at or above the cut, for a caller who counts. Infinities are numbers like others here.
+// Where equal numbers make it impossible, `low` is the number that only some of can be taken.
+struct CutSearch {
+  uint32_t low;         // enough are >= low
+  uint32_t high;        // too few are >= high
+  float count_low;      // how many are >= low, or about how many
+  uint32_t count_high;  // how many are >= high
+
+  // Steps that guess. In later ones the caller first narrows `low` to the least number that is >=
+  // low and `high` to just above the greatest that is not >= high, which changes no count: a set
+  // with few distinct numbers takes few more steps then.
+  static constexpr int kGuesses = 4;
+
+  __device__ __forceinline__ CutSearch(uint32_t lowest, uint32_t highest, float count)
+      : low(lowest), high(highest + 1), count_low(count), count_high(0) {}
+
+  __device__ __forceinline__ bool open(uint32_t max_count) const {
+    return count_low > static_cast<float>(max_count) && high - low > 1;
+  }
+  // After the search: more than max_count are >= low, and too few are above.
+  __device__ __forceinline__ bool ties(uint32_t max_count) const {
+    return count_low > static_cast<float>(max_count);
+  }
+
+  // A rank between the two, while the search is open.
+  __device__ __forceinline__ uint32_t guess(float wanted, int step) const {
+    if (step < kGuesses) {
+      const float above = log2_fast(fmaxf(static_cast<float>(count_high), 0.5f));
+      const float below = log2_fast(count_low);
+      const float share = __fdividef(below - log2_fast(wanted), below - above);
+      const float first = value_of(low), last = value_of(high);
+      const uint32_t rank = sortable(fmaf(last - first, fminf(fmaxf(share, 0.02f), 0.98f), first));
+      if (rank > low && rank < high) return rank;
+    }
+    return low + (high - low) / 2;
+  }
+
+  // Takes over that `count` are >= rank.
+  __device__ __forceinline__ void take(uint32_t rank, uint32_t count, uint32_t min_count) {
+    if (count >= min_count) {
+      low = rank;
+      count_low = static_cast<float>(count);
+    } else {
+      high = rank;
+      count_high = count;
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ float log2_fast(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+  }
+};
+
+}  // namespace ultramem::cuda

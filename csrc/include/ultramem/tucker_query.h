@@ -1,0 +1,52 @@
+// The query projection with its norm for few tokens:
+//   query = RMSNorm_Kd(x W^T),  the norm over each segment of Kd outputs (side, head, query)
+//
+// For many tokens the projection is a matrix product like any other, which this library leaves to
+// others; rms_norm.h has the norm.
+#pragma once
+
+#include "ultramem/types.h"
+
+namespace ultramem {
+
+inline constexpr int kTuckerQuerySmallTokens = 64;
+
+struct TuckerQueryParams {
+  int64_t num_tokens = 0;    // T
+  int64_t d_model = 0;       // D
+  int64_t num_segments = 0;  // 2 H Q
+  int64_t key_dim = 0;       // Kd
+  double eps = 1e-6;
+  DType dtype = DType::kFloat32;  // of everything but norm_weight
+
+  const void* x = nullptr;            // [T, D]
+  const void* weight = nullptr;       // [2 H Q Kd, D]
+  const void* norm_weight = nullptr;  // [Kd], accumulation dtype
+  void* query = nullptr;              // [T, 2, H, Q, Kd]
+  void* projection = nullptr;         // [T, 2 H Q Kd], what was normalised: for the backward
+};
+
+struct TuckerQueryBwdParams : TuckerQueryParams {
+  // `query` is not read, `projection` is.
+  const void* grad_query = nullptr;  // [T, 2, H, Q, Kd]
+  void* grad_x = nullptr;            // [T, D], or null where it is not wanted
+  void* grad_weight = nullptr;       // [2 H Q Kd, D], or null
+  void* grad_norm_weight = nullptr;  // [Kd], accumulation dtype
+  void* workspace = nullptr;         // tucker_query_small_bwd_workspace(params) bytes
+};
+
+namespace cuda {
+// One kernel that reads the weight once. Offered where `supported` says so on the current device:
+// compute capability 9.0, bfloat16 or float16, 1 to kTuckerQuerySmallTokens tokens, 16-byte
+// aligned rows, and shapes that fit shared memory.
+bool tucker_query_small_fwd_supported(const TuckerQueryParams& params);
+Status tucker_query_small_fwd(const TuckerQueryParams& params, Stream stream);
+
+// Two kernels, the second of which reads the weight and writes its gradient once. Needs whole
+// 16-byte vectors in key_dim as well, but not the compute capability.
+bool tucker_query_small_bwd_supported(const TuckerQueryBwdParams& params);
+size_t tucker_query_small_bwd_workspace(const TuckerQueryBwdParams& params);
+Status tucker_query_small_bwd(const TuckerQueryBwdParams& params, Stream stream);
+}  // namespace cuda
+
+}  // namespace ultramem

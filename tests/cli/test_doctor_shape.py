@@ -1,0 +1,145 @@
+"""``ultramem doctor --shape``: which kernels retrieval runs, why, and with how much memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ultramem_cuda import _library, cli
+from ultramem_cuda.bench.shapes import SHAPES
+from ultramem_cuda.cli import retrieval_shape
+
+
+def doctor(shape: str, capsys: pytest.CaptureFixture[str]) -> str:
+    assert cli.main(["doctor", "--shape", shape]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize("name", ["S", "B", "M", "L"])
+def test_standard_shapes_are_the_benches(name: str) -> None:
+    sizes, shape = retrieval_shape.parse(name), SHAPES[name]
+    for field in ("num_tokens", "num_keys", "key_dim", "axis_topk", "topk"):
+        assert getattr(sizes, field) == getattr(shape, field)
+    for field in ("tucker_rank", "num_cores", "num_heads"):
+        assert getattr(sizes, field) == getattr(shape, field)
+    assert sizes.num_queries == shape.tucker_rank
+
+
+@pytest.mark.usefixtures("_no_gpu")
+@pytest.mark.parametrize("name", ["S", "B", "M", "L"])
+def test_standard_shapes_run_on_tensor_cores(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = doctor(name, capsys).splitlines()
+    (hopper,) = [line for line in lines if "forward on sm_90" in line]
+    (ampere,) = [line for line in lines if "forward on sm_80" in line]
+    assert "tensor cores (sm_90): " in hopper
+    assert "generic: the tensor-core kernels need compute capability 9.0" in ampere
+
+
+LARGEST = "n=8192,Kd=1024,m=128,M=1024,R=4,C=4,H=3,Q=1"
+BASE = "n=1138,Kd=192,M=32"
+
+
+@pytest.mark.parametrize(
+    ("shape", "capability", "reason"),
+    [
+        (BASE, 90, None),
+        (LARGEST, 90, None),
+        ("n=1,Kd=8,M=1", 90, None),
+        (f"{BASE},dtype=fp16", 90, None),
+        (f"{BASE},mode=additive", 90, None),
+        (BASE, 80, "compute capability"),
+        (BASE, 89, "compute capability"),
+        (BASE, 100, "compute capability"),
+        (f"{BASE},dtype=fp32", 90, "float32"),
+        ("n=8193,Kd=192,M=32", 90, "n is above 8192"),
+        ("n=1138,Kd=1032,M=32", 90, "Kd is above 1024"),
+        ("n=1138,Kd=196,M=32", 90, "not a multiple of 8"),
+    ],
+)
+def test_the_path_and_its_reason(
+    shape: str,
+    capability: int,
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: divmod(capability, 10))
+    monkeypatch.setattr(_library, "retrieval_workspace", lambda shape: (1_000_000, 2_500_000))
+    facts = dict(retrieval_shape.facts(retrieval_shape.parse(shape)))
+    answer = facts[f"forward on sm_{capability}"]
+    assert answer.startswith("tensor cores" if reason is None else "generic: ")
+    assert reason is None or reason in answer
+    assert facts["workspace"] == "forward 1.0 MB, backward 2.5 MB"
+
+
+@pytest.mark.usefixtures("_no_gpu")
+def test_memory_of_what_is_saved(capsys: pytest.CaptureFixture[str]) -> None:
+    # Key ids 4 bytes and R = 2 scores of 4 bytes for 2 * 32 keys, positions of 2 bytes for 32.
+    printed = doctor("S", capsys)
+    assert "832 bytes a token, 6.8 MB" in printed
+    assert "depends on the GPU" in printed
+    assert "M up to min(m*m, 1024)" in printed
+
+
+@pytest.mark.gpu
+def test_on_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    major, minor = torch.cuda.get_device_capability()
+    printed = doctor("S", capsys)
+    assert f"forward on sm_{major}{minor}" in printed
+    assert "workspace" in printed
+    assert "backward 0.0 MB" not in printed
+
+
+def test_defaults() -> None:
+    sizes = retrieval_shape.parse("n=100,Kd=24,M=300")
+    assert (sizes.axis_topk, sizes.tucker_rank, sizes.num_cores, sizes.num_queries) == (
+        100,
+        2,
+        2,
+        2,
+    )
+    assert (sizes.num_tokens, sizes.dtype, sizes.mode) == (8192, torch.bfloat16, "tucker")
+    sizes = retrieval_shape.parse("n=100, Kd=24, M=32, mode=additive, T=7")
+    assert (sizes.axis_topk, sizes.tucker_rank, sizes.num_cores) == (32, 1, 1)
+    assert sizes.num_queries == 1
+    assert sizes.num_tokens == 7
+    assert retrieval_shape.parse("n=100,Kd=24,M=32,R=3").num_queries == 3
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ("X", "must be one of S, B, M, L or NAME=VALUE"),
+        ("n=5,Kd=8,M=1,x=2", "names n, Kd, m, M"),
+        ("n=5,Kd=8", "M missing"),
+        ("n=5,Kd=0,M=1", "Kd must be a positive whole number, got '0'"),
+        ("n=5,Kd=8,M=1,dtype=fp8", "dtype must be one of bf16"),
+        ("n=5,Kd=8,M=1,mode=both", "mode must be one of tucker, additive"),
+        ("n=500,Kd=8,m=129,M=1", "axis_topk must be in 1..min(n, 128)"),
+        ("n=500,Kd=8,m=128,M=1025", "topk must be in 1..min(axis_topk^2, 1024)"),
+        (f"{BASE},R=5", "must be 1..4"),
+        (f"{BASE},R=3,Q=2", "query.shape[3] must be 1 or R = 3"),
+        (f"{BASE},mode=additive,R=2", "additive mode has R = 1"),
+    ],
+)
+def test_shapes_that_are_refused(
+    shape: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["doctor", "--shape", shape]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("ultramem doctor: error: argument --shape: ")
+    assert message in lines[0]
+
+
+def test_without_the_library(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_library, "_load_error", "the native library is missing; build it")
+    assert cli.main(["doctor", "--shape", "S"]) == 1
+    assert "the native library is missing" in capsys.readouterr().out

@@ -1,0 +1,270 @@
+"""The backward of product_key_topk at shapes that CUDA multiplies on tensor cores: many tokens,
+half-width floats and keys of a multiple of eight. The CPU runs the same cases in its own way."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    Data,
+    array,
+    check_gradient,
+    check_only_some_train,
+    check_product_key_topk,
+    proper_subsets,
+    root,
+    scalar_gradients,
+    square,
+)
+from torch import Tensor
+
+from ultramem_cuda import ops
+from ultramem_cuda import python_ref as ref
+
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+class Case(NamedTuple):
+    tokens: int
+    num_keys: int
+    key_dim: int
+    axis_topk: int
+    topk: int
+    rank: int = 2
+    heads: int = 1
+    shared_query: bool = False
+    cores: int = 2
+    mode: str = "tucker"
+
+
+CASES = {
+    "one_tile_of_tokens_and_one_more": Case(385, 200, 64, 16, 16),
+    "keys_fill_no_tile": Case(300, 65, 128, 12, 20),
+    "keys_fill_tiles": Case(512, 256, 192, 16, 32),
+    "narrow": Case(257, 130, 8, 32, 32),
+    "between_widths": Case(320, 333, 200, 24, 40),
+    "two_tiles_wide": Case(300, 190, 512, 8, 8),
+    "three_tiles_wide": Case(260, 150, 640, 8, 8),
+    "widest": Case(270, 140, 1024, 8, 8),
+    "shared_query": Case(390, 300, 72, 20, 20, rank=2, shared_query=True),
+    "rank_1": Case(330, 129, 48, 10, 10, rank=1, cores=1),
+    "rank_3": Case(281, 100, 96, 10, 30, rank=3, heads=2, cores=3),
+    "rank_4_shared": Case(300, 128, 40, 16, 64, rank=4, heads=2, shared_query=True, cores=4),
+    "many_kept": Case(300, 180, 104, 128, 768),
+    "additive": Case(500, 170, 64, 20, 20, rank=1, heads=2, cores=1, mode="additive"),
+}
+# Blocks take many tiles, or share one between many.
+LARGE = {
+    "many_tokens": Case(4200, 150, 192, 8, 8),
+    "small": Case(1000, 1138, 192, 32, 32),
+}
+
+
+def make_inputs(case: Case, device: str, dtype: torch.dtype, seed: int = 1) -> list[Tensor | None]:
+    data = Data(seed, device)
+    num_queries = 1 if case.shared_query else case.rank
+    query = data.normal(case.tokens, 2, case.heads, num_queries, case.key_dim, dtype=dtype)
+    keys = data.normal(case.heads, 2, case.rank, case.num_keys, case.key_dim, dtype=dtype)
+    core = None if case.mode == "additive" else data.cores(case.cores, case.heads, case.rank)
+    return [query, keys, core]
+
+
+def forward(leaves: list[Tensor | None], case: Case) -> tuple[Tensor, Tensor]:
+    return ops.product_key_topk(*leaves, topk=case.topk, axis_topk=case.axis_topk, mode=case.mode)
+
+
+def trainable(inputs: list[Tensor | None]) -> list[Tensor | None]:
+    return [None if x is None else x.detach().requires_grad_() for x in inputs]
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float16"])
+def test_shapes(device: str, dtype: torch.dtype, name: str) -> None:
+    case = CASES[name]
+    query, keys, core = make_inputs(case, device, dtype)
+    check_product_key_topk(
+        query, keys, core, topk=case.topk, axis_topk=case.axis_topk, mode=case.mode
+    )
+
+
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.gpu
+def test_large_shapes(name: str) -> None:
+    case = LARGE[name]
+    query, keys, core = make_inputs(case, "cuda", torch.bfloat16)
+    check_product_key_topk(query, keys, core, topk=case.topk, axis_topk=case.axis_topk)
+
+
+@pytest.mark.parametrize("exponent", [-60, -20, 12, 60])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float16"])
+def test_gradients_far_from_one(device: str, dtype: torch.dtype, exponent: int) -> None:
+    """Loss scaling: the gradients of the scores need not fit in float16, as long as those of query
+    and keys do."""
+    case = CASES["between_widths"]
+    query, keys, core = make_inputs(case, device, dtype)
+    # Keeps query and key gradients near one where the scores' gradients are not.
+    size = math.ldexp(1.0, -max(-14, min(exponent, 10)))
+    query, keys = query * min(size, 1.0), keys * min(size, 1.0)
+    if exponent in (-60, 60) and dtype == torch.float16:
+        # Only what float16 can hold of the result is compared: all of it is 0 or infinite.
+        leaves = trainable([query, keys, core])
+        scores, _ = forward(leaves, case)
+        upstream = torch.full_like(scores, math.ldexp(1.0, exponent))
+        grads = torch.autograd.grad(scores, leaves[:2], upstream)
+        for grad in grads:
+            assert not grad.isnan().any()
+            assert not grad.any() if exponent < 0 else grad.isinf().any()
+        return
+    leaves = trainable([query, keys, core])
+    scores, indices = forward(leaves, case)
+    upstream = Data(3, device).normal(*scores.shape, scale=math.ldexp(1.0, exponent))
+    grads = scalar_gradients(scores, upstream, leaves)
+    values = [array(x) for x in (query, keys, core)]
+    expected = ref.product_key_topk_bwd(array(upstream), *values, array(indices))
+    sizes = ref.product_key_topk_bwd(
+        square(array(upstream)), *(square(x) for x in values), array(indices)
+    )
+    for name, grad, wanted, terms in zip(
+        ("query", "keys", "core"), grads, expected, sizes, strict=True
+    ):
+        if dtype == torch.float16 and name != "core" and exponent < 0:
+            # The result itself is near the smallest float16: it is off by a step of 2^-24 at most.
+            error = np.abs(array(grad) - wanted)
+            bound = 2.0**-25 + 2e-3 * np.abs(wanted).max()
+            assert error.max() <= bound, f"grad_{name}: off by {error.max():.1e}"
+        else:
+            check_gradient(f"grad_{name}", grad, wanted, root(terms))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float16"])
+def test_one_token_far_above_the_others(device: str, dtype: torch.dtype) -> None:
+    """One scale for all tokens must leave the small ones their share."""
+    case = CASES["keys_fill_tiles"]
+    leaves = trainable(make_inputs(case, device, dtype))
+    scores, indices = forward(leaves, case)
+    upstream = Data(4, device).normal(*scores.shape, scale=2.0**-9)
+    upstream[7] *= 2.0**9
+    grads = scalar_gradients(scores, upstream, leaves)
+    rest = [t for t in range(case.tokens) if t != 7]
+    values = [array(x) for x in leaves]
+    expected = ref.product_key_topk_bwd(array(upstream), *values, array(indices))
+    check_gradient("grad_query of the others", grads[0][rest], expected[0][rest])
+    check_gradient("grad_query", grads[0], expected[0])
+
+
+@pytest.mark.parametrize("name", ["between_widths", "rank_4_shared", "many_kept", "additive"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float16"])
+def test_two_runs_are_bitwise_equal(device: str, dtype: torch.dtype, name: str) -> None:
+    case = CASES[name]
+    runs = []
+    for _ in range(2):
+        leaves = trainable(make_inputs(case, device, dtype))
+        scores, _ = forward(leaves, case)
+        upstream = Data(5, device).normal(*scores.shape)
+        runs.append(scalar_gradients(scores, upstream, leaves))
+    for a, b in zip(*runs, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("trained", proper_subsets("query", "keys", "core"), ids="-".join)
+def test_only_some_inputs_train(device: str, trained: tuple[str, ...]) -> None:
+    case = CASES["one_tile_of_tokens_and_one_more"]
+    tensors = trainable(make_inputs(case, device, torch.bfloat16))
+    check_only_some_train(
+        lambda **inputs: forward(list(inputs.values()), case)[0],
+        dict(zip(("query", "keys", "core"), tensors, strict=True)),
+        trained,
+    )
+
+
+def test_keys_nobody_kept_have_zero_gradient(device: str) -> None:
+    case = Case(260, 700, 192, 8, 8)
+    leaves = trainable(make_inputs(case, device, torch.bfloat16))
+    leaves[1].data[0, :, :, 300:] = leaves[1].data[0, :, :, :1] * 0.0
+    scores, indices = forward(leaves, case)
+    (grad,) = torch.autograd.grad(scores.sum(), [leaves[1]])
+    for side, kept in enumerate((indices // 700, indices % 700)):
+        others = torch.ones(700, dtype=torch.bool, device=device)
+        others[kept.unique()] = False
+        assert others.any()
+        assert not grad[0, side][:, others].any()
+
+
+# Tokens and keys with a whole and with a broken tile of their own.
+SPOILED_TOKENS = [5, 256]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float16"])
+def test_spoiled_gradients_stay_with_their_tokens_and_keys(
+    device: str, dtype: torch.dtype, value: float
+) -> None:
+    case = Case(257, 130, 64, 8, 8)
+    leaves = trainable(make_inputs(case, device, dtype))
+    scores, indices = forward(leaves, case)
+    upstream = torch.ones_like(scores)
+    upstream[SPOILED_TOKENS, 0, 3, 1] = value
+    check_spoiled(leaves, scores, indices, upstream, slots=[3])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float16"])
+def test_spoiled_queries_stay_with_their_tokens_and_keys(
+    device: str, dtype: torch.dtype, value: float
+) -> None:
+    case = Case(257, 130, 64, 8, 8)
+    inputs = make_inputs(case, device, dtype)
+    inputs[0][SPOILED_TOKENS, 0, 0, 1, 17] = value
+    leaves = trainable(inputs)
+    scores, indices = forward(leaves, case)
+    check_spoiled(leaves, scores, indices, torch.ones_like(scores), slots=range(8), spoiled_side=0)
+
+
+def check_spoiled(
+    leaves: list[Tensor | None],
+    scores: Tensor,
+    indices: Tensor,
+    upstream: Tensor,
+    slots: list[int] | range,
+    spoiled_side: int | None = None,
+) -> None:
+    """Only the spoiled tokens, and keys of their spoiled slots, have gradients that are not finite.
+    On the side of a spoiled query that goes for all keys that the axis kept, in a slot or not."""
+    num_keys = leaves[1].shape[3]
+    grad_query, grad_keys = torch.autograd.grad(scores, leaves[:2], upstream)
+    clean = [token for token in range(scores.shape[0]) if token not in SPOILED_TOKENS]
+    assert torch.isfinite(grad_query[clean]).all()
+    assert not torch.isfinite(grad_query[SPOILED_TOKENS]).flatten(1).all(1).any()
+    spoiled = indices[SPOILED_TOKENS][:, 0, list(slots)]
+    for side, kept in enumerate((spoiled // num_keys, spoiled % num_keys)):
+        finite = torch.isfinite(grad_keys[0, side]).all(-1).all(0)
+        if side == spoiled_side:
+            assert (~finite).sum() <= len(SPOILED_TOKENS) * 8
+            continue
+        others = torch.ones(num_keys, dtype=torch.bool, device=finite.device)
+        others[kept.unique()] = False
+        assert finite[others].all()
+    assert not torch.isfinite(grad_keys).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float16"])
+def test_spoiled_keys_that_nobody_keeps_leak_no_gradient(
+    device: str, dtype: torch.dtype, value: float
+) -> None:
+    case = Case(257, 130, 64, 8, 8, rank=1, cores=1)
+    inputs = make_inputs(case, device, dtype)
+    # Positive first components: a key of -inf or NaN there ranks last.
+    inputs[0][..., 0] = inputs[0][..., 0].abs() + 0.5
+    inputs[1][0, 0, 0, 7, 0] = value
+    inputs[1][0, 1, 0, 129, 0] = value
+    leaves = trainable(inputs)
+    scores, indices = forward(leaves, case)
+    assert not (indices // 130 == 7).any()
+    assert not (indices % 130 == 129).any()
+    for grad in torch.autograd.grad(scores.sum(), leaves):
+        assert torch.isfinite(grad).all()
