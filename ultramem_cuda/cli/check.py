@@ -244,10 +244,19 @@ def _tucker_filter(bench: _Bench) -> Iterator[Result]:
 
 
 def _product_key_topk(
-    bench: _Bench, *, mode: Mode, heads: int, queries: int, rank: int, cores: int
+    bench: _Bench,
+    *,
+    mode: Mode,
+    heads: int,
+    queries: int,
+    rank: int,
+    cores: int,
+    tokens: int = 17,
+    num_keys: int = 45,
+    key_dim: int = 24,
+    topk: int = 24,
 ) -> Iterator[Result]:
-    num_keys, key_dim, topk = 45, 24, 24
-    query = bench.normal(17, 2, heads, queries, key_dim)
+    query = bench.normal(tokens, 2, heads, queries, key_dim)
     keys = bench.normal(heads, 2, rank, num_keys, key_dim)
     core = bench.uniform(cores, heads, rank, rank) if mode == "tucker" else None
     scores, indices = ops.product_key_topk(query, keys, core, topk=topk, mode=mode)
@@ -332,6 +341,30 @@ _OPERATORS: dict[str, Callable[[_Bench], Iterator[Result]]] = {
     ),
     "product_key_topk, additive": partial(
         _product_key_topk, mode="additive", heads=2, queries=1, rank=1, cores=1
+    ),
+    # Enough tokens for the tensor cores, with short and with long lists of kept keys.
+    "product_key_topk, many tokens": partial(
+        _product_key_topk,
+        mode="tucker",
+        heads=1,
+        queries=2,
+        rank=2,
+        cores=2,
+        tokens=270,
+        num_keys=150,
+        key_dim=72,
+    ),
+    "product_key_topk, many kept": partial(
+        _product_key_topk,
+        mode="tucker",
+        heads=1,
+        queries=1,
+        rank=2,
+        cores=2,
+        tokens=270,
+        num_keys=150,
+        key_dim=72,
+        topk=96,
     ),
     "value_ffn": _value_ffn,
     "value_ffn, plain values": partial(_value_ffn, pre_values=False),
