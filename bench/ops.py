@@ -16,6 +16,7 @@ from torch import Tensor
 from ultramem_cuda import _library, ops
 
 from . import eager
+from .report import aligned
 from .shapes import DISTRIBUTIONS, SHAPES, SMOKE, Shape, draw_slots
 from .timing import Candidate, Timing, machine, measure, write_json
 
@@ -332,10 +333,7 @@ def table(rows: Sequence[Row]) -> str:
             absent = peer == "bag" and row.operator != "value_ffn"
             line += ["", ""] if absent else [_cell(row, peer), _ratio(row, peer)]
         lines.append(line)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    padded = ("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines)
-    return "\n".join(line.rstrip() for line in padded)
+    return aligned(lines)
 
 
 def _cell(row: Row, peer: str) -> str:

@@ -1,25 +1,26 @@
-// Copies from global to shared memory that run while the thread goes on, and kernels that begin
-// while the one ahead of them runs.
+// Copies from global to shared memory that run while the thread goes on, the barriers that they
+// complete, and kernels that begin while the one ahead of them runs. Shared memory is named by its
+// 32-bit address.
 #pragma once
 
 #include "common.cuh"
 
 namespace ultramem::cuda {
 
-// 16 bytes, or 16 zero bytes where not `valid`; `global` is then not read. The rest of its line of
-// 128 bytes is on its way to the L2 cache as well: neighbours want it soon.
-__device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid = true) {
+// ---- cp.async ----------------------------------------------------------------------------------
+
+// 16 bytes to that shared address, or 16 zero bytes where not `valid`; `global` is then not read.
+// The rest of its line of 128 bytes is on its way to the L2 cache as well: neighbours want it soon.
+__device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global,
+                                            bool valid = true) {
   const int source_bytes = valid ? 16 : 0;
-  asm volatile(
-      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)),
-      "l"(global), "r"(source_bytes)
-      : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(shared),
+               "l"(global), "r"(source_bytes)
+               : "memory");
 }
 
-__device__ __forceinline__ void cp_async_4(void* shared, const void* global) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(shared_address(shared)),
-               "l"(global)
-               : "memory");
+__device__ __forceinline__ void cp_async_4(uint32_t shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(shared), "l"(global) : "memory");
 }
 
 __device__ __forceinline__ void cp_async_commit() {
@@ -31,6 +32,118 @@ template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
+
+// Until all of the thread's copies have arrived, committed or not.
+__device__ __forceinline__ void cp_async_wait_all() {
+  asm volatile("cp.async.wait_all;\n" ::: "memory");
+}
+
+// ---- barriers in shared memory -----------------------------------------------------------------
+
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, int num_arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;\n" ::"r"(barrier), "r"(num_arrivals) : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }\n" ::"r"(barrier)
+               : "memory");
+}
+
+// Arrives once all earlier cp.async of this thread are complete; one of the barrier's arrivals.
+__device__ __forceinline__ void mbarrier_arrive_after_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];\n" ::"r"(barrier) : "memory");
+}
+
+// Waits until the phase of this parity is complete. A new barrier is in phase 0: waiting for
+// parity 1 returns at once.
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  do {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+#else
+    asm volatile(
+        "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+#endif
+  } while (done == 0);
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+// Makes initialised barriers visible to the copy engine.
+__device__ __forceinline__ void mbarrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+}
+
+// Arrives, and announces how many bytes of copies this phase waits for.
+__device__ __forceinline__ void mbarrier_expect_bytes(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+// Arrives at the barrier at the same place in another block of the cluster, for a block that has
+// only read what others may now overwrite, by instructions it has waited for: without a scope that
+// spans the cluster, which would flush caches.
+__device__ __forceinline__ void mbarrier_release_cluster(uint32_t barrier, uint32_t block) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+      "}\n" ::"r"(barrier),
+      "r"(block)
+      : "memory");
+}
+
+// What this thread has written to shared memory is there for matrix products and bulk copies that
+// are ordered after this.
+__device__ __forceinline__ void fence_shared_writes() {
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+}
+
+// A multiple of 16 bytes between 16-byte aligned addresses; its bytes complete `barrier`.
+__device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, uint32_t bytes,
+                                          uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::
+          "r"(shared),
+      "l"(global), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+#endif
+
+// ---- warps that copy for warps that multiply ---------------------------------------------------
+
+// Named barrier 0 is __syncthreads.
+__device__ __forceinline__ void named_barrier_sync(int name, int num_threads) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(name), "r"(num_threads) : "memory");
+}
+
+// Moves registers between the warps of a block, by whole warpgroups (four aligned warps): the sum
+// over the block must stay what it was launched with. Does nothing before sm_90a.
+template <int kRegisters>
+__device__ __forceinline__ void give_up_registers() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+#endif
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+#endif
+}
+
+// ---- kernels that overlap ----------------------------------------------------------------------
 
 // Programmatic dependent launch. A kernel that is launched that way may begin before the one ahead
 // of it in the stream has ended, once all blocks of that have called `release_dependent_grid`; what
@@ -47,39 +160,27 @@ __device__ __forceinline__ void wait_for_prerequisite_grid() {
 #endif
 }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-
-// One thread initialises a barrier and announces the bytes that bulk copies will bring.
-__device__ __forceinline__ void mbarrier_expect_once(uint64_t* barrier, uint32_t bytes) {
-  const uint32_t address = shared_address(barrier);
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n" ::"r"(address) : "memory");
-  asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
-  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(address), "r"(bytes)
-               : "memory");
+// Launches a kernel that calls `wait_for_prerequisite_grid` before it needs anything of the kernel
+// ahead of it, so that it may begin before that one has ended. All its threads have to call it:
+// what follows takes the end of this kernel for the end of both.
+template <typename... Arguments>
+Status launch_overlapping(void (*kernel)(Arguments...), dim3 grid, int block_threads,
+                          int64_t shared_bytes, Stream stream, const Arguments&... arguments) {
+  cudaFuncAttributes attributes{};
+  ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaFuncGetAttributes(&attributes, kernel));
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(block_threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &overlap;
+  // Code made from the PTX of an older architecture does not wait, whatever it runs on.
+  config.numAttrs = attributes.ptxVersion >= 90 ? 1 : 0;
+  ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaLaunchKernelEx(&config, kernel, arguments...));
+  return launch_status();
 }
-
-// A multiple of 16 bytes between 16-byte aligned addresses.
-__device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint32_t bytes,
-                                          uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::
-          "r"(shared_address(shared)),
-      "l"(global), "r"(bytes), "r"(shared_address(barrier))
-      : "memory");
-}
-
-__device__ __forceinline__ void mbarrier_wait_first_phase(uint64_t* barrier) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "WAIT:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n"
-      "@!done bra WAIT;\n"
-      "}\n" ::"r"(shared_address(barrier))
-      : "memory");
-}
-
-#endif
 
 }  // namespace ultramem::cuda

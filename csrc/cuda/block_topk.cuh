@@ -104,35 +104,6 @@ __device__ __forceinline__ void bitonic_sort_registers_descending(uint32_t (&key
   }
 }
 
-// Adds integers over a block with one barrier. The scratch is used in turns: a warp can only be
-// one call ahead of the slowest reader, so it never overwrites what that one still reads.
-template <int kWarps>
-class BlockCounter {
- public:
-  static constexpr int kScratchInts = 2 * kWarps;
-
-  __device__ BlockCounter(int* scratch, int warp, int lane)
-      : scratch_(scratch), warp_(warp), lane_(lane) {}
-
-  __device__ int sum(int count) {
-    int* slots = scratch_ + turn_ * kWarps;
-    turn_ ^= 1;
-    const int warp_count = __reduce_add_sync(kFullMask, count);
-    if (lane_ == 0) slots[warp_] = warp_count;
-    __syncthreads();
-    int total = 0;
-#pragma unroll
-    for (int i = 0; i < kWarps; ++i) total += slots[i];
-    return total;
-  }
-
- private:
-  int* scratch_;
-  int warp_;
-  int lane_;
-  int turn_ = 0;
-};
-
 // One warp: makes `kept` the best `limit` of itself and of `num_ranks` new entries, whose
 // positions count up from first_position and lie above all positions kept so far. Entries stay in
 // the order of their positions, which is what resolves ties: the first of equals are taken.

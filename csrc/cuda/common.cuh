@@ -36,6 +36,11 @@ inline Status launch_status() { return to_status(cudaGetLastError()); }
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Whether 16 bytes can be loaded at once from there.
+inline bool is_aligned(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
+
 // Workspaces are carved into 256-byte aligned pieces.
 constexpr size_t align_up(size_t bytes) { return (bytes + 255) & ~size_t{255}; }
 

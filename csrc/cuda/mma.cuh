@@ -1,5 +1,5 @@
-// Warp-level tensor cores and asynchronous copies that sm_80 and later share: mma.sync, ldmatrix,
-// cp.async, mbarriers and named barriers. Shared memory is named by its 32-bit address.
+// Warp-level tensor cores, of sm_80 and later: mma.sync, ldmatrix, and what prepares their
+// operands. Shared memory is named by its 32-bit address.
 #pragma once
 
 #include "common.cuh"
@@ -62,73 +62,6 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint4 value) {
 
 __device__ __forceinline__ void store_shared(uint32_t address, uint16_t value) {
   asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(value) : "memory");
-}
-
-// Copies 16 bytes past the L1 cache. Only the first `source_bytes` are read, the rest is zero.
-__device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, int source_bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(source_bytes)
-               : "memory");
-}
-
-__device__ __forceinline__ void cp_async_wait_all() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
-}
-
-__device__ __forceinline__ void mbarrier_init(uint32_t barrier, int num_arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(num_arrivals) : "memory");
-}
-
-__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
-  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(barrier)
-               : "memory");
-}
-
-// Arrives once all earlier cp.async of this thread are complete; one of the barrier's arrivals.
-__device__ __forceinline__ void mbarrier_arrive_after_copies(uint32_t barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
-// Waits until the phase of this parity is complete. A new barrier is in phase 0: waiting for
-// parity 1 returns at once.
-__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
-  do {
-#if __CUDA_ARCH__ >= 900
-    asm volatile(
-        "{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-#else
-    asm volatile(
-        "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-#endif
-  } while (done == 0);
-}
-
-// Moves registers between the warps of a block, by whole warpgroups (four aligned warps): the sum
-// over the block must stay what it was launched with. Does nothing before sm_90a.
-template <int kRegisters>
-__device__ __forceinline__ void give_up_registers() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-#endif
-}
-
-template <int kRegisters>
-__device__ __forceinline__ void take_registers() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-#endif
-}
-
-// Named barrier 0 is __syncthreads.
-__device__ __forceinline__ void named_barrier_sync(int name, int num_threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(num_threads) : "memory");
 }
 
 }  // namespace ultramem::cuda

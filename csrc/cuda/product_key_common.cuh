@@ -66,7 +66,7 @@ Status allow_shared_memory(Kernel* kernel, int64_t bytes) {
       cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   if (bytes > limit) {
     return Status::invalid_argument(
-        "product_key_topk: num_queries * key_dim needs more shared memory than the device has");
+        "product_key_topk: this shape needs more shared memory than the device has");
   }
   return to_status(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit));

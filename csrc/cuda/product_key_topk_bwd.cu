@@ -101,11 +101,11 @@ __device__ __forceinline__ void load_scores(const float* from, float* to, int co
   if (in_packets) {
 #pragma unroll 1
     for (int i = lane * kPacket; i < count; i += kWarpSize * kPacket) {
-      cp_async_16(to + i, from + i);
+      cp_async_16(shared_address(to + i), from + i);
     }
   } else {
 #pragma unroll 1
-    for (int i = lane; i < count; i += kWarpSize) cp_async_4(to + i, from + i);
+    for (int i = lane; i < count; i += kWarpSize) cp_async_4(shared_address(to + i), from + i);
   }
   cp_async_commit();
 }

@@ -3,6 +3,7 @@
 // query and keys: sums over gathered rows, for any shape and dtype, or products on tensor cores.
 #pragma once
 
+#include "async_copy.cuh"
 #include "common.cuh"
 #include "sm90a.h"
 #include "ultramem/product_key_topk.h"
@@ -41,29 +42,6 @@ class SmallDivisor {
   static constexpr int kShift = 24;
   uint32_t inverse_;
 };
-
-// Launches a kernel that calls `wait_for_prerequisite_grid` before it needs anything of the kernel
-// ahead of it, so that it may begin before that one has ended. All its threads have to call it:
-// what follows takes the end of this kernel for the end of both.
-template <typename... Arguments>
-Status launch_overlapping(void (*kernel)(Arguments...), dim3 grid, int block_threads,
-                          int64_t shared_bytes, Stream stream, const Arguments&... arguments) {
-  cudaFuncAttributes attributes{};
-  ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaFuncGetAttributes(&attributes, kernel));
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(static_cast<unsigned>(block_threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
-  config.attrs = &overlap;
-  // Code made from the PTX of an older architecture does not wait, whatever it runs on.
-  config.numAttrs = attributes.ptxVersion >= 90 ? 1 : 0;
-  ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaLaunchKernelEx(&config, kernel, arguments...));
-  return launch_status();
-}
 
 // Of the current device.
 struct DeviceLimits {

@@ -254,8 +254,6 @@ ProductSchedule make_schedule(int64_t groups, int64_t num_rows, int64_t col_tile
   return schedule;
 }
 
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 int64_t token_tiles(const ProductKeyTopkParams& p) { return ceil_div(p.num_tokens, kBucketSize); }
 int64_t key_tiles(const ProductKeyTopkParams& p) { return ceil_div(p.num_keys, kBucketSize); }
 
@@ -371,7 +369,7 @@ Status launch_dense_of_type(const ProductKeyTopkBwdParams& p, const DensePlan& p
                             const float* grad_axis_scores, const CorePartials& core_partials,
                             float* partials, Stream stream) {
   ULTRAMEM_RETURN_IF_ERROR(
-      p.axis_topk % kPacket == 0 && aligned(p.axis_indices)
+      p.axis_topk % kPacket == 0 && is_aligned(p.axis_indices)
           ? (launch_buckets<scalar_t, kPacket>(p, plan, grad_axis_scores, core_partials, stream))
           : (launch_buckets<scalar_t, 1>(p, plan, grad_axis_scores, core_partials, stream)));
   for (const bool rows_are_tokens : {true, false}) {
@@ -408,7 +406,8 @@ void plan_dense(const ProductKeyTopkBwdParams& p, const DeviceLimits& limits, De
   *plan = {};
   if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16) return;
   if (p.key_dim % 8 != 0 || p.num_keys > kMaxDenseKeys || p.num_tokens < kMinDenseTokens) return;
-  if (!aligned(p.query) || !aligned(p.keys) || !aligned(p.grad_query) || !aligned(p.grad_keys)) {
+  if (!is_aligned(p.query) || !is_aligned(p.keys) || !is_aligned(p.grad_query) ||
+      !is_aligned(p.grad_keys)) {
     return;
   }
   if (BucketLayout(p.axis_topk, p.num_keys).bytes > limits.shared_bytes) return;

@@ -3,6 +3,7 @@
 // launches.
 #pragma once
 
+#include "async_copy.cuh"
 #include "common.cuh"
 #include "mma.cuh"
 #include "product_key_common.cuh"
@@ -269,7 +270,7 @@ __device__ __forceinline__ void copy_dense_rows(const scalar_t* rows, int64_t ro
   for (int i = 0; i < kRowsPerWarp; i += kRowsAtOnce) {
     const bool copied = (present >> i & 1) != 0;
     // A row that is not copied may lie behind the last one: its address is not used.
-    cp_async_16(to + i * ProductTraits<kCols>::kDensePitch, copied ? from : rows, copied ? 16 : 0);
+    cp_async_16(to + i * ProductTraits<kCols>::kDensePitch, copied ? from : rows, copied);
     from += kRowsAtOnce * row_stride;
   }
 }

@@ -190,7 +190,7 @@ __device__ __forceinline__ void fill_ring(const Product& p, const CUtensorMap& d
             min(Traits::kBoxes, (p.key_dim - first_col + kBoxCols - 1) / kBoxCols);
         const int plane = coords.head * p.dense_planes.head + coords.side * p.dense_planes.side +
                           step.dense_rank * p.dense_planes.rank;
-        barrier_expect_bytes(full, num_boxes * kBoxBytes);
+        mbarrier_expect_bytes(full, num_boxes * kBoxBytes);
         copy_boxes<kCols>(dense_map, cluster, block_rank, num_boxes, first_col,
                           step.first_dense_row, plane, dense, full);
       }
@@ -314,7 +314,7 @@ __device__ __forceinline__ void multiply(const Product& p, Ring<kCols> ring) {
   const int cluster = p.schedule.cluster;
   // Each warp for itself: that its share of a product is complete says nothing of the others'.
   const auto release = [&](int step) {
-    if (lane < cluster) barrier_release_cluster(ring.empty(step), static_cast<uint32_t>(lane));
+    if (lane < cluster) mbarrier_release_cluster(ring.empty(step), static_cast<uint32_t>(lane));
   };
 
   const int block_rank = static_cast<int>(cluster_rank());
@@ -368,7 +368,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_init(ring.full(stage), kFullArrivals);
       mbarrier_init(ring.empty(stage), kMultiplierWarps * cluster);
     }
-    barrier_init_fence();
+    mbarrier_init_fence();
     prefetch_tensor_map(&dense_map);
   }
   cluster_sync();

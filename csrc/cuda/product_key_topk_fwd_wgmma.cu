@@ -44,8 +44,9 @@ struct Traits {
   static constexpr int kStages = 3;
   static constexpr int kSlots = kGroups == 2 ? 84 : kPlanes <= 2 ? 236 : 148;
   static constexpr int kSlotsPerLane = kSlots / kQuad;
-  static constexpr int kParts = kKeys / 16;  // of a tile, between which candidates may be pruned
+  // Of a tile, between which candidates may be pruned.
   static constexpr int kPartKeys = 16;
+  static constexpr int kParts = kKeys / kPartKeys;
   static constexpr int kFullSlots =
       kSlots - kPartKeys;  // with more there may be no room for a part
   // Rows that are pruned together: as many as registers allow hide each other's latency.
@@ -598,8 +599,9 @@ __device__ __forceinline__ void write_row(const ProductKeyTopkParams& p,
   }
   __syncwarp();
   int own_bits = 0;
-  for (int i = 0; i < words_per_lane; ++i)
+  for (int i = 0; i < words_per_lane; ++i) {
     own_bits += __popc(mask.words[lane * words_per_lane + i]);
+  }
   int bits_before = own_bits;
 #pragma unroll
   for (int delta = 1; delta < kWarpSize; delta *= 2) {
@@ -661,10 +663,10 @@ __global__ void __launch_bounds__(Traits<kPlanes, kGroups>::kThreads, 1)
 
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < T::kStages; ++stage) {
-      barrier_init(full_barrier(stage), 1);
-      barrier_init(empty_barrier(stage), 4 * kGroups);  // a warp each
+      mbarrier_init(full_barrier(stage), 1);
+      mbarrier_init(empty_barrier(stage), 4 * kGroups);  // a warp each
     }
-    barrier_init_fence();
+    mbarrier_init_fence();
   }
   __syncthreads();
 
@@ -686,10 +688,10 @@ __global__ void __launch_bounds__(Traits<kPlanes, kGroups>::kThreads, 1)
         int query_plane = (side * p.num_heads + head) * p.num_queries;
         for (int r = 0; r < p.tucker_rank; ++r) {
           for (int x = 0; x < static_cast<int>(p.key_dim); x += kDepth) {
-            barrier_wait(empty_barrier(stage), parity ^ 1);
+            mbarrier_wait(empty_barrier(stage), parity ^ 1);
             const uint32_t full = full_barrier(stage);
             const uint32_t to = shared + stage * T::kStageBytes;
-            barrier_expect_bytes(full, T::kStageBytes);
+            mbarrier_expect_bytes(full, T::kStageBytes);
             copy_box(&query_map, to, full, x, blockIdx.x * T::kTokens, query_plane);
             copy_box(&key_map, to + T::kQueryBytes, full, x, key, head_side * p.tucker_rank + r);
             advance();
@@ -707,7 +709,7 @@ __global__ void __launch_bounds__(Traits<kPlanes, kGroups>::kThreads, 1)
     const int first_row = group * kGroupTokens + group_warp * kWarpTokens + lane / kQuad;
     const bool has_tokens = int64_t{blockIdx.x} * T::kTokens + group * kGroupTokens < p.num_tokens;
     const auto release = [&](int used_stage) {
-      if (lane == 0) barrier_arrive(empty_barrier(used_stage));
+      if (lane == 0) mbarrier_arrive(empty_barrier(used_stage));
     };
 
     float filter[kPlanes];
@@ -740,7 +742,7 @@ __global__ void __launch_bounds__(Traits<kPlanes, kGroups>::kThreads, 1)
       for (int r = 0; r < kPlanes; ++r) {
         if (r >= p.tucker_rank) break;
         for (int step = 0; step < num_steps; ++step) {
-          barrier_wait(full_barrier(stage), parity);
+          mbarrier_wait(full_barrier(stage), parity);
           const uint32_t from = shared + stage * T::kStageBytes;
           const uint64_t query_tile = tile_descriptor(from + group * kGroupTokens * kRowBytes);
           const uint64_t key_tile = tile_descriptor(from + T::kQueryBytes);
@@ -930,11 +932,9 @@ ULTRAMEM_REGISTER_WGMMA(f16_4_1, "fp16, 4, 64", __half, 4, 1);
 }  // namespace
 
 bool axis_wgmma_applies(const ProductKeyTopkParams& p) {
-  const auto aligned = [](const void* pointer) {
-    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-  };
   constexpr int kMaxBlocksAlongY = 0xffff;
-  if (!aligned(p.query) || !aligned(p.keys) || p.num_heads > kMaxBlocksAlongY / 2) return false;
+  if (!is_aligned(p.query) || !is_aligned(p.keys) || p.num_heads > kMaxBlocksAlongY / 2)
+    return false;
   constexpr int kSm90 = 90;
   return sm90a_available() && product_key_topk_fwd_path(p, kSm90) == RetrievalPath::kTensorCore90;
 }

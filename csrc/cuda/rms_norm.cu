@@ -41,8 +41,6 @@ unsigned row_blocks(int64_t num_rows, int64_t rows_per_block) {
   return static_cast<unsigned>(std::min(ceil_div(num_rows, rows_per_block), kMaxBlocks));
 }
 
-bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 // ---- rows in registers ------------------------------------------------------------------------
 
 template <typename scalar_t>

@@ -91,7 +91,7 @@ __device__ __forceinline__ void input_block(const Arguments& args, int block,
     for (int eight = 0; eight < kStepRows / 8; ++eight) {
       const int64_t row = first_row + eight * 8 + lane / 4;
       const bool valid = row < args.row_width && column < p.d_model;
-      cp_async_16(slot + (eight * 8 + lane / 4) * 64 + (lane % 4 ^ eight) * 16,
+      cp_async_16(shared_address(slot + (eight * 8 + lane / 4) * 64 + (lane % 4 ^ eight) * 16),
                   valid ? weight + row * p.d_model + column : weight, valid);
     }
   };
@@ -103,7 +103,7 @@ __device__ __forceinline__ void input_block(const Arguments& args, int block,
     for (int tile = 0; tile < kTokenTiles; ++tile) {
       const int64_t token = tile * kTokenTile + lane / 4;
       const bool valid = token < p.num_tokens && column < args.row_width;
-      cp_async_16(slot + tile * kTileBytes + lane * 16,
+      cp_async_16(shared_address(slot + tile * kTileBytes + lane * 16),
                   valid ? grad + token * args.row_width + column : grad, valid);
     }
   };
@@ -214,7 +214,7 @@ __device__ __forceinline__ void weight_block(const Arguments& args, int block,
       const int64_t column = first + i % pieces * 8;
       const bool valid = token < p.num_tokens && column < width;
       const auto* elements = static_cast<const scalar_t*>(source);
-      cp_async_16(target + token * stride + i % pieces * 16,
+      cp_async_16(shared_address(target + token * stride + i % pieces * 16),
                   valid ? elements + token * width + column : elements, valid);
     }
   };
@@ -325,21 +325,7 @@ Status launch(const Arguments& args, unsigned blocks, Stream stream) {
   constexpr int kSharedBytes = Traits<kTokenTiles>::kSharedBytes;
   ULTRAMEM_CUDA_RETURN_IF_ERROR(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  cudaFuncAttributes attributes{};
-  ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaFuncGetAttributes(&attributes, kernel));
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kSharedBytes;
-  config.stream = stream;
-  config.attrs = &overlap;
-  // Code made from the PTX of an older architecture does not wait, whatever it runs on.
-  config.numAttrs = attributes.ptxVersion >= 90 ? 1 : 0;
-  ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaLaunchKernelEx(&config, kernel, args));
-  return launch_status();
+  return launch_overlapping(kernel, dim3(blocks), kThreads, kSharedBytes, stream, args);
 }
 
 template <typename scalar_t>
@@ -355,8 +341,6 @@ Status launch_for_tokens(const Arguments& args, unsigned blocks, Stream stream) 
       return launch<scalar_t, 8>(args, blocks, stream);
   }
 }
-
-bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 RmsNormBwdParams norm_params(const TuckerQueryBwdParams& p) {
   RmsNormBwdParams norm;

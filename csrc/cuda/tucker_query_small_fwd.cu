@@ -126,7 +126,7 @@ struct Block {
     gains = reinterpret_cast<float*>(shared + plan.gains_offset);
     squares = gains + plan.units * kUnitRows;
     rstd = squares + kTuckerQuerySmallTokens;
-    x_barrier = reinterpret_cast<uint64_t*>(rstd + kTuckerQuerySmallTokens);
+    x_barrier = shared_address(rstd + kTuckerQuerySmallTokens);
   }
 
   int64_t segment;
@@ -142,7 +142,7 @@ struct Block {
   float* gains;           // [row]
   float* squares;         // [token]
   float* rstd;            // [token]
-  uint64_t* x_barrier;
+  uint32_t x_barrier;
 };
 
 // The slice of x: one bulk copy a token, so that its requests do not stand before those of W.
@@ -151,12 +151,17 @@ __device__ __forceinline__ void copy_x(const TuckerQueryParams& p, const Plan& p
                                        const Block& block) {
   if (threadIdx.x < kWarpSize && block.num_columns > 0) {
     const auto row_bytes = static_cast<uint32_t>(block.num_columns * 2);
-    if (threadIdx.x == 0) mbarrier_expect_once(block.x_barrier, row_bytes * block.num_tokens);
+    if (threadIdx.x == 0) {
+      mbarrier_init(block.x_barrier, 1);
+      mbarrier_init_fence();
+      fence_shared_writes();
+      mbarrier_expect_bytes(block.x_barrier, row_bytes * block.num_tokens);
+    }
     __syncwarp();
     const auto* x = static_cast<const scalar_t*>(p.x) + block.first_column;
     for (int token = threadIdx.x; token < block.num_tokens; token += kWarpSize) {
-      bulk_copy(block.x_tile + token * plan.x_stride, x + token * p.d_model, row_bytes,
-                block.x_barrier);
+      bulk_copy(shared_address(block.x_tile + token * plan.x_stride), x + token * p.d_model,
+                row_bytes, block.x_barrier);
     }
   }
   // The last step may end behind D: zeros there, in x as in W.
@@ -195,7 +200,7 @@ __device__ __forceinline__ void multiply(const TuckerQueryParams& p, const Plan&
         const bool valid = row < block.num_rows && column < block.num_columns;
         const scalar_t* source =
             valid ? weight + row * p.d_model + column : static_cast<const scalar_t*>(p.weight);
-        cp_async_16(slot + piece * kThreads * 16, source, valid);
+        cp_async_16(shared_address(slot + piece * kThreads * 16), source, valid);
       }
     }
     cp_async_commit();
@@ -204,7 +209,7 @@ __device__ __forceinline__ void multiply(const TuckerQueryParams& p, const Plan&
   for (int i = 0; i < kMaxRingSteps; ++i) copy_step(i);
 
   __syncthreads();  // the barrier is initialised, the zeros are written
-  if (block.num_columns > 0) mbarrier_wait_first_phase(block.x_barrier);
+  if (block.num_columns > 0) mbarrier_wait(block.x_barrier, 0);
 
   float acc[2][kTokenTiles][4] = {};
   const unsigned char* x_rows = block.x_tile + lane / 4 * plan.x_stride + fragment_column * 2;
@@ -354,7 +359,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   copy_x<scalar_t>(p, plan, block);
   // Part of the first group of copies that `multiply` waits for.
   for (int row = threadIdx.x; row < block.num_rows; row += kThreads) {
-    cp_async_4(&block.gains[row], static_cast<const float*>(p.norm_weight) + block.first_row + row);
+    cp_async_4(shared_address(&block.gains[row]),
+               static_cast<const float*>(p.norm_weight) + block.first_row + row);
   }
   multiply<scalar_t, kTokenTiles>(p, plan, block);
   if (plan.unit_warps > 1) {
@@ -494,8 +500,6 @@ Status launch_for_tokens(const TuckerQueryParams& p, const Plan& plan, Stream st
       return launch<scalar_t, 8>(p, plan, stream);
   }
 }
-
-bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 bool fits(const TuckerQueryParams& p) {
   constexpr int64_t kMaxSize = 1 << 20;

@@ -218,10 +218,6 @@ __device__ void sum_rows(const TableT* table, int dim, int slice, OutT* out, int
   }
 }
 
-inline bool is_aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
-
 inline Status check_addressing(const AddressingParams& addressing) {
   if (addressing.num_slots < 1) {
     return Status::invalid_argument("value_ffn: the table must have at least one slot");

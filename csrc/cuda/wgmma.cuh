@@ -1,66 +1,17 @@
-// Thin wrappers of what Hopper adds: barriers in shared memory, clusters, bulk tensor copies (TMA)
-// and warpgroup matrix products. Only for code compiled for sm_90a.
+// Thin wrappers of what Hopper adds: clusters, bulk tensor copies (TMA) and warpgroup matrix
+// products. Only for code compiled for sm_90a.
 #pragma once
 
 #include <cuda.h>
 
 #include <type_traits>
 
+#include "async_copy.cuh"
 #include "common.cuh"
-#include "mma.cuh"
 
 namespace ultramem::cuda {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-// ---- barriers in shared memory -----------------------------------------------------------------
-
-__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
-}
-
-// Makes initialised barriers visible to the copy engine.
-__device__ __forceinline__ void barrier_init_fence() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-// Arrives, and announces how many bytes of copies this phase waits for.
-__device__ __forceinline__ void barrier_expect_bytes(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// The same at another block's barrier, for one that has only read what others may now overwrite, by
-// instructions it has waited for: without a scope that spans the cluster, which would flush caches.
-__device__ __forceinline__ void barrier_release_cluster(uint32_t barrier, uint32_t block) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
-      "}\n" ::"r"(barrier),
-      "r"(block)
-      : "memory");
-}
-
-// Waits until the phase of this parity is over.
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra.uni over;\n"
-      "bra.uni again;\n"
-      "over:\n"
-      "}\n" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
 
 // ---- clusters ----------------------------------------------------------------------------------
 
@@ -103,12 +54,6 @@ __device__ __forceinline__ void copy_box_multicast(const CUtensorMap* map, uint3
       ".multicast::cluster [%0], [%1, {%4, %5, %6}], [%2], %3;" ::"r"(to),
       "l"(reinterpret_cast<uint64_t>(map)), "r"(barrier), "h"(mask), "r"(x), "r"(y), "r"(z)
       : "memory");
-}
-
-// What this thread has written to shared memory is there for matrix products and bulk copies that
-// are ordered after this.
-__device__ __forceinline__ void fence_shared_writes() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // ---- warpgroup matrix products -----------------------------------------------------------------

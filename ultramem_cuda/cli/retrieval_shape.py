@@ -19,9 +19,9 @@ _CAPABILITIES = (90, 80)
 
 LIMITS = (
     "n up to 8192, Kd up to 1024 and a multiple of 8, m up to 128, M up to min(m*m, 1024), "
-    "R and C 1 to 4, bf16 or fp16"
+    "R and C 1 to 4, T*H above 64, bf16 or fp16, query and keys at multiples of 16 bytes"
 )
-OUTSIDE = "other n and Kd run on the generic kernels, as fp32 does; other m, M, R and C are refused"
+OUTSIDE = "the generic kernels run, as for fp32; but other m, M, R and C are refused"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,8 @@ enum class RetrievalPath : int32_t {
   kTensorCore90 = 1,  // scores by the tensor cores of compute capability 9.0
 };
 
-// What kTensorCore90 takes, of bfloat16 and float16.
+// What kTensorCore90 takes, of bfloat16 and float16; query and keys at addresses that are multiples
+// of 16, too, or else the generic kernels run.
 inline constexpr int64_t kTensorCore90MaxKeys = 8192;
 inline constexpr int64_t kTensorCore90MaxKeyDim = 1024;
 inline constexpr int64_t kTensorCore90KeyDimMultiple = 8;  // rows of 16 bytes
