@@ -12,8 +12,8 @@ from ._retrieval_cache import CachedRetrieval, is_capturing
 from .addressing import SlotAddressing
 from .config import UltraMemConfig
 from .init import initialize_layer
-from .losses import axis_filter_scores, key_balance_loss, tucker_penalty
-from .stats import SlotUsage
+from .losses import tucker_penalty
+from .stats import KeyUsage, SlotUsage
 from .table import MemoryTable
 
 
@@ -48,6 +48,8 @@ class UltraMemLayer(nn.Module):
         addressing: how the layer's virtual indices map to rows of the table.
         usage: a :class:`~ultramem_cuda.stats.SlotUsage` that counts slots, or None (the default,
             free).
+        key_usage: a :class:`~ultramem_cuda.stats.KeyUsage` that counts the keys kept on each axis,
+            or None (the default, free).
         last_losses: weighted auxiliary losses of the last forward pass in training mode, by name
             ("tucker_penalty", "key_balance"); empty while they are off. They hold the graph of
             that pass, which reentrant activation checkpointing does not record.
@@ -109,6 +111,7 @@ class UltraMemLayer(nn.Module):
         self.value_proj = linear(c.output_groups * c.value_dim, c.d_model)
         self._init_addressing(permutation)
         self.usage: SlotUsage | None = None
+        self.key_usage: KeyUsage | None = None
         self.last_losses: dict[str, Tensor] = {}
         self._cache: dict[torch.dtype, CachedRetrieval] = {}
         self.reset_parameters()
@@ -172,8 +175,6 @@ class UltraMemLayer(nn.Module):
             eps=config.eps,
         )
         scores, indices = self._retrieve(query)
-        if self.training and (config.tucker_penalty or config.key_balance):
-            self.last_losses = self._aux_losses(query)
         indices, scores = indices.flatten(1), scores.flatten(1, 2)
         if self.usage is not None:
             self.usage.update(indices)
@@ -192,49 +193,66 @@ class UltraMemLayer(nn.Module):
         return self.value_proj(out).reshape(x.shape)
 
     def _retrieve(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores [T, H, M, C] and virtual indices [T, H, M] of the kept slots."""
+        """Scores [T, H, M, C] and virtual indices [T, H, M] of the kept slots.
+
+        Leaves behind, where they are wanted, losses and counts of the kept keys.
+        """
         config = self.config
+        keys: Tensor = self.keys
+        key_norm: Tensor | None = self.key_norm
+        u = t = sigma = None
         cached = self._cached_retrieval(query)
-        u, t = (None, None) if cached is None or cached.filter is None else cached.filter
-        scores, indices = ops.product_key_topk(
+        with_losses = self.training and bool(config.tucker_penalty or config.key_balance)
+        if cached is not None:
+            keys, key_norm = cached.keys, None
+            u, t = (None, None) if cached.filter is None else cached.filter
+        elif with_losses:
+            # What the operator would make inside, made once for it and the losses.
+            keys = ops.rms_norm(keys.to(query.dtype), self.key_norm, eps=config.eps)
+            key_norm = None
+            if self.cores is not None:
+                u, t, sigma = ops.tucker_filter(self.cores)
+        scores, indices, axis_indices = ops.product_key_topk(
             query,
-            self.keys if cached is None else cached.keys,
+            keys,
             self.cores,
             topk=config.topk,
             axis_topk=config.kept_per_axis,
             u=u,
             t=t,
-            key_norm_weight=self.key_norm if cached is None else None,
+            key_norm_weight=key_norm,
             eps=config.eps,
             mode=config.mode,
+            return_axis_indices=True,
         )
+        if with_losses:
+            self.last_losses = self._aux_losses(query, keys, axis_indices, u, t, sigma)
+        if self.key_usage is not None:
+            self.key_usage.update(axis_indices)
         if config.score_norm == "softmax":
             scores = scores.softmax(2)
         return scores, indices
 
-    def _aux_losses(self, query: Tensor) -> dict[str, Tensor]:
+    def _aux_losses(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        axis_indices: Tensor,
+        u: Tensor | None,
+        t: Tensor | None,
+        sigma: Tensor | None,
+    ) -> dict[str, Tensor]:
         config = self.config
         losses: dict[str, Tensor] = {}
-        directions, sigma = self._filter()
         if config.tucker_penalty and sigma is not None:
             penalty = tucker_penalty(sigma, margin=config.tucker_margin)
             losses["tucker_penalty"] = config.tucker_penalty * penalty
         if config.key_balance:
-            keys = ops.rms_norm(self.keys, self.key_norm, eps=config.eps)
-            axes = axis_filter_scores(query, keys, directions)
-            kept = axes.detach().topk(config.kept_per_axis, dim=-1).indices
-            normalize = config.key_balance_normalize
-            row = key_balance_loss(axes[0], kept[0], normalize=normalize)
-            col = key_balance_loss(axes[1], kept[1], normalize=normalize)
-            losses["key_balance"] = config.key_balance * (row + col)
+            balance = ops.key_balance_loss(
+                query, keys, axis_indices, u=u, t=t, normalize=config.key_balance_normalize
+            )
+            losses["key_balance"] = config.key_balance * balance.sum()
         return losses
-
-    def _filter(self) -> tuple[Tensor, Tensor | None]:
-        """Directions [2, H, R], detached, and singular values [H, R] (None in additive mode)."""
-        if self.cores is None:
-            return torch.ones_like(self.keys[:, :, :, 0, 0]).transpose(0, 1), None
-        u, t, sigma = ops.tucker_filter(self.cores)
-        return torch.stack((u, t)).detach(), sigma
 
     def refresh_cache(self) -> None:
         """Recompute, in place, all that eval mode has cached.

@@ -1,10 +1,11 @@
-"""Which slots a model uses, and how evenly. Costs nothing while no collector is attached.
+"""Which slots and keys a model uses, and how evenly. Costs nothing while no collector is attached.
 
 ::
 
-    with um.stats.collect_usage(model) as usage:
+    with um.stats.collect_usage(model) as slots, um.stats.collect_key_usage(model) as keys:
         evaluate(model)
-    print(usage["blocks.3.memory"].summary())
+    print(slots["blocks.3.memory"].summary())
+    rows, columns = keys["blocks.3.memory"].summaries()
 """
 
 from __future__ import annotations
@@ -12,17 +13,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .addressing import SlotAddressing
+from .ops._key_balance import kept_key_counts
+
+if TYPE_CHECKING:
+    from .layer import UltraMemLayer
+
+Usage = TypeVar("Usage")
 
 
 @dataclasses.dataclass(frozen=True)
 class UsageSummary:
-    """How evenly reads spread over ``num_slots`` slots.
+    """How evenly reads spread over ``num_slots`` slots; or choices over keys, which then stand for
+    slots in all that follows.
 
     Entropies are in nats and those of the sample: with fewer reads than slots even uniform slots
     fall short of ``uniform_entropy``.
@@ -43,7 +52,8 @@ class UsageSummary:
 
 
 def summarize_counts(counts: Tensor) -> UsageSummary:
-    """Summary of the reads of each slot, an integer tensor [num_slots]. Synchronises with the host.
+    """Summary of the reads of each slot, or of how often each key was kept: an integer tensor
+    [num_slots]. Synchronises with the host.
 
     Raises:
         ValueError: another shape or dtype, or no slots.
@@ -120,22 +130,73 @@ class SlotUsage:
         return table
 
 
-@contextlib.contextmanager
-def collect_usage(model: nn.Module) -> Iterator[dict[str, SlotUsage]]:
+class KeyUsage:
+    """How often one layer kept each key of either axis, counted on the device without
+    synchronising. As with `SlotUsage`, a recomputed forward pass counts again.
+
+    Attributes:
+        counts: int64 [2, n], rows and columns; heads are pooled by key id. It follows the indices
+            to their device.
+    """
+
+    def __init__(self, num_keys: int, device: torch.device | str | None = None) -> None:
+        self.counts = torch.zeros(2, num_keys, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def update(self, axis_indices: Tensor) -> None:
+        """Count kept keys, int32 or int64 [T, H, 2, m]: what
+        ``ops.product_key_topk(..., return_axis_indices=True)`` returns.
+
+        An index outside [0, n) counts as none.
+
+        Raises:
+            TypeError, ValueError: another dtype or shape.
+        """
+        if axis_indices.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"axis_indices: must be int32 or int64, got {axis_indices.dtype}")
+        if axis_indices.dim() != 4 or axis_indices.shape[2] != 2:
+            raise ValueError(
+                f"axis_indices: must have shape [T, H, 2, m], got {list(axis_indices.shape)}"
+            )
+        if self.counts.device != axis_indices.device:
+            self.counts = self.counts.to(axis_indices.device)
+        self.counts += kept_key_counts(axis_indices, self.counts.shape[1])
+
+    def summaries(self) -> tuple[UsageSummary, UsageSummary]:
+        """Statistics of rows and of columns. Synchronises with the host."""
+        return summarize_counts(self.counts[0]), summarize_counts(self.counts[1])
+
+
+def collect_usage(model: nn.Module) -> contextlib.AbstractContextManager[dict[str, SlotUsage]]:
     """Count the slots that every memory layer of ``model`` reads inside the block.
 
     Yields:
         A collector a layer, by the layer's name in ``model``; still readable after the block.
     """
+    return _collect(model, "usage", lambda layer: SlotUsage(layer.addressing, layer.keys.device))
+
+
+def collect_key_usage(model: nn.Module) -> contextlib.AbstractContextManager[dict[str, KeyUsage]]:
+    """Count the keys that every memory layer of ``model`` keeps inside the block, as
+    `collect_usage` does the slots."""
+    return _collect(
+        model, "key_usage", lambda layer: KeyUsage(layer.config.num_keys, layer.keys.device)
+    )
+
+
+@contextlib.contextmanager
+def _collect(
+    model: nn.Module, attribute: str, make: Callable[[UltraMemLayer], Usage]
+) -> Iterator[dict[str, Usage]]:
     from .layer import UltraMemLayer
 
     layers = {name: m for name, m in model.named_modules() if isinstance(m, UltraMemLayer)}
-    before = {name: layer.usage for name, layer in layers.items()}
-    usage = {name: SlotUsage(m.addressing, m.keys.device) for name, m in layers.items()}
+    before = {name: getattr(layer, attribute) for name, layer in layers.items()}
+    usage = {name: make(layer) for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
-            layer.usage = usage[name]
+            setattr(layer, attribute, usage[name])
         yield usage
     finally:
         for name, layer in layers.items():
-            layer.usage = before[name]
+            setattr(layer, attribute, before[name])

@@ -37,16 +37,16 @@ def test_readme_operators() -> None:
 def test_training_guide() -> None:
     names: dict[str, object] = {}
     blocks = python_blocks(README.parent / "docs" / "training.md")
-    for block in blocks[:3]:
+    for block in blocks[:4]:
         exec(block, names)
     table = names["model"].table
-    # The third block trained the table from its main_grad, and emptied it again.
+    # The fourth block trained the table from its main_grad, and emptied it again.
     assert table.values.grad is None
     assert not table.values.main_grad.any()
     assert all(names["optimizer"].state[p]["step"] == 2 for p in table.parameters())
-    for block in blocks[3:]:
+    for block in blocks[4:]:
         exec(block, names)
-    assert len(names["usage"]) == 3
+    assert len(names["usage"]) == len(names["key_usage"]) == 3
 
 
 def test_links_lead_somewhere() -> None:

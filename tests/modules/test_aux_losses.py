@@ -87,17 +87,6 @@ def test_layer_losses_equal_the_reference(overrides: dict[str, Any], normalize: 
         np.testing.assert_allclose(to_numpy(layer.cores.grad), wanted, rtol=1e-9, atol=1e-12)
 
 
-def test_even_use_gives_the_least_balance_loss() -> None:
-    scores = torch.zeros(12, 1, 6, dtype=torch.float64)
-    indices = torch.arange(24).view(12, 1, 2) % 6
-    assert losses.key_balance_loss(scores, indices).item() == pytest.approx(2.0)
-    even = losses.key_balance_loss(scores, indices, normalize="release")
-    assert even.item() == pytest.approx(1.0)
-    scores[:, :, 0] = 3.0
-    skewed = losses.key_balance_loss(scores, indices * 0, normalize="release")
-    assert skewed.item() > 2.0
-
-
 def test_penalty_of_rank_one_and_margin() -> None:
     assert losses.tucker_penalty(torch.tensor([[3.0]])).item() == 0.0
     assert losses.tucker_penalty(torch.tensor([[3.0, 0.1]])).item() == 0.0
@@ -105,14 +94,9 @@ def test_penalty_of_rank_one_and_margin() -> None:
     assert losses.tucker_penalty(sigma).item() == pytest.approx((1.0 + 0.25) / 2)
 
 
-def test_bad_arguments() -> None:
+def test_bad_singular_values() -> None:
     with pytest.raises(ValueError, match=r"sigma: must have shape \[H, R\]"):
         losses.tucker_penalty(torch.ones(2))
-    scores, indices = torch.zeros(3, 1, 4), torch.zeros(3, 1, 2, dtype=torch.int64)
-    with pytest.raises(ValueError, match="normalize: must be 'paper' or 'release', got 'x'"):
-        losses.key_balance_loss(scores, indices, normalize="x")
-    with pytest.raises(ValueError, match=r"axis_indices: must have shape \[3, 1, m\]"):
-        losses.key_balance_loss(scores, indices[:2])
 
 
 def test_off_by_default_and_in_eval() -> None:
@@ -127,13 +111,6 @@ def test_off_by_default_and_in_eval() -> None:
     assert layer.last_losses == {}
 
 
-def test_key_balance_refuses_what_are_not_indices() -> None:
-    with pytest.raises(TypeError, match="axis_indices: must be int32 or int64"):
-        losses.key_balance_loss(torch.zeros(2, 1, 5), torch.zeros(2, 1, 3))
-    with pytest.raises(ValueError, match="axis_scores: must have shape"):
-        losses.key_balance_loss(torch.zeros(2, 5), torch.zeros(2, 1, 3, dtype=torch.int64))
-
-
 def test_collecting_over_layers() -> None:
     pairs = [layer_and_table(tucker_penalty=0.1, key_balance=0.1, layer_index=i) for i in (0, 2)]
     model = torch.nn.ModuleList(layer for layer, _ in pairs)
@@ -146,17 +123,48 @@ def test_collecting_over_layers() -> None:
     assert losses.collect_aux_losses(torch.nn.Linear(2, 2)) == {}
 
 
-def test_no_tokens_meta_and_autocast() -> None:
+def test_no_tokens_and_autocast() -> None:
     layer, table = layer_and_table(tucker_penalty=0.1, key_balance=0.1)
     layer(tokens(0, 24), table)
     assert layer.last_losses["key_balance"].item() == 0.0
     layer.last_losses["key_balance"].backward()
-    query, keys = tokens(3, 2, 1, 2, 6).to("meta"), tokens(1, 2, 2, 12, 6).to("meta")
-    directions = torch.ones(2, 1, 2, device="meta")
-    assert losses.axis_filter_scores(query, keys, directions).shape == (2, 3, 1, 12)
     layer(tokens(64, 24), table)
     exact = layer.last_losses["key_balance"].item()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layer(tokens(64, 24), table)
     assert layer.last_losses["key_balance"].dtype == torch.float32
     assert layer.last_losses["key_balance"].item() == pytest.approx(exact, rel=0.02)
+
+
+def test_what_the_losses_share_with_the_retrieval_changes_nothing() -> None:
+    """With losses on, keys are normalised and the filter is made outside of the operator."""
+    plain, table = layer_and_table(num_heads=2)
+    with_losses, _ = layer_and_table(num_heads=2, tucker_penalty=0.1, key_balance=0.1)
+    x = tokens(9, 24)
+    assert torch.equal(with_losses(x, table), plain(x, table))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(with_losses(x, table), plain(x, table))
+
+
+@pytest.mark.gpu
+def test_key_balance_holds_no_scores_of_all_keys() -> None:
+    """Peak memory of a training step with the loss, against one without."""
+    num_tokens, num_keys = 16384, 1024
+    sizes = {"num_keys": num_keys, "num_slots": num_keys**2, "key_dim": 32, "topk": 8}
+    peaks = []
+    for key_balance in (0.0, 0.1):
+        layer, table = layer_and_table(**sizes, key_balance=key_balance)
+        layer, table = layer.cuda(), table.cuda()
+        x = tokens(num_tokens, 24).cuda()
+        for _ in range(2):  # cuBLAS allocates its workspace once
+            layer.zero_grad()
+            table.zero_grad()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            loss = layer(x, table).square().mean() + sum(layer.last_losses.values())
+            loss.backward()
+            layer.last_losses = {}
+            del loss
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    # Scores of all keys would be 67 MB a side.
+    assert peaks[1] - peaks[0] < 40e6

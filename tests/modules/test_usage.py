@@ -32,6 +32,49 @@ def test_counts_are_those_of_the_slots_read() -> None:
     assert summary.distinct == np.count_nonzero(expected)
 
 
+def test_key_counts_are_those_of_the_keys_kept() -> None:
+    layer, table = layer_and_table(torch.float64, num_heads=2)
+    x = tokens(9, 24, dtype=torch.float64)
+    with stats.collect_key_usage(layer) as usage, stats.collect_usage(layer) as slots:
+        layer(x[:4], table)
+        layer(x[4:], table)
+    assert layer.key_usage is None
+    assert slots[""].summary().reads == 9 * 2 * 7
+    parameters = reference_parameters(layer, table)
+    query = ref.tucker_query(to_numpy(x), parameters.query_proj, parameters.query_norm, 2)
+    selection = ref.product_key_topk(
+        query,
+        ref.rms_norm(parameters.keys, parameters.key_norm),
+        parameters.cores,
+        topk=layer.config.topk,
+        axis_topk=layer.config.kept_per_axis,
+    )
+    for side, summary in enumerate(usage[""].summaries()):
+        expected = np.bincount(selection.axis_indices[:, :, side].ravel(), minlength=12)
+        np.testing.assert_array_equal(usage[""].counts[side].numpy(), expected)
+        assert summary.num_slots == 12
+        assert summary.reads == 9 * 2 * 5
+
+
+def test_key_counts_of_what_no_axis_keeps() -> None:
+    usage = stats.KeyUsage(4)
+    usage.update(torch.tensor([[[[0, 3]], [[3, 1]]]]).movedim(1, 2).to(torch.int32))
+    usage.update(torch.tensor([-1, 4, 4, 2]).view(1, 1, 2, 2))
+    assert usage.counts.tolist() == [[1, 0, 0, 1], [0, 1, 1, 1]]
+    # The one other device that every machine has.
+    usage.update(torch.zeros(1, 1, 2, 2, dtype=torch.int32, device="meta"))
+    assert usage.counts.is_meta
+
+
+def test_only_kept_keys_are_counted() -> None:
+    with pytest.raises(
+        TypeError, match=r"axis_indices: must be int32 or int64, got torch\.float32"
+    ):
+        stats.KeyUsage(4).update(torch.zeros(3, 1, 2, 2))
+    with pytest.raises(ValueError, match=r"axis_indices: must have shape \[T, H, 2, m\], got"):
+        stats.KeyUsage(4).update(torch.zeros(3, 2, 2, dtype=torch.int64))
+
+
 def test_summary_of_known_counts() -> None:
     summary = stats.summarize_counts(torch.tensor([6, 0, 2, 0]))
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
@@ -107,10 +150,12 @@ def test_counts_under_compile() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     compiled(tokens(3, 24), table)
-    with stats.collect_usage(layer) as usage:
+    with stats.collect_usage(layer) as usage, stats.collect_key_usage(layer) as keys:
         compiled(tokens(3, 24), table)
     compiled(tokens(3, 24), table)
-    with stats.collect_usage(layer) as eager:
+    with stats.collect_usage(layer) as eager, stats.collect_key_usage(layer) as eager_keys:
         layer(tokens(3, 24), table)
     assert usage[""].summary().reads == 21
     assert torch.equal(usage[""].counts, eager[""].counts)
+    assert keys[""].summaries()[0].reads == 15
+    assert torch.equal(keys[""].counts, eager_keys[""].counts)

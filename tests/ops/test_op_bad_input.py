@@ -64,6 +64,18 @@ def additive_args(device: str) -> Arguments:
     }
 
 
+def balance_args(device: str) -> Arguments:
+    data = Data(1, device)
+    # T = 4, H = 3, R = Q = 2, Kd = 6, n = 10, m = 4.
+    return {
+        "query": data.normal(4, 2, 3, 2, 6),
+        "keys": data.normal(3, 2, 2, 10, 6),
+        "axis_indices": data.integers(10, 4, 3, 2, 4, dtype=torch.int32),
+        "u": data.normal(3, 2),
+        "t": data.normal(3, 2),
+    }
+
+
 def ffn_args(device: str) -> Arguments:
     data = Data(1, device)
     # T = 4, S = 3, C = 2, N = 20, Dv = 8, Dp = 5.
@@ -88,6 +100,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[str], Arguments]]] = {
     "tucker_filter": (ops.tucker_filter, tucker_filter_args),
     "topk": (ops.product_key_topk, topk_args),
     "additive": (ops.product_key_topk, additive_args),
+    "balance": (ops.key_balance_loss, balance_args),
     "ffn": (ops.value_ffn, ffn_args),
     "bag": (ops.value_ffn, bag_args),
 }
@@ -271,6 +284,24 @@ BAD: list[tuple[str, Arguments, str]] = [
         "product_key_topk: additive mode needs axis_topk >= min(topk, n)",
     ),
     ("additive", {"mode": "tucker"}, "product_key_topk: core is required in tucker mode"),
+    # key_balance_loss
+    ("balance", {"query": ((4, 2, 3, 2, 6), I64)}, f"key_balance_loss: query {FLOAT} int64"),
+    ("balance", {"query": (4, 3, 3, 2, 6)}, "query must be [T, 2, H, Q, Kd] = [*, 2, *, *, *]"),
+    ("balance", {"query": (4, 2, 3, 6)}, "query must be [T, 2, H, Q, Kd], got [4, 2, 3, 6]"),
+    ("balance", {"query": (4, 2, 3, 3, 6)}, "query.shape[3] must be 1 or R = 2, got 3"),
+    ("balance", {"keys": (3, 2, 2, 10, 5)}, "keys must be [H, 2, R, n, Kd] = [3, 2, *, *, 6], got"),
+    ("balance", {"keys": ((3, 2, 2, 10, 6), BF16)}, "keys must be float32, got bfloat16"),
+    ("balance", {"keys": (3, 2, 2, 0, 6)}, "key_balance_loss: H, Kd and n must be positive"),
+    ("balance", {"keys": (3, 2, 5, 10, 6)}, "the Tucker rank R (keys.shape[2]) must be 1..4"),
+    ("balance", {"axis_indices": ((4, 3, 4), I32)}, "axis_indices must be [T, H, 2, m] = [4, 3, 2"),
+    ("balance", {"axis_indices": ((5, 3, 2, 4), I32)}, "axis_indices must be [T, H, 2, m] = [4, 3"),
+    ("balance", {"axis_indices": (4, 3, 2, 4)}, "axis_indices must be int32 or int64, got float32"),
+    ("balance", {"axis_indices": ((4, 3, 2, 0), I64)}, "axis_indices must hold at least one key"),
+    ("balance", {"u": None}, "key_balance_loss: u and t go together"),
+    ("balance", {"u": None, "t": None}, "u and t are required for R > 1 (keys.shape[2] is 2)"),
+    ("balance", {"t": (3, 3)}, "key_balance_loss: t must be [H, R] = [3, 2], got [3, 3]"),
+    ("balance", {"u": ((3, 2), I64)}, "key_balance_loss: u must be of a floating-point dtype"),
+    ("balance", {"normalize": "mean"}, "normalize must be 'paper' or 'release', got 'mean'"),
     # value_ffn
     ("ffn", {"indices": (4, 3)}, "value_ffn: indices must be int64 or int32"),
     ("ffn", {"indices": ((4, 3), torch.int16)}, "value_ffn: indices must be int64 or int32"),
@@ -336,6 +367,16 @@ BAD: list[tuple[str, Arguments, str]] = [
 
 # float64 is legal on the CPU alone, so that mixing it is a mistake only there.
 BAD_ON_CPU: list[tuple[str, Arguments, str]] = [
+    (
+        "balance",
+        {"axis_indices": torch.full((4, 3, 2, 4), 10)},
+        "key_balance_loss: axis_indices must be in [0, 10), found one outside",
+    ),
+    (
+        "balance",
+        {"axis_indices": torch.full((4, 3, 2, 4), -1)},
+        "key_balance_loss: axis_indices must be in [0, 10), found one outside",
+    ),
     ("ffn", {"pre_input": ((4, 5), F64)}, "value_ffn: values and pre_input must both be float64"),
     (
         "ffn",
@@ -356,10 +397,13 @@ BAD_ON_CUDA: list[tuple[str, Arguments, str]] = [
         {"core": ((2, 3, 2, 2), F64)},
         "tucker_filter: core is float64, which is off",
     ),
-    (
-        "topk",
-        {"query": ((4, 2, 3, 2, 6), F64), "keys": ((3, 2, 2, 10, 6), F64)},
-        "is float64, which is offered on the CPU only",
+    *(
+        (
+            call,
+            {"query": ((4, 2, 3, 2, 6), F64), "keys": ((3, 2, 2, 10, 6), F64)},
+            "is float64, which is offered on the CPU only",
+        )
+        for call in ("topk", "balance")
     ),
     (
         "bag",
@@ -445,6 +489,9 @@ MIXED = [
     ("tucker_query", "norm_weight"),
     ("topk", "keys"),
     ("topk", "core"),
+    ("balance", "keys"),
+    ("balance", "axis_indices"),
+    ("balance", "u"),
     ("ffn", "indices"),
     ("ffn", "scores"),
     ("ffn", "pre_values"),
@@ -470,7 +517,7 @@ def test_a_stray_meta_tensor_is_refused(call: str, name: str) -> None:
     """torch then calls the fake implementation, whose result would be uninitialised memory."""
     function, make = CALLS[call]
     arguments = make("cpu")
-    if name == "u":
+    if (call, name) == ("topk", "u"):
         arguments |= {"u": torch.ones(3, 2), "t": torch.ones(3, 2)}
     if name == "key_norm_weight":
         arguments[name] = torch.ones(6)

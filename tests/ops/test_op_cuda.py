@@ -44,9 +44,20 @@ def layer(
     )
 
 
+def balance(inputs: list[Tensor]) -> Tensor:
+    x, weight, gain, keys, core, *_ = inputs
+    query, normed = ops.tucker_query(x, weight, gain, num_heads=2), ops.rms_norm(keys, gain)
+    u, t, _ = ops.tucker_filter(core)
+    _, _, kept = ops.product_key_topk(
+        query, normed, core, topk=12, u=u, t=t, return_axis_indices=True
+    )
+    return ops.key_balance_loss(query, normed, kept, u=u, t=t)
+
+
 def forward_backward(inputs: list[Tensor]) -> list[Tensor]:
-    out = layer(*inputs)
-    return [out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out))]
+    out, loss = layer(*inputs), balance(inputs)
+    outputs, upstream = (out, loss), (torch.ones_like(out), torch.ones_like(loss))
+    return [out.detach(), loss.detach(), *torch.autograd.grad(outputs, inputs, upstream)]
 
 
 def assert_equal(actual: list[Tensor], expected: list[Tensor]) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
-from helpers import Data, check_only_some_train, check_product_key_topk, proper_subsets
+from helpers import Data, array, check_only_some_train, check_product_key_topk, proper_subsets
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ultramem_cuda import ops
+from ultramem_cuda import python_ref as ref
 
 
 class Case(NamedTuple):
@@ -128,6 +130,24 @@ def test_filter_given_equals_default(device: str) -> None:
     given_filter = ops.product_key_topk(query, keys, core, topk=9, u=u, t=t)
     assert torch.equal(default[0], given_filter[0])
     assert torch.equal(default[1], given_filter[1])
+
+
+@pytest.mark.parametrize("mode", ["tucker", "additive"])
+def test_kept_keys_of_the_axes(device: str, mode: str) -> None:
+    data = Data(8, device)
+    rank = 2 if mode == "tucker" else 1
+    query, keys = data.normal(8, 2, 3, rank, 20), data.normal(3, 2, rank, 40, 20)
+    core = data.cores(2, 3, 2) if mode == "tucker" else None
+    options = {"topk": 5, "axis_topk": 7, "mode": mode}
+    scores, indices = ops.product_key_topk(query, keys, core, **options)
+    again = ops.product_key_topk(query, keys, core, **options, return_axis_indices=True)
+    assert torch.equal(again[0], scores)
+    assert torch.equal(again[1], indices)
+    kept = again[2]
+    assert kept.dtype == torch.int32
+    arrays = array(query), array(keys), None if core is None else array(core)
+    expected = np.sort(ref.product_key_topk(*arrays, **options).axis_indices)
+    np.testing.assert_array_equal(kept.cpu().numpy(), expected)
 
 
 def test_filter_given_is_used_and_gets_no_gradient(device: str) -> None:

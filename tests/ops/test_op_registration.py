@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import Data, accumulation_dtype
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ultramem_cuda import ops
 
@@ -131,6 +132,28 @@ def main_grad_args(data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5) 
     return *saved_of_value_ffn(value_ffn_args(data, dtype, False, tokens)), *buffers
 
 
+def key_balance_args(
+    data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5
+) -> tuple[Any, ...]:
+    query, keys, _, u, t, *_ = product_key_topk_args(data, dtype, grad, tokens)
+    return query, keys, data.integers(20, tokens, 2, 2, 4, dtype=torch.int32), u, t, "paper"
+
+
+def key_balance_bwd_args(
+    data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5
+) -> tuple[Any, ...]:
+    query, keys, indices, u, t, normalize = key_balance_args(data, dtype, grad, tokens)
+    loss, frequencies = torch.ops.ultramem.key_balance_loss(query, keys, indices, u, t, normalize)
+    return torch.ones_like(loss), query, keys, frequencies.detach(), u, t
+
+
+def additive_balance_args(
+    data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5
+) -> tuple[Any, ...]:
+    query, keys, *_ = additive_args(data, dtype, grad, tokens)
+    return query, keys, data.integers(20, tokens, 2, 2, 4), None, None, "release"
+
+
 MakeArgs = Callable[..., tuple[Any, ...]]
 FORWARDS: dict[str, tuple[str, MakeArgs]] = {
     "rms_norm": ("rms_norm", rms_norm_args),
@@ -138,6 +161,8 @@ FORWARDS: dict[str, tuple[str, MakeArgs]] = {
     "tucker_filter": ("tucker_filter", tucker_filter_args),
     "product_key_topk": ("product_key_topk", product_key_topk_args),
     "product_key_topk_additive": ("product_key_topk", additive_args),
+    "key_balance_loss": ("key_balance_loss", key_balance_args),
+    "key_balance_loss_additive": ("key_balance_loss", additive_balance_args),
     "value_ffn": ("value_ffn", value_ffn_args),
     "value_ffn_bag": ("value_ffn", bag_args),
 }
@@ -147,6 +172,7 @@ BACKWARDS: dict[str, tuple[str, MakeArgs]] = {
     "tucker_filter_bwd": ("tucker_filter_bwd", tucker_filter_bwd_args),
     "product_key_topk_bwd": ("product_key_topk_bwd", product_key_topk_bwd_args),
     "product_key_topk_bwd_additive": ("product_key_topk_bwd", additive_bwd_args),
+    "key_balance_loss_bwd": ("key_balance_loss_bwd", key_balance_bwd_args),
     "value_ffn_bwd": ("value_ffn_bwd", value_ffn_bwd_args),
     "value_ffn_bwd_bag": ("value_ffn_bwd", bag_bwd_args),
     "value_ffn_bwd_main_grad": ("value_ffn_bwd_main_grad", main_grad_args),
@@ -207,6 +233,7 @@ def public_calls(data: Data) -> dict[str, tuple[Callable[..., Tensor], tuple[Ten
     query = data.normal(4, 2, 1, 2, 6, requires_grad=True)
     keys = data.normal(1, 2, 2, 9, 6, requires_grad=True)
     indices = data.integers(9, 4, 3)
+    kept = data.integers(9, 4, 1, 2, 3)
     slots = tuple(
         data.normal(*shape, requires_grad=True) for shape in ((4, 3, 2), (9, 4), (9, 5), (4, 5))
     )
@@ -229,11 +256,22 @@ def public_calls(data: Data) -> dict[str, tuple[Callable[..., Tensor], tuple[Ten
             lambda *inputs: ops.product_key_topk(*inputs, topk=4, u=u, t=t)[0],
             (query, keys, core),
         ),
+        "key_balance_loss": (
+            lambda *inputs: ops.key_balance_loss(*inputs, kept, u=u, t=t),
+            (query, keys),
+        ),
         "value_ffn": (lambda *inputs: ops.value_ffn(indices, *inputs), slots),
     }
 
 
-PUBLIC = ["rms_norm", "tucker_query", "tucker_filter", "product_key_topk", "value_ffn"]
+PUBLIC = [
+    "rms_norm",
+    "tucker_query",
+    "tucker_filter",
+    "product_key_topk",
+    "key_balance_loss",
+    "value_ffn",
+]
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -271,3 +309,50 @@ def test_create_graph_is_accepted_where_nobody_differentiates_twice(device: str)
     (grad,) = torch.autograd.grad(ops.tucker_filter(core)[2].sum(), core, create_graph=True)
     with pytest.raises(RuntimeError, match="tucker_filter: differentiating twice"):
         grad.sum().backward()
+
+
+# ---- gradients that nobody has -------------------------------------------------------------------
+
+
+class CreatedZeros(TorchDispatchMode):
+    """Counts the tensors that are filled with zeros."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.count += function in (torch.ops.aten.zeros.default, torch.ops.aten.new_zeros.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_backward_makes_no_gradients_of_integers_and_saved_outputs(
+    device: str, name: str
+) -> None:
+    """torch would: 1 KB a token at shape S, more than is saved."""
+    function, inputs = public_calls(Data(6, device))[name]
+    out = function(*inputs)
+    upstream = torch.ones_like(out)
+    with CreatedZeros() as created:
+        torch.autograd.grad(out, inputs, upstream)
+    assert created.count == 0
+
+
+class Detached(torch.autograd.Function):
+    """Gives its input no gradient, though it is differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_no_gradient_of_the_output_gives_none_to_the_inputs(device: str, name: str) -> None:
+    function, inputs = public_calls(Data(7, device))[name]
+    Detached.apply(function(*inputs)).sum().backward()
+    assert all(tensor.grad is None for tensor in inputs)

@@ -128,6 +128,30 @@ def test_compile_raises_what_eager_raises(device: str) -> None:
         compiled(query, *inputs[3:5])
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_key_balance_loss(device: str, backend: str) -> None:
+    """Along with what gives it the kept keys, forward and backward."""
+    torch._dynamo.reset()
+    x, weight, gain, keys, core, *_ = make_inputs(device)
+
+    def balance(x: Tensor, weight: Tensor, gain: Tensor, keys: Tensor, core: Tensor) -> Tensor:
+        query = ops.tucker_query(x, weight, gain, num_heads=2)
+        u, t, _ = ops.tucker_filter(core)
+        normed = ops.rms_norm(keys, gain)
+        scores, _, kept = ops.product_key_topk(
+            query, normed, core, topk=12, u=u, t=t, return_axis_indices=True
+        )
+        return scores.sum() + ops.key_balance_loss(query, normed, kept, u=u, t=t).sum()
+
+    inputs = [x, weight, gain, keys, core]
+    compiled = torch.compile(balance, fullgraph=True, backend=backend)
+    expected, actual = balance(*inputs), compiled(*inputs)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, inputs), torch.autograd.grad(expected, inputs)
+    )
+
+
 # ---- checkpointing -------------------------------------------------------------------------------
 
 
@@ -183,6 +207,26 @@ def test_autocast_product_key_topk(device: str, dtype: torch.dtype, key_norm: bo
     assert scores.dtype == torch.float32
     assert torch.equal(scores, expected[0])
     assert torch.equal(indices, expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_key_balance_loss(device: str, dtype: torch.dtype) -> None:
+    data = Data(13, device)
+    query = data.normal(7, 2, 2, 2, 16, requires_grad=True)
+    keys = data.normal(2, 2, 2, 40, 16, requires_grad=True)
+    kept = data.integers(40, 7, 2, 2, 5)
+    u, t = data.normal(2, 2), data.normal(2, 2)
+    with torch.autocast(device, dtype=dtype):
+        loss = ops.key_balance_loss(query, keys, kept, u=u, t=t)
+        # Inside the region, too: its products are in float32 all the same.
+        grads = torch.autograd.grad(loss.sum(), [query, keys])
+    low = [x.detach().to(dtype).requires_grad_() for x in (query, keys)]
+    expected = ops.key_balance_loss(*low, kept, u=u, t=t)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, expected)
+    for grad, wanted in zip(grads, torch.autograd.grad(expected.sum(), low), strict=True):
+        assert grad.dtype == torch.float32
+        assert torch.equal(grad, wanted.float())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

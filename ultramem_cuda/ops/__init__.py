@@ -14,9 +14,17 @@ it was and what it must be, before any kernel runs. An index out of range raises
 CUDA it contributes zero, or raises with ULTRAMEM_DEBUG=1 in the environment.
 """
 
+from ._key_balance import key_balance_loss
 from ._product_key import product_key_topk
 from ._rms_norm import rms_norm
 from ._tucker import tucker_filter, tucker_query
 from ._value_ffn import value_ffn
 
-__all__ = ["product_key_topk", "rms_norm", "tucker_filter", "tucker_query", "value_ffn"]
+__all__ = [
+    "key_balance_loss",
+    "product_key_topk",
+    "rms_norm",
+    "tucker_filter",
+    "tucker_query",
+    "value_ffn",
+]

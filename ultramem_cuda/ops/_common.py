@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -34,6 +35,14 @@ def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     )
 
 
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """For torch's own products inside an operator, which autocast is not to change."""
+    # The meta device has no autocast to turn off.
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def raise_double_backward(op: str) -> NoReturn:
     raise RuntimeError(f"{op}: differentiating twice is not supported")
 
@@ -46,7 +55,9 @@ def register(
 ) -> None:
     """Fake implementation, gradient formula and refusals of one operator.
 
-    An operator without a formula is itself a gradient: differentiating it raises.
+    An operator without a formula is itself a gradient: differentiating it raises. A formula gets
+    None for the outputs that nobody differentiates: torch would otherwise fill a tensor of zeros
+    for each of them, those that are saved for the backward included.
     """
     qualified = f"ultramem::{name}"
     torch.library.register_fake(qualified, fake)
@@ -55,10 +66,24 @@ def register(
     def refuse_vmap(*_: Any, **__: Any) -> NoReturn:
         raise NotImplementedError(f"{forward_name}: vmap is not supported")
 
-    def refuse_double_backward(*_: Any, **__: Any) -> NoReturn:
-        raise_double_backward(forward_name)
-
     torch.library.register_vmap(qualified, refuse_vmap)
-    torch.library.register_autograd(
-        qualified, backward or refuse_double_backward, setup_context=setup_context
-    )
+
+    if setup_context is None or backward is None:
+
+        def refuse_double_backward(*_: Any, **__: Any) -> NoReturn:
+            raise_double_backward(forward_name)
+
+        torch.library.register_autograd(qualified, refuse_double_backward)
+        return
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        setup_context(ctx, inputs, output)
+
+    def differentiate(ctx: Any, *grads: Tensor | None) -> Any:
+        if all(grad is None for grad in grads):
+            # Of a later function that gives its input no gradient.
+            return (None,) * len(ctx.needs_input_grad)
+        return backward(ctx, *grads)
+
+    torch.library.register_autograd(qualified, differentiate, setup_context=setup)

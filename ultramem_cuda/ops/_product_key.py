@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +18,40 @@ _MAX_TOPK = 1024
 _MODES = ("tucker", "additive")
 
 
+@overload
+def product_key_topk(
+    query: Tensor,
+    keys: Tensor,
+    core: Tensor | None,
+    *,
+    topk: int,
+    axis_topk: int | None = ...,
+    u: Tensor | None = ...,
+    t: Tensor | None = ...,
+    key_norm_weight: Tensor | None = ...,
+    eps: float = ...,
+    mode: str = ...,
+    return_axis_indices: Literal[False] = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def product_key_topk(
+    query: Tensor,
+    keys: Tensor,
+    core: Tensor | None,
+    *,
+    topk: int,
+    axis_topk: int | None = ...,
+    u: Tensor | None = ...,
+    t: Tensor | None = ...,
+    key_norm_weight: Tensor | None = ...,
+    eps: float = ...,
+    mode: str = ...,
+    return_axis_indices: Literal[True],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
 def product_key_topk(
     query: Tensor,
     keys: Tensor,
@@ -30,7 +64,8 @@ def product_key_topk(
     key_norm_weight: Tensor | None = None,
     eps: float = 1e-6,
     mode: str = "tucker",
-) -> tuple[Tensor, Tensor]:
+    return_axis_indices: bool = False,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
     """The M best of n*n product keys for each token and head, with a score for each Tucker core.
 
     ::
@@ -55,9 +90,13 @@ def product_key_topk(
             that normalising them ahead gives the same). None: they are used as they are.
         mode: "tucker", or "additive" for plain product keys (score = S_row + S_col, R = C = 1;
             needs axis_topk >= min(topk, n)), as PKM, PEER and Memory+ layers have them.
+        return_axis_indices: also return I_row and I_col, which are there in any case: what
+            `key_balance_loss` and :class:`~ultramem_cuda.stats.KeyUsage` count.
 
     Returns:
-        scores [T, H, M, C] float32 (float64 for float64), indices [T, H, M] int64 = row * n + col.
+        scores [T, H, M, C] float32 (float64 for float64), indices [T, H, M] int64 = row * n + col;
+        with return_axis_indices also axis_indices [T, H, 2, m] int32, the keys that each axis kept,
+        rows and then columns, ascending.
 
     Under autocast query and keys are cast first; core, u and t never.
 
@@ -92,9 +131,11 @@ def product_key_topk(
             u, t, _ = tucker_filter(core.detach())
         u = accumulation_cast("product_key_topk", "u", u.detach(), query.dtype)
         t = accumulation_cast("product_key_topk", "t", t.detach(), query.dtype)
-    scores, indices, _, _, _ = torch.ops.ultramem.product_key_topk(
+    scores, indices, axis_indices, _, _ = torch.ops.ultramem.product_key_topk(
         query, keys, core, u, t, topk, axis_topk, mode
     )
+    if return_axis_indices:
+        return scores, indices, axis_indices
     return scores, indices
 
 
