@@ -23,6 +23,13 @@ __device__ __forceinline__ void cp_async_4(uint32_t shared, const void* global) 
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(shared), "l"(global) : "memory");
 }
 
+// What the L2 cache fetches at once. A hint that asks for it: what is read later is what is in
+// memory then, whoever writes it in between.
+inline constexpr int kPrefetchBytes = 64;
+__device__ __forceinline__ void prefetch_l2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(global) : "memory");
+}
+
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");
 }
@@ -118,6 +125,14 @@ __device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, u
       : "memory");
 }
 
+inline constexpr uint32_t kMaxPrefetchBytes = 1u << 19;
+
+// A hint: a multiple of 16 bytes from a 16-byte aligned address will be wanted soon. Reads nothing
+// as far as the order of memory goes.
+__device__ __forceinline__ void prefetch_to_l2(const void* global, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(global), "r"(bytes) : "memory");
+}
+
 #endif
 
 // ---- warps that copy for warps that multiply ---------------------------------------------------
@@ -125,6 +140,11 @@ __device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, u
 // Named barrier 0 is __syncthreads.
 __device__ __forceinline__ void named_barrier_sync(int name, int num_threads) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(name), "r"(num_threads) : "memory");
+}
+
+// The same without waiting: others do.
+__device__ __forceinline__ void named_barrier_arrive(int name, int num_threads) {
+  asm volatile("bar.arrive %0, %1;\n" ::"r"(name), "r"(num_threads) : "memory");
 }
 
 // Moves registers between the warps of a block, by whole warpgroups (four aligned warps): the sum
@@ -157,6 +177,17 @@ __device__ __forceinline__ void release_dependent_grid() {
 __device__ __forceinline__ void wait_for_prerequisite_grid() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
+// Reads these arguments of the kernel, one of each line of 64 bytes that is needed behind a wait:
+// the first read of a line takes longer than one of global memory.
+template <typename... Words>
+__device__ __forceinline__ void read_arguments(Words... words) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  // Something that depends on them, or else nobody reads; a pause of no time where it ever happens.
+  const uint32_t all = (static_cast<uint32_t>(words) ^ ...);
+  asm volatile("{ .reg .pred p; setp.eq.u32 p, %0, 0xffffffff; @p nanosleep.u32 0; }" ::"r"(all));
 #endif
 }
 

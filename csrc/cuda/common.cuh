@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "ultramem/types.h"
 
@@ -66,6 +67,36 @@ __device__ __forceinline__ __half from_float<__half>(float x) {
 template <>
 __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
+}
+
+// Elements of a small argument whose dtype is not worth a template argument. Loading and converting
+// are apart, so that other requests can go out between the two.
+__device__ __forceinline__ uint32_t load_bits(const void* elements, DType dtype, int64_t i) {
+  return dtype == DType::kFloat32 ? static_cast<const uint32_t*>(elements)[i]
+                                  : static_cast<const uint16_t*>(elements)[i];
+}
+
+__device__ __forceinline__ float bits_to_float(uint32_t bits, DType dtype) {
+  if (dtype == DType::kFloat16) {
+    __half x;
+    memcpy(&x, &bits, sizeof(x));
+    return to_float(x);
+  }
+  // The upper half of a float is a bfloat16.
+  const uint32_t float_bits = dtype == DType::kBFloat16 ? bits << 16 : bits;
+  float x;
+  memcpy(&x, &float_bits, sizeof(x));
+  return x;
+}
+
+__device__ __forceinline__ void store_element(void* elements, DType dtype, int64_t i, float x) {
+  if (dtype == DType::kBFloat16) {
+    static_cast<__nv_bfloat16*>(elements)[i] = from_float<__nv_bfloat16>(x);
+  } else if (dtype == DType::kFloat16) {
+    static_cast<__half*>(elements)[i] = from_float<__half>(x);
+  } else {
+    static_cast<float*>(elements)[i] = x;
+  }
 }
 
 // Every lane ends with the same sum, added in the same order on every run.

@@ -4,11 +4,11 @@
 //
 // Rows of whole 16-byte vectors live in registers while they are worked on, so that every element
 // is read and written once. Any other row is read twice, element by element.
-#include "rms_norm.cuh"
+#include "ultramem/rms_norm.h"
 
 #include <algorithm>
 
-#include "async_copy.cuh"
+#include "common.cuh"
 #include "kernel_registry.h"
 
 namespace ultramem::cuda {
@@ -183,7 +183,6 @@ __global__ void __launch_bounds__(kRowThreads)
   const float dim = static_cast<float>(p.dim);
   const float eps = static_cast<float>(p.eps);
   float sums[kVectors][kElements] = {};
-  release_dependent_grid();
   for (int64_t first = int64_t{blockIdx.x} * kRows; first < p.num_rows;
        first += int64_t{gridDim.x} * kRows) {
     const int64_t row = first + threadIdx.x / kLanes;
@@ -276,6 +275,22 @@ int64_t rows_per_block(const RmsNormParams& p) {
   return num_vectors(p) <= kShortVectors ? kRowThreads / 8 : kRowThreads / 32;
 }
 
+// Whether rows can be read in 16-byte vectors and fit the registers of a warp.
+bool is_vectorised(const RmsNormParams& p) {
+  return p.dim * element_size(p.dtype) % 16 == 0 && num_vectors(p) <= kLongVectors &&
+         is_aligned(p.x) && is_aligned(p.weight) && is_aligned(p.y);
+}
+
+bool is_vectorised(const RmsNormBwdParams& p) {
+  return is_vectorised(static_cast<const RmsNormParams&>(p)) && is_aligned(p.grad_y) &&
+         is_aligned(p.grad_x);
+}
+
+// Partial sums of grad_weight that vectorised rows leave.
+int64_t bwd_num_partials(const RmsNormBwdParams& p) {
+  return std::min(ceil_div(p.num_rows, rows_per_block(p)), kMaxPartials);
+}
+
 template <typename scalar_t>
 Status launch_fwd(const RmsNormParams& p, Stream stream) {
   return ULTRAMEM_ROW_SWITCH(num_vectors(p), [&] {
@@ -287,7 +302,7 @@ Status launch_fwd(const RmsNormParams& p, Stream stream) {
 
 template <typename scalar_t>
 Status launch_bwd_rows(const RmsNormBwdParams& p, float* partial_sums, Stream stream) {
-  const auto blocks = static_cast<unsigned>(rms_norm_bwd_num_partials(p));
+  const auto blocks = static_cast<unsigned>(bwd_num_partials(p));
   return ULTRAMEM_ROW_SWITCH(num_vectors(p), [&] {
     rms_norm_bwd_kernel<scalar_t, kLanes, kVectors>
         <<<blocks, kRowThreads, 0, stream>>>(p, partial_sums);
@@ -466,30 +481,10 @@ ULTRAMEM_REGISTER_KERNEL(bwd_reduce, "rms_norm_bwd_reduce", kReduceThreads,
 
 }  // namespace
 
-bool rms_norm_is_vectorised(const RmsNormParams& params) {
-  return params.dim * element_size(params.dtype) % 16 == 0 && num_vectors(params) <= kLongVectors &&
-         is_aligned(params.x) && is_aligned(params.weight) && is_aligned(params.y);
-}
-
-bool rms_norm_is_vectorised(const RmsNormBwdParams& params) {
-  return rms_norm_is_vectorised(static_cast<const RmsNormParams&>(params)) &&
-         is_aligned(params.grad_y) && is_aligned(params.grad_x);
-}
-
-int64_t rms_norm_bwd_num_partials(const RmsNormBwdParams& params) {
-  return std::min(ceil_div(params.num_rows, rows_per_block(params)), kMaxPartials);
-}
-
-Status rms_norm_bwd_rows(const RmsNormBwdParams& params, float* partial_sums, Stream stream) {
-  return ULTRAMEM_DISPATCH_DTYPE(params.dtype, scalar_t, [&] {
-    return launch_bwd_rows<scalar_t>(params, partial_sums, stream);
-  });
-}
-
 Status rms_norm_fwd(const RmsNormParams& params, Stream stream) {
   ULTRAMEM_RETURN_IF_ERROR(check(params));
   if (params.num_rows == 0) return {};
-  const bool vectorised = rms_norm_is_vectorised(params);
+  const bool vectorised = is_vectorised(params);
   return ULTRAMEM_DISPATCH_DTYPE(params.dtype, scalar_t, [&] {
     if (vectorised) return launch_fwd<scalar_t>(params, stream);
     rms_norm_fwd_any_kernel<scalar_t>
@@ -504,8 +499,7 @@ size_t rms_norm_bwd_workspace(const RmsNormBwdParams& params) {
   const int64_t num_slices = ceil_div(params.num_rows, slice_rows(params.num_rows));
   const size_t any_bytes =
       align_up(params.num_rows * sizeof(float)) + align_up(num_slices * params.dim * sizeof(float));
-  const size_t vectorised_bytes =
-      align_up(rms_norm_bwd_num_partials(params) * params.dim * sizeof(float));
+  const size_t vectorised_bytes = align_up(bwd_num_partials(params) * params.dim * sizeof(float));
   return std::max(any_bytes, vectorised_bytes);
 }
 
@@ -515,15 +509,20 @@ Status rms_norm_bwd(const RmsNormBwdParams& params, Stream stream) {
     if (params.grad_weight == nullptr) return {};
     return to_status(cudaMemsetAsync(params.grad_weight, 0, params.dim * sizeof(float), stream));
   }
-  if (!rms_norm_is_vectorised(params)) {
+  if (!is_vectorised(params)) {
     return ULTRAMEM_DISPATCH_DTYPE(params.dtype, scalar_t,
                                    [&] { return launch_bwd_any<scalar_t>(params, stream); });
   }
-  if (params.grad_weight == nullptr) return rms_norm_bwd_rows(params, nullptr, stream);
-  const int64_t num_partials = rms_norm_bwd_num_partials(params);
+  const auto launch_rows = [&](float* partial_sums) {
+    return ULTRAMEM_DISPATCH_DTYPE(params.dtype, scalar_t, [&] {
+      return launch_bwd_rows<scalar_t>(params, partial_sums, stream);
+    });
+  };
+  if (params.grad_weight == nullptr) return launch_rows(nullptr);
+  const int64_t num_partials = bwd_num_partials(params);
   const bool complete = num_partials == 1;
   auto* partial_sums = static_cast<float*>(complete ? params.grad_weight : params.workspace);
-  ULTRAMEM_RETURN_IF_ERROR(rms_norm_bwd_rows(params, partial_sums, stream));
+  ULTRAMEM_RETURN_IF_ERROR(launch_rows(partial_sums));
   return complete ? Status{} : launch_reduce(params, partial_sums, num_partials, stream);
 }
 

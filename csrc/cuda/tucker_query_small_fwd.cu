@@ -1,20 +1,20 @@
 // tucker_query for few tokens, forward: query = RMSNorm_Kd(x W^T) in one kernel.
 //
 // A thread block cluster works on one segment (Kd rows of W), its blocks on a tile of rows by a
-// slice of D each, so that W is read once and x once per tile of rows. Their partial sums meet in
-// distributed shared memory, and so do the sums of squares that the norm needs.
+// slice of D each, so that W is read once and x once per tile of rows. Every token belongs to one
+// block of the cluster: to it the others send what they have of the token, into its shared memory,
+// and it has then all that the norm needs. That is the only time that the cluster meets, and nobody
+// reads another's shared memory, which would be a round trip.
 //
 // In a block every warp multiplies 32 rows of W with all tokens, taking turns over the slice where
 // there are fewer rows than warps. A fragment of W is used by one thread only. It is copied to
 // where that thread alone reads it, 16 consecutive bytes a row: within 32 columns the order in
 // which tensor cores see them is free, as long as x is read in the same order.
-#include <cooperative_groups.h>
-
 #include <algorithm>
-#include <atomic>
 #include <optional>
 
 #include "async_copy.cuh"
+#include "cluster.cuh"
 #include "common.cuh"
 #include "kernel_registry.h"
 #include "mma.cuh"
@@ -28,37 +28,68 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kUnitRows = 32;     // rows of W that a warp multiplies: two tiles of 16
 constexpr int kStepColumns = 32;  // columns of one step: two tensor-core products
 constexpr int kStepBytes = kStepColumns * 2;
-constexpr int kStepPieces = 4;    // 16-byte pieces of W that a thread needs for a step
-constexpr int kMaxRingSteps = 8;  // steps in flight
+constexpr int kStepPieces = 4;  // 16-byte pieces of W that a thread needs for a step
 constexpr int kRingStepBytes = kStepPieces * kThreads * 16;
 constexpr int kTokenTile = 8;
-// More than the 8 blocks of a portable cluster; Hopper allows 16.
-constexpr int kLargeCluster = 16;
-constexpr int kPortableCluster = 8;
+// Steps in flight. Of many tokens two blocks share a multiprocessor, and its shared memory.
+__host__ __device__ constexpr bool is_many(int token_tiles) { return token_tiles > 2; }
+__host__ __device__ constexpr int ring_steps(int token_tiles) {
+  return is_many(token_tiles) ? 4 : 8;
+}
+constexpr int kMaxRowGroups = 4;
 constexpr int kMaxGroupRows = kWarps * kUnitRows;
+constexpr int kMaxKeyDim = kMaxRowGroups * kMaxGroupRows;
+// The squares of a token are added up by chunks of 128 rows, four a lane.
+constexpr int kChunkRows = kWarpSize * 4;
+constexpr int kMaxChunks = kMaxKeyDim / kChunkRows;
 
-// How a cluster shares out a segment. A block is (row group, column group).
+int token_tiles(int num_tokens) {
+  for (const int tiles : {1, 2, 4}) {
+    if (num_tokens <= tiles * kTokenTile) return tiles;
+  }
+  return 8;
+}
+
+// How the clusters share out the tokens and the segments, and a cluster its segment. A block is
+// (row group, column group).
 struct Plan {
   int cluster_blocks;
+  int token_groups;  // clusters of a segment
+  int group_tokens;
   int column_groups;
-  int group_rows;      // rows of W of a row group, a multiple of 16
-  int group_steps;     // steps of a column group
-  int units;           // warps that share the rows of a block
-  int unit_warps;      // warps that share the steps of a unit
-  int x_stride;        // bytes from token to token of the block's slice of x
-  int partial_stride;  // floats from token to token of its partial sums
-  int x_offset;        // bytes into shared memory, behind the ring and the partial sums
-  int gains_offset;    // behind x
+  int cluster_shift, token_shift, column_shift;  // logarithms of these numbers, powers of two
+  int group_rows;                                // rows of W of a row group, a multiple of 16
+  int group_steps;                               // steps of a column group
+  int units;                                     // warps that share the rows of a block
+  int unit_warps;                                // warps that share the steps of a unit
+  int x_stride;         // bytes from token to token of the block's slice of x
+  int partial_stride;   // floats from token to token of its partial sums
+  int received_stride;  // floats from column group to column group of what it receives
+  int x_offset;         // bytes into shared memory, behind the ring
+  int received_offset;  // behind the partial sums, and the ring and x
+  int gains_offset;     // behind all these
   int shared_bytes;
 };
 
-// Behind the gains: 1 / rms and the sums of squares, for each token, and the barrier of x.
-constexpr int kTailBytes = 2 * kTuckerQuerySmallTokens * 4 + 16;
+// Of a block's tokens the sums of squares, and the barriers of x and of what it receives.
+constexpr int kMaxOwnTokens = kTuckerQuerySmallTokens / kPortableCluster;
+constexpr int kTailBytes = kMaxOwnTokens * kMaxChunks * 4 + 2 * 8;
 
-Plan make_plan(const TuckerQueryParams& p, int cluster_blocks, int column_groups, int token_tiles) {
+Plan make_plan(const TuckerQueryParams& p, int cluster_blocks, int column_groups,
+               int token_groups) {
   Plan plan{};
   plan.cluster_blocks = cluster_blocks;
+  plan.token_groups = token_groups;
+  plan.group_tokens = static_cast<int>(ceil_div(p.num_tokens, token_groups));
   plan.column_groups = column_groups;
+  auto logarithm = [](int power) {
+    int shift = 0;
+    while (1 << shift < power) ++shift;
+    return shift;
+  };
+  plan.cluster_shift = logarithm(cluster_blocks);
+  plan.token_shift = logarithm(token_groups);
+  plan.column_shift = logarithm(column_groups);
   const int row_groups = cluster_blocks / column_groups;
   plan.group_rows = static_cast<int>(16 * ceil_div(p.key_dim, 16 * row_groups));
   const int64_t steps = ceil_div(p.d_model, kStepColumns);
@@ -70,13 +101,20 @@ Plan make_plan(const TuckerQueryParams& p, int cluster_blocks, int column_groups
   plan.x_stride = (plan.group_steps | 1) * kStepBytes;
   // 4 more than a multiple of 16, so that the fragments of a warp are written without conflicts.
   plan.partial_stride = plan.units * kUnitRows + 4;
-  const int tokens = token_tiles * kTokenTile;
+  plan.received_stride = static_cast<int>(4 * ceil_div(p.key_dim, 4));
+  const int tokens = token_tiles(plan.group_tokens) * kTokenTile;
   const int warp_steps = static_cast<int>(ceil_div(plan.group_steps, plan.unit_warps));
-  const int ring_bytes = std::min(warp_steps, kMaxRingSteps) * kRingStepBytes;
-  const int partial_bytes = plan.unit_warps * tokens * plan.partial_stride * 4;
-  plan.x_offset = std::max(ring_bytes, partial_bytes);
-  plan.gains_offset = plan.x_offset + tokens * plan.x_stride;
-  plan.shared_bytes = plan.gains_offset + plan.units * kUnitRows * 4 + kTailBytes;
+  const int own_tokens = static_cast<int>(ceil_div(plan.group_tokens, cluster_blocks));
+  plan.x_offset = std::min(warp_steps, ring_steps(tokens / kTokenTile)) * kRingStepBytes;
+  // What others send takes the place of the ring and x where these are large, else its own: nobody
+  // has to wait then until all have read theirs.
+  const int partials_end = plan.unit_warps * tokens * plan.partial_stride * 4;
+  const int x_end = plan.x_offset + tokens * plan.x_stride;
+  plan.received_offset =
+      is_many(tokens / kTokenTile) ? partials_end : std::max(partials_end, x_end);
+  plan.gains_offset =
+      std::max(x_end, plan.received_offset + own_tokens * column_groups * plan.received_stride * 4);
+  plan.shared_bytes = plan.gains_offset + plan.received_stride * 4 + kTailBytes;
   return plan;
 }
 
@@ -101,71 +139,98 @@ __device__ __forceinline__ void store_four(scalar_t* target, const float (&value
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-namespace cg = cooperative_groups;
-
 // What a block works on, and where it keeps it.
 struct Block {
   __device__ Block(const TuckerQueryParams& p, const Plan& plan, unsigned char* shared)
       : shared(shared) {
-    const auto rank = static_cast<int>(cg::this_cluster().block_rank());
-    segment = blockIdx.x / plan.cluster_blocks;
-    row_groups = plan.cluster_blocks / plan.column_groups;
-    row_group = rank / plan.column_groups;
-    column_group = rank % plan.column_groups;
-    num_tokens = static_cast<int>(p.num_tokens);
+    rank = static_cast<int>(cluster_rank());
+    const int cluster = static_cast<int>(blockIdx.x) >> plan.cluster_shift;
+    segment = cluster >> plan.token_shift;
+    first_token = (cluster & (plan.token_groups - 1)) * plan.group_tokens;
+    num_tokens = min(static_cast<int>(p.num_tokens) - first_token, plan.group_tokens);
+    const int row_group = rank >> plan.column_shift;
+    column_group = rank & (plan.column_groups - 1);
     first_row = row_group * plan.group_rows;
     num_rows = max(min(static_cast<int>(p.key_dim) - first_row, plan.group_rows), 0);
     const int width = plan.group_steps * kStepColumns;
     first_column = column_group * width;
     num_columns = max(min(static_cast<int>(p.d_model) - first_column, width), 0);
     num_steps = (num_columns + kStepColumns - 1) / kStepColumns;
-    own_tokens = (num_tokens - column_group + plan.column_groups - 1) / plan.column_groups;
+    own_tokens = (num_tokens - rank + plan.cluster_blocks - 1) >> plan.cluster_shift;
 
     partials = reinterpret_cast<float*>(shared);
     x_tile = shared + plan.x_offset;
+    received = reinterpret_cast<float*>(shared + plan.received_offset);
     gains = reinterpret_cast<float*>(shared + plan.gains_offset);
-    squares = gains + plan.units * kUnitRows;
-    rstd = squares + kTuckerQuerySmallTokens;
-    x_barrier = shared_address(rstd + kTuckerQuerySmallTokens);
+    squares = gains + plan.received_stride;
+    x_barrier = shared_address(squares + kMaxOwnTokens * kMaxChunks);
+    received_barrier = x_barrier + 8;
   }
 
+  int rank;  // in the cluster
   int64_t segment;
-  int row_groups, row_group, column_group;
-  int num_tokens;
+  int first_token, num_tokens;
+  int column_group;
   int first_row, num_rows;                   // within the segment
   int first_column, num_columns, num_steps;  // of D
-  int own_tokens;  // tokens column_group, column_group + column_groups, ...: it finishes these
+  int own_tokens;                            // its tokens are rank, rank + cluster_blocks, ...
 
   unsigned char* shared;  // the ring of W, then the partial sums
   float* partials;        // [unit warp][token][row]
   unsigned char* x_tile;  // [token][column]
-  float* gains;           // [row]
-  float* squares;         // [token]
-  float* rstd;            // [token]
+  float* received;        // [own token][column group][row of the segment]
+  float* gains;           // [row of the segment]
+  float* squares;         // [own token][chunk]
   uint32_t x_barrier;
+  uint32_t received_barrier;
 };
 
-// The slice of x: one bulk copy a token, so that its requests do not stand before those of W.
+// Both are complete once: when x is there, and when all have sent what they have of the own tokens.
+__device__ __forceinline__ void init_barriers(const Plan& plan, const Block& block) {
+  mbarrier_init(block.x_barrier, 1);
+  mbarrier_init(block.received_barrier, 1);
+  mbarrier_init_fence();
+  fence_shared_writes();
+  mbarrier_expect_bytes(block.x_barrier,
+                        static_cast<uint32_t>(block.num_columns * 2 * block.num_tokens));
+  mbarrier_expect_bytes(
+      block.received_barrier,
+      static_cast<uint32_t>(block.own_tokens * plan.column_groups * plan.received_stride * 4));
+}
+
+// The block's slice of W to the L2 cache.
 template <typename scalar_t>
+__device__ __forceinline__ void prefetch_weight(const TuckerQueryParams& p, const Block& block) {
+  constexpr int kColumns = kPrefetchBytes / 2;
+  const auto* weight = static_cast<const scalar_t*>(p.weight) +
+                       (block.segment * p.key_dim + block.first_row) * p.d_model +
+                       block.first_column;
+  const auto lane = static_cast<int>(threadIdx.x) % kWarpSize;
+#pragma unroll 1
+  for (int row = threadIdx.x / kWarpSize; row < block.num_rows; row += kWarps) {
+    for (int column = lane * kColumns; column < block.num_columns; column += kWarpSize * kColumns) {
+      prefetch_l2(weight + row * p.d_model + column);
+    }
+  }
+}
+
+// The slice of x: one bulk copy a token, so that its requests do not stand before those of W. A
+// warp has its lanes issue such copies one after another: all warps have some.
+template <typename scalar_t, int kTokenTiles>
 __device__ __forceinline__ void copy_x(const TuckerQueryParams& p, const Plan& plan,
                                        const Block& block) {
-  if (threadIdx.x < kWarpSize && block.num_columns > 0) {
-    const auto row_bytes = static_cast<uint32_t>(block.num_columns * 2);
-    if (threadIdx.x == 0) {
-      mbarrier_init(block.x_barrier, 1);
-      mbarrier_init_fence();
-      fence_shared_writes();
-      mbarrier_expect_bytes(block.x_barrier, row_bytes * block.num_tokens);
-    }
-    __syncwarp();
-    const auto* x = static_cast<const scalar_t*>(p.x) + block.first_column;
-    for (int token = threadIdx.x; token < block.num_tokens; token += kWarpSize) {
-      bulk_copy(shared_address(block.x_tile + token * plan.x_stride), x + token * p.d_model,
-                row_bytes, block.x_barrier);
-    }
+  constexpr int kWarpTokens = kTokenTiles * kTokenTile / kWarps;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int copied_token = static_cast<int>(threadIdx.x) / kWarpSize * kWarpTokens + lane;
+  if (lane < kWarpTokens && copied_token < block.num_tokens && block.num_columns > 0) {
+    const auto* x = static_cast<const scalar_t*>(p.x) +
+                    (block.first_token + copied_token) * p.d_model + block.first_column;
+    bulk_copy(shared_address(block.x_tile + copied_token * plan.x_stride), x,
+              static_cast<uint32_t>(block.num_columns * 2), block.x_barrier);
   }
   // The last step may end behind D: zeros there, in x as in W.
   const int missing_pieces = (block.num_steps * kStepColumns - block.num_columns) / 8;
+#pragma unroll 1
   for (int i = threadIdx.x; i < block.num_tokens * missing_pieces; i += kThreads) {
     unsigned char* end = block.x_tile + i / missing_pieces * plan.x_stride + block.num_columns * 2;
     reinterpret_cast<uint4*>(end)[i % missing_pieces] = uint4{0, 0, 0, 0};
@@ -176,6 +241,7 @@ __device__ __forceinline__ void copy_x(const TuckerQueryParams& p, const Plan& p
 template <typename scalar_t, int kTokenTiles>
 __device__ __forceinline__ void multiply(const TuckerQueryParams& p, const Plan& plan,
                                          const Block& block) {
+  constexpr int kRingSteps = ring_steps(kTokenTiles);
   const int warp = threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   const int unit = warp % plan.units;
@@ -186,36 +252,48 @@ __device__ __forceinline__ void multiply(const TuckerQueryParams& p, const Plan&
   // This thread's pieces of a step are 8 columns of rows r, r + 8, r + 16, r + 24 of its unit.
   const int first_row = unit * kUnitRows + lane / 4;
   const int fragment_column = lane % 4 * 8;
-  const scalar_t* weight = static_cast<const scalar_t*>(p.weight) +
-                           (block.segment * p.key_dim + block.first_row) * p.d_model +
-                           block.first_column;
-  unsigned char* pieces = block.shared + static_cast<int>(threadIdx.x) * 16;
+  const int first_column = unit_warp * kStepColumns + fragment_column;
+  const scalar_t* sources[kStepPieces];
+  bool has_row[kStepPieces];
+#pragma unroll
+  for (int piece = 0; piece < kStepPieces; ++piece) {
+    const int row = first_row + piece * 8;
+    has_row[piece] = row < block.num_rows;
+    sources[piece] =
+        static_cast<const scalar_t*>(p.weight) +
+        (block.segment * p.key_dim + (has_row[piece] ? block.first_row + row : 0)) * p.d_model +
+        block.first_column + first_column;
+  }
+  const int step_columns = plan.unit_warps * kStepColumns;
+  const int my_columns = block.num_columns - first_column;
+  const uint32_t pieces = shared_address(block.shared + static_cast<int>(threadIdx.x) * 16);
+  // Nothing is read of a piece that does not exist, wherever its source points.
   auto copy_step = [&](int i) {
     if (i < warp_steps) {
-      const int column = (i * plan.unit_warps + unit_warp) * kStepColumns + fragment_column;
-      unsigned char* slot = pieces + i % kMaxRingSteps * kRingStepBytes;
+      const int column = i * step_columns;
+      const uint32_t slot = pieces + i % kRingSteps * kRingStepBytes;
+      const bool has_column = column < my_columns;
 #pragma unroll
       for (int piece = 0; piece < kStepPieces; ++piece) {
-        const int row = first_row + piece * 8;
-        const bool valid = row < block.num_rows && column < block.num_columns;
-        const scalar_t* source =
-            valid ? weight + row * p.d_model + column : static_cast<const scalar_t*>(p.weight);
-        cp_async_16(shared_address(slot + piece * kThreads * 16), source, valid);
+        cp_async_16(slot + piece * kThreads * 16, sources[piece] + column,
+                    has_column && has_row[piece]);
       }
     }
     cp_async_commit();
   };
 #pragma unroll
-  for (int i = 0; i < kMaxRingSteps; ++i) copy_step(i);
+  for (int i = 0; i < kRingSteps; ++i) copy_step(i);
 
-  __syncthreads();  // the barrier is initialised, the zeros are written
-  if (block.num_columns > 0) mbarrier_wait(block.x_barrier, 0);
+  __syncthreads();  // the zeros are written
+  mbarrier_wait(block.x_barrier, 0);
 
   float acc[2][kTokenTiles][4] = {};
   const unsigned char* x_rows = block.x_tile + lane / 4 * plan.x_stride + fragment_column * 2;
+#pragma unroll 1
   for (int i = 0; i < warp_steps; ++i) {
-    cp_async_wait<kMaxRingSteps - 1>();
-    const unsigned char* slot = pieces + i % kMaxRingSteps * kRingStepBytes;
+    cp_async_wait<kRingSteps - 1>();
+    const unsigned char* slot =
+        block.shared + static_cast<int>(threadIdx.x) * 16 + i % kRingSteps * kRingStepBytes;
     uint4 w[kStepPieces];
 #pragma unroll
     for (int piece = 0; piece < kStepPieces; ++piece) {
@@ -234,10 +312,11 @@ __device__ __forceinline__ void multiply(const TuckerQueryParams& p, const Plan&
         mma_m16n8k16<scalar_t>(acc[half][tile], a[half][1], b.z, b.w);
       }
     }
-    copy_step(i + kMaxRingSteps);
+    copy_step(i + kRingSteps);
   }
   cp_async_wait<0>();
-  __syncthreads();  // the ring is empty: the partial sums take its place
+  __syncthreads();  // all have read the ring and x: the partial sums take their place
+  if (is_many(kTokenTiles)) cluster_arrive_relaxed();  // and what others send, see make_plan
 
   if (unit_warp >= plan.unit_warps) return;
   float* target = block.partials + unit_warp * kTokenTiles * kTokenTile * plan.partial_stride;
@@ -263,233 +342,184 @@ __device__ __forceinline__ void add_four(float (&sum)[4], const float* four) {
   sum[3] += add.w;
 }
 
-// The warps that shared the steps of a unit: their sums, in the place of the first.
-__device__ __forceinline__ void add_unit_warps(const Plan& plan, const Block& block,
-                                               int partial_size) {
-  const int row_fours = plan.units * kUnitRows / 4;
-  for (int i = threadIdx.x; i < block.num_tokens * row_fours; i += kThreads) {
-    float* four = block.partials + i / row_fours * plan.partial_stride + i % row_fours * 4;
-    float sum[4] = {};
-    for (int unit_warp = 0; unit_warp < plan.unit_warps; ++unit_warp) {
-      add_four(sum, four + unit_warp * partial_size);
-    }
-    *reinterpret_cast<float4*>(four) = {sum[0], sum[1], sum[2], sum[3]};
-  }
-}
-
-// The column groups: for each of its own tokens the block adds up what all have of its rows. No
-// other block reads these here, so that the sum can stay in place. It is rounded: what is
-// normalised is the projection as it is saved.
-template <typename scalar_t>
-__device__ __forceinline__ void add_column_groups(const Plan& plan, const Block& block) {
-  const cg::cluster_group cluster = cg::this_cluster();
-  const int lane = threadIdx.x % kWarpSize;
-  for (int i = threadIdx.x / kWarpSize; i < block.own_tokens; i += kWarps) {
-    const int token = block.column_group + i * plan.column_groups;
-    float squares = 0.0f;
-    for (int row = lane * 4; row < block.num_rows; row += kWarpSize * 4) {
-      float* own = block.partials + token * plan.partial_stride + row;
+// The sums over the warps that shared the steps of a unit, to the owners of the tokens. A warp
+// takes a token, its lanes four rows each.
+__device__ __forceinline__ void send_partials(const Plan& plan, const Block& block,
+                                              int partial_size) {
+  const int lane_row = static_cast<int>(threadIdx.x) % kWarpSize * 4;
+#pragma unroll 1
+  for (int token = threadIdx.x / kWarpSize; token < block.num_tokens; token += kWarps) {
+    const int slot = token >> plan.cluster_shift;
+    const auto owner = static_cast<uint32_t>(token & (plan.cluster_blocks - 1));
+    const float* target = block.received +
+                          (slot * plan.column_groups + block.column_group) * plan.received_stride +
+                          block.first_row;
+    const uint32_t remote = address_in_block(shared_address(target), owner);
+    const uint32_t barrier = address_in_block(block.received_barrier, owner);
+    const float* partials = block.partials + token * plan.partial_stride;
+#pragma unroll 1
+    for (int row = lane_row; row < block.num_rows; row += kWarpSize * 4) {
       float sum[4] = {};
-      for (int group = 0; group < plan.column_groups; ++group) {
-        add_four(sum, cluster.map_shared_rank(own, block.row_group * plan.column_groups + group));
+#pragma unroll 2
+      for (int unit_warp = 0; unit_warp < plan.unit_warps; ++unit_warp) {
+        add_four(sum, partials + row + unit_warp * partial_size);
       }
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        sum[e] = row + e < block.num_rows ? to_float(from_float<scalar_t>(sum[e])) : 0.0f;
-        squares = fmaf(sum[e], sum[e], squares);
-      }
-      *reinterpret_cast<float4*>(own) = {sum[0], sum[1], sum[2], sum[3]};
+      store_async(remote + row * 4, {sum[0], sum[1], sum[2], sum[3]}, barrier);
     }
-    squares = warp_sum(squares);
-    if (lane == 0) block.squares[token] = squares;
   }
 }
 
-// The row groups: the norm of each of the block's own tokens.
-__device__ __forceinline__ void add_row_groups(const TuckerQueryParams& p, const Plan& plan,
-                                               const Block& block) {
-  const auto i = static_cast<int>(threadIdx.x);
-  if (i >= block.own_tokens) return;
-  const cg::cluster_group cluster = cg::this_cluster();
-  const int token = block.column_group + i * plan.column_groups;
+// The sums over the column groups, in the place of the first, and those of their squares. They are
+// rounded: what is normalised is the projection as it is saved.
+template <typename scalar_t>
+__device__ __forceinline__ void add_column_groups(const TuckerQueryParams& p, const Plan& plan,
+                                                  const Block& block, int slot, int chunk) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int row = chunk * kChunkRows + lane * 4;
   float squares = 0.0f;
-  for (int group = 0; group < block.row_groups; ++group) {
-    squares += *cluster.map_shared_rank(&block.squares[token],
-                                        group * plan.column_groups + block.column_group);
+  if (row < plan.received_stride) {
+    float* own = block.received + slot * plan.column_groups * plan.received_stride + row;
+    float sum[4] = {};
+#pragma unroll 4
+    for (int group = 0; group < plan.column_groups; ++group) {
+      add_four(sum, own + group * plan.received_stride);
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      sum[e] = row + e < p.key_dim ? to_float(from_float<scalar_t>(sum[e])) : 0.0f;
+      squares = fmaf(sum[e], sum[e], squares);
+    }
+    *reinterpret_cast<float4*>(own) = {sum[0], sum[1], sum[2], sum[3]};
   }
-  const float mean = squares / static_cast<float>(p.key_dim);
-  block.rstd[token] = 1.0f / sqrtf(mean + static_cast<float>(p.eps));
+  squares = warp_sum(squares);
+  if (lane == 0) block.squares[slot * kMaxChunks + chunk] = squares;
 }
 
 template <typename scalar_t>
 __device__ __forceinline__ void store_outputs(const TuckerQueryParams& p, const Plan& plan,
-                                              const Block& block) {
-  const int64_t row_width = p.num_segments * p.key_dim;
+                                              const Block& block, int slot, int chunk) {
+  const int row = chunk * kChunkRows + static_cast<int>(threadIdx.x) % kWarpSize * 4;
+  if (row >= plan.received_stride) return;
+  float squares = 0.0f;
+#pragma unroll 1
+  for (int other = 0; other * kChunkRows < p.key_dim; ++other) {
+    squares += block.squares[slot * kMaxChunks + other];
+  }
+  const float mean = squares / static_cast<float>(p.key_dim);
+  const float rstd = 1.0f / sqrtf(mean + static_cast<float>(p.eps));
+
+  float values[4] = {};
+  add_four(values, block.received + slot * plan.column_groups * plan.received_stride + row);
+  const float4 gains = *reinterpret_cast<const float4*>(block.gains + row);
+  const float normed[4] = {values[0] * rstd * gains.x, values[1] * rstd * gains.y,
+                           values[2] * rstd * gains.z, values[3] * rstd * gains.w};
+  const int64_t token = block.first_token + block.rank + slot * plan.cluster_blocks;
+  const int64_t output = (token * p.num_segments + block.segment) * p.key_dim + row;
   const bool aligned = p.key_dim % 4 == 0;
-  for (int i = threadIdx.x / kWarpSize; i < block.own_tokens; i += kWarps) {
-    const int token = block.column_group + i * plan.column_groups;
-    const float rstd = block.rstd[token];
-    const int64_t output = token * row_width + block.segment * p.key_dim + block.first_row;
-    auto* projection = static_cast<scalar_t*>(p.projection) + output;
-    auto* query = static_cast<scalar_t*>(p.query) + output;
-    for (int row = static_cast<int>(threadIdx.x) % kWarpSize * 4; row < block.num_rows;
-         row += kWarpSize * 4) {
-      float values[4] = {};
-      add_four(values, block.partials + token * plan.partial_stride + row);
-      store_four(projection + row, values, block.num_rows - row, aligned);
-      const float4 gains = *reinterpret_cast<const float4*>(block.gains + row);
-      const float normed[4] = {values[0] * rstd * gains.x, values[1] * rstd * gains.y,
-                               values[2] * rstd * gains.z, values[3] * rstd * gains.w};
-      store_four(query + row, normed, block.num_rows - row, aligned);
-    }
+  const int count = static_cast<int>(p.key_dim) - row;
+  store_four(static_cast<scalar_t*>(p.projection) + output, values, count, aligned);
+  store_four(static_cast<scalar_t*>(p.query) + output, normed, count, aligned);
+}
+
+// What the block's own tokens need behind the product. Warps take turns over their chunks.
+template <typename scalar_t>
+__device__ __forceinline__ void finish_own_tokens(const TuckerQueryParams& p, const Plan& plan,
+                                                  const Block& block) {
+  if (block.own_tokens == 0) return;
+  mbarrier_wait_cluster(block.received_barrier, 0);
+  const int chunks = (static_cast<int>(p.key_dim) + kChunkRows - 1) / kChunkRows;
+  const int warp = threadIdx.x / kWarpSize;
+#pragma unroll 1
+  for (int i = warp; i < block.own_tokens * chunks; i += kWarps) {
+    add_column_groups<scalar_t>(p, plan, block, i / chunks, i % chunks);
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int i = warp; i < block.own_tokens * chunks; i += kWarps) {
+    store_outputs<scalar_t>(p, plan, block, i / chunks, i % chunks);
   }
 }
 
 #endif  // __CUDA_ARCH__ >= 900
 
-// kTokenTiles tiles of 8 tokens. Grid: a cluster for each segment.
+// kTokenTiles tiles of 8 tokens. Grid: a cluster for each (segment, token group).
 template <typename scalar_t, int kTokenTiles>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, kTokenTiles <= 4 ? 2 : 1)
     tucker_query_small_fwd_kernel(__grid_constant__ const TuckerQueryParams p,
                                   __grid_constant__ const Plan plan) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) unsigned char shared[];
-  cg::cluster_group cluster = cg::this_cluster();
   const Block block(p, plan, shared);
-  copy_x<scalar_t>(p, plan, block);
-  // Part of the first group of copies that `multiply` waits for.
-  for (int row = threadIdx.x; row < block.num_rows; row += kThreads) {
-    cp_async_4(shared_address(&block.gains[row]),
-               static_cast<const float*>(p.norm_weight) + block.first_row + row);
+  if (threadIdx.x == 0) init_barriers(plan, block);
+  prefetch_weight<scalar_t>(p, block);
+  __syncthreads();  // the barriers are initialised
+  // Others may send once all of the cluster have arrived.
+  if (!is_many(kTokenTiles)) cluster_arrive_relaxed();
+  wait_for_prerequisite_grid();
+  release_dependent_grid();
+  copy_x<scalar_t, kTokenTiles>(p, plan, block);
+  constexpr int kThreadGains = kMaxKeyDim / kThreads;
+  // Requested ahead of W, used behind the product: nobody waits for them.
+  uint32_t gains[kThreadGains] = {};
+#pragma unroll
+  for (int i = 0; i < kThreadGains; ++i) {
+    const int row = i * kThreads + static_cast<int>(threadIdx.x);
+    if (row < p.key_dim) gains[i] = load_bits(p.norm_weight, p.norm_dtype, row);
   }
   multiply<scalar_t, kTokenTiles>(p, plan, block);
-  if (plan.unit_warps > 1) {
-    __syncthreads();
-    add_unit_warps(plan, block, kTokenTiles * kTokenTile * plan.partial_stride);
+#pragma unroll
+  for (int i = 0; i < kThreadGains; ++i) {
+    const int row = i * kThreads + static_cast<int>(threadIdx.x);
+    if (row < p.key_dim) block.gains[row] = bits_to_float(gains[i], p.norm_dtype);
   }
-  cluster.sync();
-  add_column_groups<scalar_t>(plan, block);
-  cluster.sync();
-  add_row_groups(p, plan, block);
-  // The others' shared memory is read no more; ours stays until they say the same. Nothing was
-  // written to global memory so far: arriving would wait for that.
-  cluster.barrier_arrive();
   __syncthreads();
-  store_outputs<scalar_t>(p, plan, block);
-  cluster.barrier_wait();
+  cluster_wait();
+  send_partials(plan, block, kTokenTiles * kTokenTile * plan.partial_stride);
+  finish_own_tokens<scalar_t>(p, plan, block);
 #endif
 }
 
 // ---- choosing and launching -------------------------------------------------------------------
 
-// Clusters of each size that the device holds at once; zeros where the kernel cannot run.
-struct ClusterLimits {
-  int large = 0;
-  int portable = 0;
-  int shared_bytes = 0;
-};
-
-template <typename Kernel>
-cudaError_t allow_clusters(Kernel* kernel, int shared_bytes) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (error != cudaSuccess) return error;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+ClusterLimits limits_of_device() {
+  static ClusterLimitsCache cache;
+  return cluster_limits(tucker_query_small_fwd_kernel<__nv_bfloat16, 8>, kThreads, cache);
 }
 
-cudaLaunchConfig_t launch_config(unsigned num_blocks, int cluster_blocks, int shared_bytes,
-                                 cudaLaunchAttribute* attribute, Stream stream) {
-  attribute->id = cudaLaunchAttributeClusterDimension;
-  attribute->val.clusterDim = {static_cast<unsigned>(cluster_blocks), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(num_blocks);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = attribute;
-  config.numAttrs = 1;
-  return config;
-}
-
-ClusterLimits query_cluster_limits(int device) {
-  auto* kernel = tucker_query_small_fwd_kernel<__nv_bfloat16, 8>;
-  cudaFuncAttributes attributes{};
-  ClusterLimits limits;
-  // Code made from the PTX of an older architecture has no clusters in it, whatever it runs on.
-  const bool usable =
-      cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90 &&
-      cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                             device) == cudaSuccess &&
-      allow_clusters(kernel, limits.shared_bytes) == cudaSuccess;
-  auto max_clusters = [&](int cluster_blocks) {
-    int clusters = 0;
-    cudaLaunchAttribute attribute;
-    const cudaLaunchConfig_t config =
-        launch_config(cluster_blocks, cluster_blocks, limits.shared_bytes, &attribute, nullptr);
-    return cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess ? clusters : 0;
-  };
-  if (usable) {
-    limits.large = max_clusters(kLargeCluster);
-    limits.portable = max_clusters(kPortableCluster);
-  }
-  cudaGetLastError();  // a device without clusters is not an error
-  return limits;
-}
-
-// Asked once a device: the answers take longer than the kernel.
-ClusterLimits cluster_limits() {
-  constexpr int kMaxDevices = 64;
-  static std::atomic<uint64_t> known[kMaxDevices];
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return {};
-  // A bit that says the rest is known, then 16 bits each, and 24 for the bytes.
-  constexpr uint64_t kKnown = uint64_t{1} << 63;
-  uint64_t packed = known[device].load(std::memory_order_relaxed);
-  if ((packed & kKnown) == 0) {
-    const ClusterLimits limits = query_cluster_limits(device);
-    packed = kKnown | static_cast<uint64_t>(limits.shared_bytes) << 32 |
-             static_cast<uint64_t>(limits.large) << 16 | static_cast<uint64_t>(limits.portable);
-    known[device].store(packed, std::memory_order_relaxed);
-  }
-  return {static_cast<int>(packed >> 16 & 0xffff), static_cast<int>(packed & 0xffff),
-          static_cast<int>(packed >> 32 & 0xffffff)};
-}
-
-int token_tiles(const TuckerQueryParams& p) {
-  for (const int tiles : {1, 2, 4}) {
-    if (p.num_tokens <= tiles * kTokenTile) return tiles;
-  }
-  return 8;
-}
-
-// The large cluster where all segments find room at once, else the portable one. Of its blocks,
-// four share the rows unless the slice of x is then too wide for shared memory.
+// The large cluster where all segments find room at once, else the portable one. Two clusters share
+// more than 32 tokens where all find room, if need be two blocks to a multiprocessor, so that
+// tensor cores and the norm are not what W waits for. Of the blocks of a cluster four share the
+// rows unless the slice of x is then too wide for shared memory.
 std::optional<Plan> choose_plan(const TuckerQueryParams& p) {
-  const ClusterLimits limits = cluster_limits();
+  const ClusterLimits limits = limits_of_device();
   if (limits.portable == 0) return std::nullopt;
   const int cluster_blocks = limits.large >= p.num_segments ? kLargeCluster : kPortableCluster;
-  for (int row_groups = 4; row_groups >= 1; row_groups /= 2) {
-    const Plan plan = make_plan(p, cluster_blocks, cluster_blocks / row_groups, token_tiles(p));
-    if (plan.group_rows <= kMaxGroupRows && plan.shared_bytes <= limits.shared_bytes) return plan;
+  constexpr int kReservedBytes = 1024;  // of a multiprocessor's shared memory, by each block
+  for (const int token_groups : {2, 1}) {
+    if (token_groups == 2 && (p.num_tokens <= 32 || cluster_blocks != kLargeCluster)) continue;
+    for (int row_groups = kMaxRowGroups; row_groups >= 1; row_groups /= 2) {
+      const Plan plan = make_plan(p, cluster_blocks, cluster_blocks / row_groups, token_groups);
+      if (plan.group_rows > kMaxGroupRows || plan.shared_bytes > limits.shared_bytes) continue;
+      const bool pairs = 2 * (plan.shared_bytes + kReservedBytes) <= limits.shared_bytes;
+      const int room = (pairs ? 2 : 1) * limits.large;
+      if (token_groups == 1 || room >= 2 * p.num_segments) return plan;
+    }
   }
   return std::nullopt;
 }
 
 template <typename scalar_t, int kTokenTiles>
 Status launch(const TuckerQueryParams& p, const Plan& plan, Stream stream) {
-  auto* kernel = tucker_query_small_fwd_kernel<scalar_t, kTokenTiles>;
-  ULTRAMEM_CUDA_RETURN_IF_ERROR(allow_clusters(kernel, cluster_limits().shared_bytes));
-  cudaLaunchAttribute attribute;
-  const auto num_blocks = static_cast<unsigned>(p.num_segments * plan.cluster_blocks);
-  const cudaLaunchConfig_t config =
-      launch_config(num_blocks, plan.cluster_blocks, plan.shared_bytes, &attribute, stream);
-  ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaLaunchKernelEx(&config, kernel, p, plan));
-  return launch_status();
+  const auto num_blocks =
+      static_cast<unsigned>(p.num_segments * plan.token_groups * plan.cluster_blocks);
+  return launch_overlapping_clusters(tucker_query_small_fwd_kernel<scalar_t, kTokenTiles>,
+                                     num_blocks, plan.cluster_blocks, kThreads, plan.shared_bytes,
+                                     stream, p, plan);
 }
 
 template <typename scalar_t>
 Status launch_for_tokens(const TuckerQueryParams& p, const Plan& plan, Stream stream) {
-  switch (token_tiles(p)) {
+  switch (token_tiles(plan.group_tokens)) {
     case 1:
       return launch<scalar_t, 1>(p, plan, stream);
     case 2:
@@ -505,7 +535,7 @@ bool fits(const TuckerQueryParams& p) {
   constexpr int64_t kMaxSize = 1 << 20;
   return (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) && p.num_tokens >= 1 &&
          p.num_tokens <= kTuckerQuerySmallTokens && p.d_model >= 8 && p.d_model <= kMaxSize &&
-         p.d_model % 8 == 0 && p.key_dim >= 1 && p.key_dim <= kMaxSize && p.num_segments >= 1 &&
+         p.d_model % 8 == 0 && p.key_dim >= 1 && p.key_dim <= kMaxKeyDim && p.num_segments >= 1 &&
          p.num_segments <= kMaxSize && is_aligned(p.x) && is_aligned(p.weight) &&
          is_aligned(p.query) && is_aligned(p.projection);
 }

@@ -1,5 +1,5 @@
-// Thin wrappers of what Hopper adds: clusters, bulk tensor copies (TMA) and warpgroup matrix
-// products. Only for code compiled for sm_90a.
+// Thin wrappers of what Hopper adds: bulk tensor copies (TMA) and warpgroup matrix products. Only
+// for code compiled for sm_90a.
 #pragma once
 
 #include <cuda.h>
@@ -7,26 +7,12 @@
 #include <type_traits>
 
 #include "async_copy.cuh"
+#include "cluster.cuh"
 #include "common.cuh"
 
 namespace ultramem::cuda {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-// ---- clusters ----------------------------------------------------------------------------------
-
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;\n" ::
-          : "memory");
-}
 
 // ---- bulk tensor copies ------------------------------------------------------------------------
 
@@ -148,6 +134,29 @@ __device__ __forceinline__ void wgmma_k16(float (&d)[kCount], uint64_t a, uint64
   if constexpr (kCount == 32 && !kBFloat16) ULTRAMEM_WGMMA_64(d, a, b, accumulate, "f16");
   if constexpr (kCount == 64 && kBFloat16) ULTRAMEM_WGMMA_128(d, a, b, accumulate, "bf16");
   if constexpr (kCount == 64 && !kBFloat16) ULTRAMEM_WGMMA_128(d, a, b, accumulate, "f16");
+}
+
+#define ULTRAMEM_WGMMA_REGISTERS_64(d, a, b, accumulate, type)                          \
+  asm volatile(                                                                         \
+      "{\n"                                                                             \
+      ".reg .pred p;\n"                                                                 \
+      "setp.ne.b32 p, %37, 0;\n"                                                        \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" ULTRAMEM_REGS_32 \
+      "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n"                                     \
+      "}\n"                                                                             \
+      : ULTRAMEM_FLOATS_32(d, 0)                                                        \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
+
+// The same for 64 columns, with `a` in registers: thread t of warp w holds, of its columns 2 (t%4)
+// and the next, row 16 w + t/4 and the row eight below, and then those eight columns further on.
+template <typename scalar_t>
+__device__ __forceinline__ void wgmma_k16_registers(float (&d)[32], const uint32_t (&a)[4],
+                                                    uint64_t b, int accumulate) {
+  if constexpr (std::is_same<scalar_t, __half>::value) {
+    ULTRAMEM_WGMMA_REGISTERS_64(d, a, b, accumulate, "f16");
+  } else {
+    ULTRAMEM_WGMMA_REGISTERS_64(d, a, b, accumulate, "bf16");
+  }
 }
 
 #define ULTRAMEM_REGS_96                                                                    \

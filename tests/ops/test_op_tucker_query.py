@@ -110,6 +110,8 @@ FEW_TOKENS = [
     (3, 33, 1, 2, 24),  # rows that are no whole vectors: the general way
     (5, 40, 1, 2, 25),  # forward only
     (7, 8, 2, 4, 8),
+    (6, 72, 3, 4, 16),  # more segments than a cluster has blocks: forward only
+    (12, 2080, 1, 1, 32),  # more tiles of columns than vectors of the gain
     (8, 264, 1, 4, 40),
     (9, 264, 1, 4, 40),
     (15, 96, 1, 2, 6),
@@ -140,6 +142,43 @@ def test_few_tokens(
     weight = data.normal(rows, d_model, dtype=dtype, scale=d_model**-0.5)
     x = data.normal(tokens, d_model, dtype=dtype)
     check_tucker_query(x, weight, data.gains(key_dim), num_heads, seed=tokens)
+
+
+@pytest.mark.parametrize("tokens", [0, 3, 16, 64, 70])
+@pytest.mark.parametrize("gain_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_dtype_of_the_gain(
+    device_dtype: tuple[str, torch.dtype], gain_dtype: torch.dtype, tokens: int
+) -> None:
+    """x's dtype is taken as it is, any other is cast: what comes out is the same, but rounded."""
+    device, dtype = device_dtype
+    data = Data(9, device)
+    x, weight = data.normal(tokens, 96, dtype=dtype), data.normal(4 * 40, 96, dtype=dtype)
+    gain = data.gains(40, gain_dtype)
+    leaves = [tensor.requires_grad_() for tensor in (x, weight, gain)]
+    exact = [x, weight, gain.detach().to(accumulation_dtype(dtype)).requires_grad_()]
+    query, *grads, grad_gain = forward_backward(leaves)
+    expected, *expected_grads, expected_grad_gain = forward_backward(exact)
+    assert grad_gain.dtype == gain_dtype
+    for a, b in zip([query, *grads], [expected, *expected_grads], strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(grad_gain, expected_grad_gain.to(gain_dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_no_kernels_beside_ours(tokens: int) -> None:
+    """None of torch's casts a gain in x's dtype, or fills a gradient that nobody reads."""
+    x, weight, gain = make_leaves(Data(10, "cuda"), tokens, torch.bfloat16)
+    leaves = [x, weight, gain.detach().to(torch.bfloat16).requires_grad_()]
+    upstream = torch.ones_like(ops.tucker_query(*leaves))
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        torch.autograd.grad(ops.tucker_query(*leaves), leaves, upstream)
+        torch.cuda.synchronize()
+    device = torch.autograd.DeviceType.CUDA
+    kernels = [event.name for event in profiler.events() if event.device_type == device]
+    assert kernels
+    assert all("tucker_query" in name for name in kernels), kernels
 
 
 def forward_backward(inputs: list[Tensor]) -> list[Tensor]:

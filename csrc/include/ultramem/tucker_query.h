@@ -17,11 +17,12 @@ struct TuckerQueryParams {
   int64_t num_segments = 0;  // 2 H Q
   int64_t key_dim = 0;       // Kd
   double eps = 1e-6;
-  DType dtype = DType::kFloat32;  // of everything but norm_weight
+  DType dtype = DType::kFloat32;       // of everything but norm_weight
+  DType norm_dtype = DType::kFloat32;  // of norm_weight and its gradient: `dtype` or kFloat32
 
   const void* x = nullptr;            // [T, D]
   const void* weight = nullptr;       // [2 H Q Kd, D]
-  const void* norm_weight = nullptr;  // [Kd], accumulation dtype
+  const void* norm_weight = nullptr;  // [Kd]
   void* query = nullptr;              // [T, 2, H, Q, Kd]
   void* projection = nullptr;         // [T, 2 H Q Kd], what was normalised: for the backward
 };
@@ -31,7 +32,7 @@ struct TuckerQueryBwdParams : TuckerQueryParams {
   const void* grad_query = nullptr;  // [T, 2, H, Q, Kd]
   void* grad_x = nullptr;            // [T, D], or null where it is not wanted
   void* grad_weight = nullptr;       // [2 H Q Kd, D], or null
-  void* grad_norm_weight = nullptr;  // [Kd], accumulation dtype
+  void* grad_norm_weight = nullptr;  // [Kd]
   void* workspace = nullptr;         // tucker_query_small_bwd_workspace(params) bytes
 };
 
@@ -42,8 +43,9 @@ namespace cuda {
 bool tucker_query_small_fwd_supported(const TuckerQueryParams& params);
 Status tucker_query_small_fwd(const TuckerQueryParams& params, Stream stream);
 
-// Two kernels, the second of which reads the weight and writes its gradient once. Needs whole
-// 16-byte vectors in key_dim as well, but not the compute capability.
+// One kernel that reads the weight and writes its gradient once, with the norm's in one of its own
+// ahead of it for more than 32 tokens. Needs whole 16-byte vectors in key_dim as well, no more than
+// 1024 of it, and at most 16 segments.
 bool tucker_query_small_bwd_supported(const TuckerQueryBwdParams& params);
 size_t tucker_query_small_bwd_workspace(const TuckerQueryBwdParams& params);
 Status tucker_query_small_bwd(const TuckerQueryBwdParams& params, Stream stream);
