@@ -18,9 +18,6 @@ const char* why_generic(const ProductKeyTopkParams& p, int compute_capability) {
   if (p.key_dim > kTensorCore90MaxKeyDim) return "Kd is above 1024";
   if (p.key_dim % kTensorCore90KeyDimMultiple != 0) return "Kd is not a multiple of 8";
   if (p.axis_topk > kMaxAxisTopk) return "m is above 128";
-  if (p.num_tokens * p.num_heads < kTensorCore90MinTokens) {
-    return "with so few tokens a block for each of them is faster";
-  }
   return nullptr;
 }
 
@@ -29,10 +26,15 @@ const char* why_generic(const ProductKeyTopkParams& p, int compute_capability) {
 RetrievalPath product_key_topk_fwd_path(const ProductKeyTopkParams& params, int compute_capability,
                                         const char** reason) {
   const char* obstacle = why_generic(params, compute_capability);
+  const bool few =
+      params.num_tokens <= kTensorCore90SmallTokens && params.num_heads <= kTensorCore90SmallHeads;
   if (reason != nullptr) {
-    *reason = obstacle != nullptr ? obstacle : "dtype, compute capability, n, Kd and m allow it";
+    *reason = obstacle != nullptr ? obstacle
+              : few               ? "few tokens; dtype, compute capability, n, Kd and m allow it"
+                                  : "dtype, compute capability, n, Kd and m allow it";
   }
-  return obstacle != nullptr ? RetrievalPath::kGeneric : RetrievalPath::kTensorCore90;
+  if (obstacle != nullptr) return RetrievalPath::kGeneric;
+  return few ? RetrievalPath::kTensorCore90Small : RetrievalPath::kTensorCore90;
 }
 
 }  // namespace ultramem::cuda

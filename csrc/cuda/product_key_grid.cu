@@ -10,6 +10,7 @@
 // the list and then as many of the equal as there is room for; NaN are taken like that, too.
 #include <algorithm>
 
+#include "async_copy.cuh"
 #include "block_topk.cuh"
 #include "common.cuh"
 #include "kernel_registry.h"
@@ -23,38 +24,6 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kTokens = kThreads / kWarpSize;
-constexpr uint32_t kLowestNumber = 0x007fffffu;  // the sortable rank of -inf
-
-// Whether every factor of the warp is finite: then no rank is NaN.
-template <int kPlanes>
-__device__ __forceinline__ bool is_finite(const float (&factors)[kPlanes]) {
-  bool finite = true;
-#pragma unroll
-  for (int s = 0; s < kPlanes; ++s) finite &= fabsf(factors[s]) < __uint_as_float(0x7f800000u);
-  return finite;
-}
-
-// What a slow search is narrowed with (CutSearch::kGuesses), from a visit to every number.
-class NextNumbers {
- public:
-  __device__ __forceinline__ explicit NextNumbers(const CutSearch& search)
-      : low_(value_of(search.low)), high_(value_of(search.high)) {
-    least_ = most_ = __uint_as_float(kNanBits);
-  }
-
-  __device__ __forceinline__ void visit(float x) {
-    if (x >= low_) least_ = fminf(least_, x);
-    if (!(x >= high_)) most_ = fmaxf(most_, x);
-  }
-  __device__ __forceinline__ void narrow(CutSearch& search) const {
-    search.low = warp_lowest(least_);
-    search.high = warp_highest(most_) + 1;
-  }
-
- private:
-  float low_, high_;
-  float least_, most_;
-};
 
 // ---- m <= 32: a row per lane, all its ranks in registers
 // -----------------------------------------
@@ -67,6 +36,7 @@ struct SmallLayout {
 
   SharedLayout shared;
   typename TokenView::Layout token;
+  int ids;         // [2 m] int32
   int codes;       // [max_found] uint16
   int candidates;  // [max_found] uint64
   int max_found;
@@ -78,6 +48,7 @@ struct SmallLayout {
     const int all = next_power_of_two(p.axis_topk * p.axis_topk);
     max_found = roomy < all ? roomy : all;
     if (max_found < 2 * kWarpSize) max_found = 2 * kWarpSize;
+    ids = shared.take(4 * 2 * kSmallRows);
     codes = shared.take(int64_t{2} * max_found);
     candidates = shared.take(int64_t{8} * max_found);
     bytes = shared.bytes();
@@ -93,8 +64,12 @@ __global__ void __launch_bounds__(kThreads, kPlanes == 2 ? 8 : 5)
   const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
   const int64_t token_head = int64_t{blockIdx.x} * kTokens + warp;
-  if (token_head >= p.num_tokens * p.num_heads) return;
+  if (token_head >= p.num_tokens * p.num_heads) {
+    wait_for_prerequisite_grid();
+    return;
+  }
   unsigned char* shared = shared_bytes + warp * layout.bytes;
+  auto* ids = reinterpret_cast<int32_t*>(shared + layout.ids);
   auto* codes = reinterpret_cast<uint16_t*>(shared + layout.codes);
   auto* candidates = reinterpret_cast<uint64_t*>(shared + layout.candidates);
   const int m = p.axis_topk;
@@ -103,9 +78,19 @@ __global__ void __launch_bounds__(kThreads, kPlanes == 2 ? 8 : 5)
   const float nan = __uint_as_float(kNanBits);
 
   const TokenView token(p, token_head, shared, layout.token, lane);
+  read_arguments(reinterpret_cast<uintptr_t>(p.axis_scores), layout.max_found);
+  wait_for_prerequisite_grid();
+  release_dependent_grid();
+  int32_t own_ids[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) own_ids[i] = lane < m ? token.key_id(i * m + lane) : 0;
   float row[kPlanes], own_col[kPlanes];
   token.load_scores(lane, row, own_col);
   token.store_core(lane);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (lane < m) ids[i * m + lane] = own_ids[i];
+  }
 #pragma unroll
   for (int s = 0; s < kPlanes; ++s) {
     token.cols[s * TokenView::kColStride + col_place(lane)] = own_col[s];
@@ -178,10 +163,10 @@ __global__ void __launch_bounds__(kThreads, kPlanes == 2 ? 8 : 5)
       if (!search.open(max_found)) break;
     }
     const uint32_t guess = search.guess(wanted, step);
-    const float value = value_of(guess);
+    const float value = threshold_at(guess - 1);
     uint32_t counts[2] = {0, 0};
 #pragma unroll
-    for (int j = 0; j < kSmallRows; ++j) counts[j % 2] += ranks[j] >= value;
+    for (int j = 0; j < kSmallRows; ++j) counts[j % 2] += is_above(ranks[j], value);
     search.take(guess, __reduce_add_sync(kFullMask, counts[0] + counts[1]), topk);
   }
 
@@ -206,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, kPlanes == 2 ? 8 : 5)
   }
   sort_codes(codes, num_found, enough ? search.low : 0u, highest, candidates, lane,
              [&](int code) { return token.rank_of(code); });
-  token.write(codes, lane);
+  token.write(codes, ids, lane);
 }
 
 // ---- m > 32
@@ -599,19 +584,22 @@ __global__ void __launch_bounds__(kThreads, kPlanes == 2 ? 7 : 5)
     __syncwarp();
   }
   sort_codes(codes, static_cast<int>(num_found), lowest, highest, candidates, lane, rank_of);
-  token.write(codes, lane);
+  token.write(codes, token.ids(), lane);
 }
 
 template <int kPlanes>
-Status launch(const ProductKeyTopkParams& p, Stream stream) {
+Status launch(const ProductKeyTopkParams& p, Stream stream, bool overlapping) {
   const int64_t token_heads = p.num_tokens * p.num_heads;
   if (p.axis_topk <= kSmallRows) {
     const SmallLayout<kPlanes> layout(p);
     const int64_t bytes = layout.bytes * kTokens;
     const auto kernel = product_key_topk_fwd_grid_small_kernel<kPlanes>;
     ULTRAMEM_RETURN_IF_ERROR(allow_shared_memory(kernel, bytes));
-    kernel<<<static_cast<unsigned>(ceil_div(token_heads, kTokens)), kThreads, bytes, stream>>>(
-        p, layout);
+    const dim3 blocks(static_cast<unsigned>(ceil_div(token_heads, kTokens)));
+    if (overlapping) {
+      return launch_overlapping(kernel, blocks, kThreads, bytes, stream, p, layout);
+    }
+    kernel<<<blocks, kThreads, bytes, stream>>>(p, layout);
     return launch_status();
   }
   const ChunkLayout<kPlanes> layout(p);
@@ -637,8 +625,10 @@ ULTRAMEM_REGISTER_KERNEL(chunks_4, "product_key_topk_fwd_grid_chunks<4>", kThrea
 
 }  // namespace
 
-Status launch_grid(const ProductKeyTopkParams& params, Stream stream) {
-  return params.tucker_rank <= 2 ? launch<2>(params, stream) : launch<4>(params, stream);
+Status launch_grid(const ProductKeyTopkParams& params, Stream stream, bool overlapping) {
+  if (grid_block_applies(params)) return launch_grid_block(params, stream, overlapping);
+  return params.tucker_rank <= 2 ? launch<2>(params, stream, overlapping)
+                                 : launch<4>(params, stream, overlapping);
 }
 
 }  // namespace ultramem::cuda

@@ -1,5 +1,5 @@
-// What the two kernels of the grid stage share: a warp's view of a token and head, and the order
-// and the output of the pairs that it found.
+// What the kernels of the grid stage share: a view of a token and head, and the order and the
+// output of the pairs that were found.
 #pragma once
 
 #include "block_topk.cuh"
@@ -47,6 +47,48 @@ __device__ __forceinline__ uint32_t warp_highest(float x) {
 }
 __device__ __forceinline__ uint32_t warp_lowest(float x) {
   return __reduce_min_sync(kFullMask, x == x ? sortable(x) : 0xffffffffu);
+}
+
+inline constexpr uint32_t kLowestNumber = 0x007fffffu;  // the sortable rank of -inf
+
+// Whether every factor of the warp is finite: then no rank is NaN.
+template <int kPlanes>
+__device__ __forceinline__ bool is_finite(const float (&factors)[kPlanes]) {
+  bool finite = true;
+#pragma unroll
+  for (int s = 0; s < kPlanes; ++s) finite &= fabsf(factors[s]) < __uint_as_float(0x7f800000u);
+  return finite;
+}
+
+// What a slow search is narrowed with (CutSearch::kGuesses), from a visit to every number.
+class NextNumbers {
+ public:
+  __device__ __forceinline__ explicit NextNumbers(const CutSearch& search)
+      : low_(value_of(search.low)), high_(value_of(search.high)) {
+    least_ = most_ = __uint_as_float(kNanBits);
+  }
+
+  __device__ __forceinline__ void visit(float x) {
+    if (x >= low_) least_ = fminf(least_, x);
+    if (!(x >= high_)) most_ = fmaxf(most_, x);
+  }
+  // NaN where there is none.
+  __device__ __forceinline__ float least() const { return least_; }
+  __device__ __forceinline__ float most() const { return most_; }
+  __device__ __forceinline__ void narrow(CutSearch& search) const {
+    search.low = warp_lowest(least_);
+    search.high = warp_highest(most_) + 1;
+  }
+
+ private:
+  float low_, high_;
+  float least_, most_;
+};
+
+// Whether x is above a threshold, as 0 or 1, without a predicate. NaN is not: what comes of it has
+// no sign.
+__device__ __forceinline__ uint32_t is_above(float x, float threshold) {
+  return __float_as_uint(threshold - x) >> 31;
 }
 
 template <int kPlanes, int kMaxKeys>
@@ -169,18 +211,25 @@ class Token {
     return pair_rank<kPlanes>(row, col);
   }
 
-  // Writes the topk pairs of these codes in this order.
-  __device__ __forceinline__ void write(const uint16_t* codes, int lane) const {
+  // The id of a kept key, of 2 m: the rows' first.
+  __device__ __forceinline__ int32_t key_id(int i) const { return ids()[i]; }
+  __device__ __forceinline__ const int32_t* ids() const {
+    return p_.axis_indices + int64_t{token_head_} * (2 * p_.axis_topk);
+  }
+
+  // Writes the topk pairs of these codes in this order; num_threads do it together. `ids` are those
+  // of the kept keys, there or in a copy.
+  __device__ __forceinline__ void write(const uint16_t* codes, const int32_t* ids, int thread,
+                                        int num_threads = kWarpSize) const {
     const int m = p_.axis_topk;
     const int R = p_.tucker_rank;
     const int C = p_.num_cores;
     const float* axis = axis_scores();
-    const int32_t* ids = p_.axis_indices + int64_t{token_head_} * (2 * m);
     const int64_t first = int64_t{token_head_} * p_.topk;
     int64_t* indices = p_.indices + first;
     int16_t* positions = p_.grid_positions + first;
     float* scores = static_cast<float*>(p_.scores) + first * C;
-    for (int k = lane; k < p_.topk; k += kWarpSize) {
+    for (int k = thread; k < p_.topk; k += num_threads) {
       const int row = code_row(codes[k]), col = code_col(codes[k]);
       indices[k] = ids[row] * p_.num_keys + ids[m + col];
       positions[k] = static_cast<int16_t>(row * m + col);

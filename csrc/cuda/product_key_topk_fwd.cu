@@ -341,15 +341,26 @@ Status launch_axis_generic(const ProductKeyTopkParams& params, Stream stream) {
                                  [&] { return launch_axis_tiled<scalar_t>(params, stream); });
 }
 
-size_t product_key_topk_fwd_workspace(const ProductKeyTopkParams&) { return 0; }
+size_t product_key_topk_fwd_workspace([[maybe_unused]] const ProductKeyTopkParams& params) {
+#if defined(ULTRAMEM_WITH_SM90A)
+  if (axis_resident_applies(params)) return axis_resident_workspace(params);
+#endif
+  return 0;
+}
 
 Status product_key_topk_fwd(const ProductKeyTopkParams& params, Stream stream) {
   ULTRAMEM_RETURN_IF_ERROR(check_product_key_topk(params));
   if (params.num_tokens == 0) return {};
 #if defined(ULTRAMEM_WITH_SM90A)
+  if (axis_small_applies(params)) {
+    ULTRAMEM_RETURN_IF_ERROR(launch_axis_small(params, stream));
+    return launch_grid(params, stream, true);
+  }
   if (axis_wgmma_applies(params)) {
-    ULTRAMEM_RETURN_IF_ERROR(launch_axis_wgmma(params, stream));
-    return launch_grid(params, stream);
+    const bool resident = axis_resident_applies(params);
+    ULTRAMEM_RETURN_IF_ERROR(resident ? launch_axis_resident(params, stream)
+                                      : launch_axis_wgmma(params, stream));
+    return launch_grid(params, stream, true);
   }
 #endif
   ULTRAMEM_RETURN_IF_ERROR(launch_axis_generic(params, stream));

@@ -10,10 +10,35 @@ namespace ultramem::cuda {
 Status launch_axis_generic(const ProductKeyTopkParams& params, Stream stream);
 
 // The same on the tensor cores of sm_90a, where axis_wgmma_applies. In builds with that code only.
+// With left_over, which the kernel ahead in the stream writes, [2 * num_heads, blocks of 128
+// tokens], only the tokens of the blocks that it marks, for axis_topk up to
+// kAxisResidentMaxTopk.
 bool axis_wgmma_applies(const ProductKeyTopkParams& params);
-Status launch_axis_wgmma(const ProductKeyTopkParams& params, Stream stream);
+Status launch_axis_wgmma(const ProductKeyTopkParams& params, Stream stream,
+                         const int32_t* left_over = nullptr);
 
-// The best topk pairs of the kept keys: scores, indices and grid_positions.
-Status launch_grid(const ProductKeyTopkParams& params, Stream stream);
+// The same for R = 2, short keys and small m, of what axis_wgmma_applies to: where
+// axis_resident_applies. Needs axis_resident_workspace(params) bytes of workspace.
+inline constexpr int kAxisResidentMaxKeyDim = 192;
+inline constexpr int kAxisResidentMaxTopk = 32;
+inline bool axis_resident_applies(const ProductKeyTopkParams& p) {
+  return p.tucker_rank == 2 && p.key_dim <= kAxisResidentMaxKeyDim &&
+         p.axis_topk <= kAxisResidentMaxTopk;
+}
+size_t axis_resident_workspace(const ProductKeyTopkParams& params);
+Status launch_axis_resident(const ProductKeyTopkParams& params, Stream stream);
+
+// The same for few tokens, where axis_small_applies. In builds with that code only.
+bool axis_small_applies(const ProductKeyTopkParams& params);
+Status launch_axis_small(const ProductKeyTopkParams& params, Stream stream);
+
+// The best topk pairs of the kept keys: scores, indices and grid_positions. `overlapping`: what is
+// ahead in the stream is the axis stage of the same call, which lets this begin before it has
+// ended.
+Status launch_grid(const ProductKeyTopkParams& params, Stream stream, bool overlapping = false);
+
+// The same with a block for each token and head, for few of them: where grid_block_applies.
+bool grid_block_applies(const ProductKeyTopkParams& params);
+Status launch_grid_block(const ProductKeyTopkParams& params, Stream stream, bool overlapping);
 
 }  // namespace ultramem::cuda

@@ -14,27 +14,41 @@ __device__ __forceinline__ float threshold_at(uint32_t rank) {
   return __uint_as_float((rank & 0x80000000u) ? rank & 0x7fffffffu : ~rank);
 }
 
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Narrows down a value that between min and max of a set's numbers are above, for a caller who
 // counts. How many scores lie above a value falls about exponentially with it, so a guess is a
 // straight line through the logarithms of two counts; where that does not settle it soon, bisection
 // does.
 struct ThresholdSearch {
-  float low;         // enough are > low
-  float high;        // too few are > high
-  float count_low;   // how many
-  float count_high;  // how many; anything below 1 where that is not known
+  float low;       // enough are > low
+  float high;      // too few are > high
+  float log_low;   // log2 of how many
+  float log_high;  // log2 of how many; none count as half of one
+
+  __device__ __forceinline__ ThresholdSearch(float lowest, float highest, uint32_t count)
+      : low(lowest),
+        high(highest),
+        log_low(log2_fast(static_cast<float>(count))),
+        log_high(-1.0f) {}
 
   // A value strictly between the two; NaN where there is none: what is > low but not > high all
   // equals high then. `step` counts the guesses of this search.
-  __device__ __forceinline__ float guess(float wanted, int step) {
-    constexpr int kGuesses = 6;
-    float value = __uint_as_float(kNanBits);
-    if (step < kGuesses) {
-      const float share = __fdividef(__logf(__fdividef(count_low, wanted)),
-                                     __logf(__fdividef(count_low, fmaxf(count_high, 0.5f))));
-      value = low + (high - low) * fminf(fmaxf(share, 0.02f), 0.98f);
-    }
-    if (!(value > low && value < high)) {
+  __device__ __forceinline__ float guess(float log_wanted, int step) {
+    constexpr int kGuesses = 10;
+    const float share = (log_low - log_wanted) * reciprocal_fast(log_low - log_high);
+    // Not -0, which is not below a +0.
+    float value = fmaf(high - low, fminf(fmaxf(share, 0.02f), 0.98f), low) + 0.0f;
+    if (!(step < kGuesses && value > low && value < high)) {
       const uint32_t below = sortable(low);
       value = threshold_at(below + (sortable(high) - below) / 2);
     }
@@ -46,11 +60,11 @@ struct ThresholdSearch {
                                         uint32_t max_count) {
     if (count >= min_count) {
       low = value;
-      count_low = static_cast<float>(count);
+      log_low = log2_fast(static_cast<float>(count));
       return count > max_count;
     }
     high = value;
-    count_high = static_cast<float>(count);
+    log_high = log2_fast(fmaxf(static_cast<float>(count), 0.5f));
     return true;
   }
 };
@@ -108,13 +122,6 @@ struct CutSearch {
       high = rank;
       count_high = count;
     }
-  }
-
- private:
-  static __device__ __forceinline__ float log2_fast(float x) {
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
   }
 };
 

@@ -40,6 +40,19 @@ def test_standard_shapes_run_on_tensor_cores(name: str, capsys: pytest.CaptureFi
     assert "generic: the tensor-core kernels need compute capability 9.0" in ampere
 
 
+@pytest.mark.usefixtures("_no_gpu")
+@pytest.mark.parametrize(
+    ("sizes", "few"),
+    [("T=1", True), ("T=64", True), ("T=64,H=16", True), ("T=1,H=17", False), ("T=65", False)],
+)
+def test_few_tokens_have_a_kernel_of_their_own(
+    sizes: str, few: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = doctor(f"{BASE},{sizes}", capsys)
+    assert ("tensor cores, few tokens (sm_90): few tokens; " in printed) == few
+    assert ("tensor cores (sm_90): " in printed) != few
+
+
 LARGEST = "n=8192,Kd=1024,m=128,M=1024,R=4,C=4,H=3,Q=1"
 BASE = "n=1138,Kd=192,M=32"
 
@@ -52,7 +65,10 @@ BASE = "n=1138,Kd=192,M=32"
         ("n=1,Kd=8,M=1", 90, None),
         (f"{BASE},dtype=fp16", 90, None),
         (f"{BASE},mode=additive", 90, None),
+        (f"{LARGEST},T=64", 90, None),
+        (f"{BASE},T=1", 90, None),
         (BASE, 80, "compute capability"),
+        (f"{BASE},T=1", 80, "compute capability"),
         (BASE, 89, "compute capability"),
         (BASE, 100, "compute capability"),
         (f"{BASE},dtype=fp32", 90, "float32"),

@@ -323,6 +323,57 @@ def test_drawn_configurations(batch: int) -> None:
         run(draw(seed, GPU), "cuda")
 
 
+def draw_few_tokens(seed: int) -> Config:
+    """At most 64 tokens, in the dtypes and the multiples of 8 that the kernel for them takes."""
+    rng = random.Random(~seed)
+    config = draw(seed, GPU)
+    heads, key_dim = config.heads, -(-config.key_dim // 8) * 8
+    tokens = rng.choice((1, 2, 8, 9, 16, 17, 31, 32, 33, 63, 64, rng.randint(1, 64)))
+    if rng.random() < 0.2:
+        heads, key_dim = 4, rng.choice((8, 24, 40, 72))
+    while tokens > 1 and (
+        tokens * heads * 2 * config.rank * config.num_keys > GPU.scores
+        or tokens * heads * config.axis_topk**2 > GPU.grid
+    ):
+        tokens //= 2
+    dtype = rng.choice((torch.bfloat16, torch.float16))
+    return config._replace(tokens=tokens, heads=heads, key_dim=key_dim, dtype=dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", range(8))
+def test_drawn_configurations_of_few_tokens(batch: int) -> None:
+    for seed in range(batch * BATCH, (batch + 1) * BATCH):
+        run(draw_few_tokens(seed), "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", range(2))
+def test_a_token_is_the_same_in_any_company(batch: int) -> None:
+    """Bit by bit, among up to 64 tokens."""
+    for seed in range(batch * BATCH // 2, (batch + 1) * BATCH // 2):
+        config = draw_few_tokens(seed)._replace(kind="normal")
+        inputs = make_inputs(config, "cuda")
+
+        def results(first: int, last: int) -> tuple[Tensor, Tensor]:
+            return ops.product_key_topk(
+                inputs.query[first:last].contiguous(),  # noqa: B023 (called in this round)
+                inputs.keys,  # noqa: B023
+                inputs.core,  # noqa: B023
+                topk=config.topk,  # noqa: B023
+                axis_topk=config.axis_topk,  # noqa: B023
+                u=inputs.u,  # noqa: B023
+                t=inputs.t,  # noqa: B023
+                mode="tucker" if config.cores else "additive",  # noqa: B023
+            )
+
+        together = results(0, config.tokens)
+        middle = config.tokens // 2
+        for first, last in ((0, 1), (middle, middle + 1), (0, middle + 1)):
+            for all_tokens, few in zip(together, results(first, last), strict=True):
+                assert torch.equal(all_tokens[first:last], few), (config, first, last)
+
+
 @pytest.mark.parametrize("batch", range(4))
 def test_drawn_configurations_on_the_cpu(batch: int) -> None:
     for seed in range(batch * 40, (batch + 1) * 40):
@@ -357,6 +408,22 @@ def test_what_is_drawn() -> None:
         assert config.heads * 2 * config.rank * config.num_keys * config.key_dim <= GPU.keys
         assert config.axis_topk <= config.num_keys
         assert config.topk <= config.axis_topk**2
+
+
+def test_what_is_drawn_of_few_tokens() -> None:
+    configs = [draw_few_tokens(seed) for seed in range(8 * BATCH)]
+    assert {config.kind for config in configs} == set(KINDS)
+    assert {config.rank for config in configs} == {1, 2, 3, 4}
+    assert {config.heads for config in configs} == {1, 2, 3, 4}
+    assert {config.cores for config in configs} == {0, 1, 2, 3, 4}
+    assert {config.queries == config.rank for config in configs} == {True, False}
+    assert {8, 24, 40} <= {config.key_dim for config in configs}
+    assert {1, 2, 16, 17, 32, 33, 64} <= {config.tokens for config in configs}
+    assert max(config.axis_topk for config in configs) == 128
+    assert max(config.num_keys for config in configs) == 8192
+    for config in configs:
+        assert 1 <= config.tokens <= 64
+        assert config.key_dim % 8 == 0
 
 
 # ---- the machinery against python_ref ------------------------------------------------------------

@@ -170,6 +170,28 @@ def test_one_key(device_dtype: tuple[str, torch.dtype]) -> None:
     assert not indices.any()
 
 
+@pytest.mark.parametrize("tokens", [1, 17])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_inputs_that_are_not_packed_and_not_aligned(
+    device: str, dtype: torch.dtype, tokens: int
+) -> None:
+    """Strided inputs, and contiguous ones that begin two bytes behind a multiple of 16."""
+    data = Data(12, device)
+    query = integers(data, tokens, 2, 2, 2, 24, dtype=dtype)
+    keys = integers(data, 2, 2, 2, 90, 24, dtype=dtype)
+    core = integers(data, 2, 2, 2, 2, dtype=torch.float32, high=2)
+
+    def strided(x: Tensor) -> Tensor:
+        return torch.stack([x, x], -1)[..., 0]
+
+    def shifted(x: Tensor) -> Tensor:
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+    for change in (strided, shifted):
+        for one, other in ((change(query), keys), (query, change(keys))):
+            check_exact(one, other, core, topk=60, axis_topk=20, mode="tucker")
+
+
 @pytest.mark.parametrize("axis_topk", [1, 3, 10, 32])
 def test_topk_is_every_candidate(device_dtype: tuple[str, torch.dtype], axis_topk: int) -> None:
     device, dtype = device_dtype

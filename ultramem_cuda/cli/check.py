@@ -282,6 +282,22 @@ def _product_key_topk(
     yield from bench.gradients(names, leaves, expected[: len(leaves)])
 
 
+def _key_balance_loss(bench: _Bench) -> Iterator[Result]:
+    tokens, heads, rank, num_keys, key_dim = 17, 2, 2, 45, 12
+    query = bench.normal(tokens, 2, heads, rank, key_dim)
+    keys = bench.normal(heads, 2, rank, num_keys, key_dim)
+    kept = bench.integers(num_keys, tokens, heads, 2, 8)
+    u, t, _ = ops.tucker_filter(bench.uniform(2, heads, rank, rank))
+    loss = ops.key_balance_loss(query, keys, kept, u=u, t=t).sum()
+    loss.backward()
+
+    inputs = array(query), array(keys), kept.cpu().numpy(), array(u), array(t)
+    expected = np.array(ref.key_balance_loss(*inputs, beta=1.0))
+    yield bench.score("loss", loss, expected)
+    grads = ref.key_balance_loss_bwd(*inputs, beta=1.0)
+    yield from bench.gradients(("query", "keys"), (query, keys), grads)
+
+
 def _value_ffn(
     bench: _Bench,
     *,
@@ -342,7 +358,20 @@ _OPERATORS: dict[str, Callable[[_Bench], Iterator[Result]]] = {
     "product_key_topk, additive": partial(
         _product_key_topk, mode="additive", heads=2, queries=1, rank=1, cores=1
     ),
-    # Enough tokens for the tensor cores, with short and with long lists of kept keys.
+    # Few tokens, of which a cluster of blocks takes 32.
+    "product_key_topk, few tokens": partial(
+        _product_key_topk,
+        mode="tucker",
+        heads=2,
+        queries=2,
+        rank=2,
+        cores=2,
+        tokens=37,
+        num_keys=300,
+        key_dim=72,
+        topk=40,
+    ),
+    # Many tokens, with short and with long lists of kept keys.
     "product_key_topk, many tokens": partial(
         _product_key_topk,
         mode="tucker",
@@ -366,6 +395,7 @@ _OPERATORS: dict[str, Callable[[_Bench], Iterator[Result]]] = {
         key_dim=72,
         topk=96,
     ),
+    "key_balance_loss": _key_balance_loss,
     "value_ffn": _value_ffn,
     "value_ffn, plain values": partial(_value_ffn, pre_values=False),
     "value_ffn, gelu, groups apart": partial(_value_ffn, activation="gelu", sum_groups=False),

@@ -19,7 +19,7 @@ _CAPABILITIES = (90, 80)
 
 LIMITS = (
     "n up to 8192, Kd up to 1024 and a multiple of 8, m up to 128, M up to min(m*m, 1024), "
-    "R and C 1 to 4, T*H above 64, bf16 or fp16, query and keys at multiples of 16 bytes"
+    "R and C 1 to 4, bf16 or fp16, query and keys at multiples of 16 bytes"
 )
 OUTSIDE = "the generic kernels run, as for fp32; but other m, M, R and C are refused"
 

@@ -20,16 +20,20 @@ enum class ScoreMode : int32_t { kTucker = 0, kAdditive = 1 };
 
 // The kernels that the forward runs on a GPU.
 enum class RetrievalPath : int32_t {
-  kGeneric = 0,       // scores by FMAs in float32: every shape, and exact for float32 inputs
-  kTensorCore90 = 1,  // scores by the tensor cores of compute capability 9.0
+  kGeneric = 0,            // scores by FMAs in float32: every shape, and exact for float32 inputs
+  kTensorCore90 = 1,       // scores by the tensor cores of compute capability 9.0
+  kTensorCore90Small = 2,  // the same for few tokens: the keys shared out over a cluster of blocks
 };
 
-// What kTensorCore90 takes, of bfloat16 and float16; query and keys at addresses that are multiples
+// What the last two take, of bfloat16 and float16; query and keys at addresses that are multiples
 // of 16, too, or else the generic kernels run.
 inline constexpr int64_t kTensorCore90MaxKeys = 8192;
 inline constexpr int64_t kTensorCore90MaxKeyDim = 1024;
 inline constexpr int64_t kTensorCore90KeyDimMultiple = 8;  // rows of 16 bytes
-inline constexpr int64_t kTensorCore90MinTokens = 65;      // times heads
+// kTensorCore90Small: a cluster of blocks takes up to 32 tokens of a head, few clusters run at
+// once.
+inline constexpr int64_t kTensorCore90SmallTokens = 64;
+inline constexpr int64_t kTensorCore90SmallHeads = 16;
 
 struct ProductKeyTopkParams {
   int64_t num_tokens = 0;   // T

@@ -1,0 +1,500 @@
+// Product-key retrieval, forward, axis stage for short keys on the tensor cores of sm_90: all R
+// queries of a token fit in the registers of the threads that multiply them.
+//
+// With only keys to stream it pays to multiply twice. First for a bound: of 64 groups of keys, a
+// key being of group `id modulo 64`, the maxima; the m-th best of them is no better than the m-th
+// best key, for each of them is a key. In any order but a contrived one about a third more than m
+// keys are above. Then for those: they are few, and their scores go to lists in shared memory
+// (product_key_lists.cuh), from which the best m are picked once.
+//
+// A block has 128 tokens of one head and side. Where more are above the bound than a list has room
+// for, or too few because of ties or NaN, the block leaves its tokens to another kernel.
+#include "common.cuh"
+#include "kernel_registry.h"
+#include "mma.cuh"
+#include "product_key_common.cuh"
+#include "product_key_lists.cuh"
+#include "product_key_topk_fwd.h"
+#include "sm90a.h"
+#include "wgmma.cuh"
+
+namespace ultramem::cuda {
+namespace {
+
+constexpr int kPlanes = 2;
+constexpr int kGroups = 2;  // warpgroups, of 64 tokens
+constexpr int kTokens = 64 * kGroups;
+constexpr int kMultipliers = 128 * kGroups;  // threads
+// And one thread that copies, of a warpgroup for its registers' sake.
+constexpr int kThreads = kMultipliers + 128;
+constexpr int kMultiplierRegisters = 240;
+constexpr int kCopierRegisters = 24;
+constexpr int kKeys = 64;        // of a tile
+constexpr int kBoxColumns = 64;  // elements of Kd: one 128-byte row
+constexpr int kBoxBytes = kKeys * kBoxColumns * 2;
+constexpr int kBoxes = kAxisResidentMaxKeyDim / kBoxColumns;  // of a plane
+constexpr int kSteps = kAxisResidentMaxKeyDim / 16;
+constexpr int kQueryBoxBytes = kTokens * kBoxColumns * 2;
+constexpr int kStageBytes = kBoxes * kBoxBytes;  // one plane of a tile
+constexpr int kStages = 4;
+constexpr int kSlots = 52;
+using Lists = KeyListTraits<kPlanes, kSlots, 2 * kTokens, 0>;
+constexpr int kListsOffset = kStages * kStageBytes;
+constexpr int kBarriersOffset = kListsOffset + Lists::kBytes;
+constexpr int kOverflowOffset = kBarriersOffset + (2 * kStages + 1) * 8;
+constexpr int kSharedBytes = kOverflowOffset + 8;
+// Named barriers, one for each group, and one more.
+constexpr int kFirstTurn = 1;
+static_assert(kSharedBytes <= 232448, "more than a block of sm_90 has");
+// Queries wait where lists will be.
+static_assert(kPlanes * kBoxes * kQueryBoxBytes <= Lists::kBytes && kListsOffset % 1024 == 0);
+// In the end, what was found is laid out where the stages were.
+static_assert(kTokens * (kAxisResidentMaxTopk + 1) * 4 + kSlots * Lists::kLists <= kListsOffset);
+constexpr int kScores = kKeys / 2;  // of a thread, a plane and a tile; see wgmma_k16
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// A thread's part of the queries of its warp's 16 tokens, as products take them.
+struct Queries {
+  uint32_t parts[kPlanes][kSteps][4];
+};
+
+// From where they were copied to, a [kTokens, 64] box for each plane and 64 columns.
+__device__ __forceinline__ void load_queries(uint32_t boxes, int first_row, int lane,
+                                             Queries& queries) {
+  // Lanes 0 to 7 name the rows of the first matrix of 8 x 8, the next eight those of the one below,
+  // and the others those of the two eight columns further on.
+  const int row = first_row + lane % 16;
+#pragma unroll
+  for (int r = 0; r < kPlanes; ++r) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int piece = step % 4 * 2 + lane / 16;  // of 16 bytes, swizzled within a row of 128
+      const uint32_t from =
+          boxes + (r * kBoxes + step / 4) * kQueryBoxBytes + row * 128 + (piece ^ row % 8) * 16;
+      ldmatrix_x4(queries.parts[r][step], from);
+    }
+  }
+}
+
+// Shared addresses of what streams through the stages.
+struct Stages {
+  uint32_t shared;
+
+  __device__ __forceinline__ uint32_t tile(int stage) const { return shared + stage * kStageBytes; }
+  __device__ __forceinline__ uint32_t full(int stage) const {
+    return shared + kBarriersOffset + 8 * stage;
+  }
+  __device__ __forceinline__ uint32_t empty(int stage) const { return full(kStages + stage); }
+  __device__ __forceinline__ uint32_t queries() const { return full(2 * kStages); }
+};
+
+// One of the stages, which are used in turn.
+struct StageCursor {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+__device__ __forceinline__ void copy_queries(const ProductKeyTopkParams& p, const CUtensorMap* map,
+                                             Stages stages) {
+  const int head_side = blockIdx.y;
+  const int head = head_side / 2, side = head_side % 2;
+  const auto num_boxes = static_cast<int>(ceil_div(p.key_dim, kBoxColumns));
+  mbarrier_expect_bytes(stages.queries(), kPlanes * num_boxes * kQueryBoxBytes);
+  for (int r = 0; r < kPlanes; ++r) {
+    const int plane = (side * p.num_heads + head) * p.num_queries + (p.num_queries > 1 ? r : 0);
+    for (int box = 0; box < num_boxes; ++box) {
+      copy_box(map, stages.shared + kListsOffset + (r * kBoxes + box) * kQueryBoxBytes,
+               stages.queries(), box * kBoxColumns, static_cast<int>(blockIdx.x * kTokens), plane);
+    }
+  }
+}
+
+// Both rounds of all keys.
+__device__ __forceinline__ void copy_keys(const ProductKeyTopkParams& p, const CUtensorMap* map,
+                                          Stages stages) {
+  const auto num_keys = static_cast<int>(p.num_keys);
+  const auto num_boxes = static_cast<int>(ceil_div(p.key_dim, kBoxColumns));
+  StageCursor at;
+  for (int round = 0; round < 2; ++round) {
+    for (int key = 0; key < num_keys; key += kKeys) {
+      for (int r = 0; r < kPlanes; ++r) {
+        mbarrier_wait(stages.empty(at.stage), at.parity ^ 1);
+        const uint32_t full = stages.full(at.stage);
+        mbarrier_expect_bytes(full, num_boxes * kBoxBytes);
+        for (int box = 0; box < num_boxes; ++box) {
+          copy_box(map, stages.tile(at.stage) + box * kBoxBytes, full, box * kBoxColumns, key,
+                   static_cast<int>(blockIdx.y) * kPlanes + r);
+        }
+        at.advance();
+      }
+    }
+  }
+}
+
+using Scores = float[kPlanes][kScores];
+
+// Multiplies one tile after the other and calls `use(first_key, scores)`.
+template <typename scalar_t>
+class Products {
+ public:
+  __device__ Products(const ProductKeyTopkParams& p, const Queries& queries, Stages stages,
+                      int lane)
+      : queries_(queries),
+        stages_(stages),
+        num_keys_(static_cast<int>(p.num_keys)),
+        key_dim_(static_cast<int>(p.key_dim)),
+        group_(__shfl_sync(kFullMask, static_cast<int>(threadIdx.x) / 128, 0)),
+        lane_(lane) {
+    if (group_ == kGroups - 1) pass_turn();
+#pragma unroll
+    for (int r = 0; r < kPlanes; ++r) {
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) scores_[r][i] = 0.0f;
+    }
+  }
+
+  template <typename Use>
+  __device__ __forceinline__ void round(const Use& use) {
+    for (int first_key = 0; first_key < num_keys_; first_key += kKeys) {
+      int used[kPlanes];
+      wait_for_turn();
+#pragma unroll
+      for (int r = 0; r < kPlanes; ++r) {
+        mbarrier_wait(stages_.full(at_.stage), at_.parity);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+          if (step * 16 >= key_dim_) break;
+          const uint64_t tile = tile_descriptor(stages_.tile(at_.stage) + step / 4 * kBoxBytes);
+          wgmma_k16_registers<scalar_t>(scores_[r], queries_.parts[r][step], tile + step % 4 * 2,
+                                        step > 0);
+        }
+        wgmma_commit();
+        used[r] = at_.stage;
+        at_.advance();
+      }
+      pass_turn();
+      wgmma_wait<0>();
+      if (lane_ == 0) {
+#pragma unroll
+        for (int r = 0; r < kPlanes; ++r) mbarrier_arrive(stages_.empty(used[r]));
+      }
+      use(first_key, scores_);
+      __syncwarp();
+    }
+  }
+
+  // Lets a round of keys pass that nobody needs.
+  __device__ __forceinline__ void skip_round() {
+    for (int first_key = 0; first_key < num_keys_; first_key += kKeys) {
+      for (int r = 0; r < kPlanes; ++r) {
+        mbarrier_wait(stages_.full(at_.stage), at_.parity);
+        if (lane_ == 0) mbarrier_arrive(stages_.empty(at_.stage));
+        at_.advance();
+      }
+    }
+  }
+
+  // After the last round: a turn was passed that nobody has taken.
+  __device__ __forceinline__ void finish() const {
+    if (group_ == 0) wait_for_turn();
+  }
+
+ private:
+  // The warpgroups multiply in turn: while one uses its scores, the tensor cores are the other's.
+  static_assert(kGroups == 2, "");
+  __device__ __forceinline__ void wait_for_turn() const {
+    named_barrier_sync(kFirstTurn + group_, kMultipliers);
+  }
+  __device__ __forceinline__ void pass_turn() const {
+    named_barrier_arrive(kFirstTurn + (1 - group_), kMultipliers);
+  }
+
+  const Queries& queries_;
+  Stages stages_;
+  int num_keys_, key_dim_;
+  int group_, lane_;
+  StageCursor at_;
+  Scores scores_;
+};
+
+__device__ __forceinline__ float rank_at(const Scores& scores, const float (&filter)[kPlanes],
+                                         int i) {
+  const float of_key[kPlanes] = {scores[0][i], scores[1][i]};
+  return rank_value<kPlanes>(filter, of_key);
+}
+// Score i of a thread is of row i / 2 % 2, the other being eight below, and of this column.
+__device__ __forceinline__ int column_of(int i, int lane) {
+  return i / 4 * 8 + lane % 4 * 2 + i % 2;
+}
+
+__device__ __forceinline__ uint32_t quad_sum(uint32_t x) {
+  x += __shfl_xor_sync(kFullMask, x, 1);
+  return x + __shfl_xor_sync(kFullMask, x, 2);
+}
+
+// Of both rows: a value that at least m of the maxima that a quad holds are above, and not many
+// more, unless they are equal. NaN if there is none.
+__device__ __forceinline__ void find_bounds(const float (&maxima)[kScores], uint32_t m,
+                                            float (&bounds)[2]) {
+  constexpr int kMaxSteps = 20;
+  constexpr int kExactSteps = 12;  // after which more than one too many will do
+  const float log_wanted = log2_fast(static_cast<float>(m));
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    float lowest = maxima[2 * row], highest = lowest;
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      if (i / 2 % 2 != row) continue;
+      lowest = fminf(lowest, maxima[i]);
+      highest = fmaxf(highest, maxima[i]);
+    }
+#pragma unroll
+    for (int delta = 1; delta < 4; delta *= 2) {
+      lowest = fminf(lowest, __shfl_xor_sync(kFullMask, lowest, delta));
+      highest = fmaxf(highest, __shfl_xor_sync(kFullMask, highest, delta));
+    }
+    ThresholdSearch search(lowest, highest, kKeys);
+    bounds[row] = __uint_as_float(kNanBits);
+    bool searching = true;
+    for (int step = 0; step < kMaxSteps && __any_sync(kFullMask, searching); ++step) {
+      const float value = search.guess(log_wanted, step);
+      uint32_t count = 0;
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) {
+        if (i / 2 % 2 == row) count += is_greater(maxima[i], value);
+      }
+      count = quad_sum(count);
+      if (!searching) continue;
+      searching =
+          value == value && search.found(value, count, m, m + 1 + max(0, step - kExactSteps));
+      if (value == value && count >= m) bounds[row] = value;
+    }
+  }
+}
+
+// Appends the keys of a tile above the bounds to the lists of the two rows: those of a quad's first
+// two lanes to one list of a row, those of the others to the other, in ascending order of ids.
+// `counts` are of both rows' lists, low and high halves, and go on where there is no more room.
+__device__ __forceinline__ void append_keys(const Scores& scores, const float (&filter)[kPlanes],
+                                            const float (&bounds)[2], int first_key, int num_keys,
+                                            uint32_t lists, int list, int lane, uint32_t& counts) {
+  // A bit for each of this lane's scores of a row, the first the lowest, from the sign of what the
+  // bound is above it.
+  uint32_t own[2] = {0, 0};
+#pragma unroll
+  for (int i = kScores - 1; i >= 0; --i) {
+    const uint32_t distance = __float_as_uint(bounds[i / 2 % 2] - rank_at(scores, filter, i));
+    own[i / 2 % 2] = __funnelshift_l(distance, own[i / 2 % 2], 1);
+  }
+  if (first_key + kKeys > num_keys) {
+    uint32_t exist = 0;
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      if (i / 2 % 2 == 0 && first_key + column_of(i, lane) < num_keys) {
+        exist |= 1u << (i / 4 * 2 + i % 2);
+      }
+    }
+    own[0] &= exist;
+    own[1] &= exist;
+  }
+  const uint32_t both = own[0] | own[1] << 16;
+  if (!__any_sync(kFullMask, both != 0)) return;
+  const uint32_t neighbours = __shfl_xor_sync(kFullMask, both, 1);
+  const bool is_second = lane % 2 != 0;
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const uint32_t own_bits = both >> 16 * row & 0xffffu;
+    const uint32_t other_bits = neighbours >> 16 * row & 0xffffu;
+    const uint32_t first_slot = counts >> 16 * row & 0xffffu;
+    const uint32_t scores_to = lists + (list + 8 * row) * Lists::kScoreBytes;
+    const uint32_t ids_to = lists + Lists::kIdsOffset + (list + 8 * row) * 2;
+    counts += (__popc(own_bits) + __popc(other_bits)) << 16 * row;
+    // The block will leave its tokens to others.
+    if ((counts >> 16 * row & 0xffffu) > kSlots) continue;
+    uint32_t own_before = first_slot;
+#pragma unroll
+    for (int eight = 0; eight < kKeys / 8; ++eight) {
+      // The neighbour's of the same eight columns come before or after.
+      uint32_t slot = own_before + __popc(other_bits & (((is_second ? 4u : 1u) << 2 * eight) - 1));
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int i = 4 * eight + 2 * row + j;
+        if ((own_bits >> (2 * eight + j) & 1) != 0) {
+          store_shared_floats<kPlanes>(scores_to + slot * Lists::kScoreStride,
+                                       {scores[0][i], scores[1][i]});
+          store_shared_u16(ids_to + slot * Lists::kIdStride, first_key + column_of(i, lane));
+          ++slot;
+          ++own_before;
+        }
+      }
+    }
+  }
+}
+
+// Whether any thread that multiplies says so, now or before. All of them call it, and are done with
+// what came ahead of it.
+__device__ __forceinline__ bool is_left_over(uint32_t shared, bool says_so) {
+  if (says_so) store_shared_u32(shared + kOverflowOffset, 1);
+  named_barrier_sync(kFirstTurn + kGroups, kMultipliers);
+  return load_shared_u32(shared + kOverflowOffset) != 0;
+}
+
+#endif  // __CUDA_ARCH_FEAT_SM90_ALL
+
+// Grid: x the tiles of tokens, y (head, side). left_over[y, x] becomes 1 where a block has written
+// nothing, else 0.
+template <typename scalar_t>
+__global__ void __launch_bounds__(kThreads, 1)
+    product_key_topk_fwd_axis_resident_kernel(ProductKeyTopkParams p, int32_t* left_over,
+                                              const __grid_constant__ CUtensorMap query_map,
+                                              const __grid_constant__ CUtensorMap key_map) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(1024) unsigned char shared_bytes[];  // as swizzled tiles are
+  const uint32_t shared = shared_address(shared_bytes);
+  const int warp = threadIdx.x / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize;
+  const int head_side = blockIdx.y;
+  const int head = head_side / 2, side = head_side % 2;
+  const auto num_keys = static_cast<int>(p.num_keys);
+  const auto m = static_cast<uint32_t>(p.axis_topk);
+  const int64_t warp_token = int64_t{blockIdx.x} * kTokens + warp * Lists::kTokensOfWarp;
+
+  release_dependent_grid();
+  const Stages stages{shared};
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      mbarrier_init(stages.full(stage), 1);
+      mbarrier_init(stages.empty(stage), kMultipliers / kWarpSize);
+    }
+    mbarrier_init(stages.queries(), 1);
+    store_shared_u32(shared + kOverflowOffset, 0);
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  if (warp >= kMultipliers / kWarpSize) {
+    give_up_registers<kCopierRegisters>();
+    if (threadIdx.x == kMultipliers) {
+      copy_queries(p, &query_map, stages);
+      copy_keys(p, &key_map, stages);
+    }
+    return;
+  }
+  take_registers<kMultiplierRegisters>();
+
+  Queries queries;
+  mbarrier_wait(stages.queries(), 0);
+  load_queries(shared + kListsOffset, warp * Lists::kTokensOfWarp, lane, queries);
+  float filter[kPlanes];
+#pragma unroll
+  for (int r = 0; r < kPlanes; ++r) {
+    filter[r] = static_cast<const float*>(side == 0 ? p.u : p.t)[head * kPlanes + r];
+  }
+
+  Products<scalar_t> products(p, queries, stages, lane);
+  float bounds[2];
+  {
+    float maxima[kScores];
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) maxima[i] = -__uint_as_float(0x7f800000u);
+    products.round([&](int first_key, const Scores& scores) {
+      const bool whole = first_key + kKeys <= num_keys;
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) {
+        const float rank = rank_at(scores, filter, i);
+        if (whole || first_key + column_of(i, lane) < num_keys) maxima[i] = fmaxf(maxima[i], rank);
+      }
+    });
+    find_bounds(maxima, m, bounds);
+  }
+  // Where a token has no bound, the block's tokens are left over.
+  const bool has_bounds = (warp_token + lane / 4 >= p.num_tokens || bounds[0] == bounds[0]) &&
+                          (warp_token + lane / 4 + 8 >= p.num_tokens || bounds[1] == bounds[1]);
+  if (is_left_over(shared, !has_bounds)) {
+    products.skip_round();
+    products.finish();
+    if (threadIdx.x == 0) left_over[blockIdx.y * gridDim.x + blockIdx.x] = 1;
+    return;
+  }
+
+  // The list of the first row that this lane adds to.
+  const int list = warp * kWarpSize + lane % 4 / 2 * Lists::kTokensOfWarp + lane / 4;
+  uint32_t counts = 0;
+  products.round([&](int first_key, const Scores& scores) {
+    append_keys(scores, filter, bounds, first_key, num_keys, shared + kListsOffset, list, lane,
+                counts);
+  });
+  products.finish();
+
+  // From here on a lane looks after one list: of token lane % 16, from the quad's first lane or its
+  // third.
+  const int from = lane % 8 * 4 + lane / 16 * 2;
+  const uint32_t list_counts = __shfl_sync(kFullMask, counts, from);
+  const float row_bounds[2] = {__shfl_sync(kFullMask, bounds[0], from),
+                               __shfl_sync(kFullMask, bounds[1], from)};
+  const bool is_below = lane % 16 >= 8;
+  const uint32_t count = list_counts >> (is_below ? 16 : 0) & 0xffffu;
+  const bool exists = warp_token + lane % 16 < p.num_tokens;
+  const uint32_t total = count + __shfl_xor_sync(kFullMask, count, 16);
+  const bool fits = !exists || (count <= kSlots && total >= m);
+  const bool overflows = is_left_over(shared, !fits);
+  if (threadIdx.x == 0) left_over[blockIdx.y * gridDim.x + blockIdx.x] = overflows;
+  if (overflows) return;
+
+  KeyList<Lists> found(shared + kListsOffset, threadIdx.x, filter, exists);
+  found.take_over(exists ? static_cast<int>(count) : 0, is_below ? row_bounds[1] : row_bounds[0]);
+  found.prune({m, m});
+  const auto num_tokens = static_cast<int>(
+      max(int64_t{0}, min(int64_t{Lists::kTokensOfWarp}, p.num_tokens - warp_token)));
+  const uint32_t staging_bytes = Lists::kTokensOfWarp * (m | 1) * 4;
+  found.write(p, (warp_token * p.num_heads + head) * 2 + side, num_tokens,
+              shared + warp * staging_bytes,
+              shared + kMultipliers / kWarpSize * staging_bytes + threadIdx.x, lane);
+#endif
+}
+
+ULTRAMEM_REGISTER_KERNEL(resident_bf16, "product_key_topk_fwd_axis_resident<bf16>", kThreads,
+                         product_key_topk_fwd_axis_resident_kernel<__nv_bfloat16>);
+ULTRAMEM_REGISTER_KERNEL(resident_fp16, "product_key_topk_fwd_axis_resident<fp16>", kThreads,
+                         product_key_topk_fwd_axis_resident_kernel<__half>);
+
+template <typename scalar_t>
+Status launch(const ProductKeyTopkParams& p, Stream stream) {
+  CUtensorMap query_map, key_map;
+  const int64_t query_planes = int64_t{2} * p.num_heads * p.num_queries;
+  ULTRAMEM_RETURN_IF_ERROR(make_tensor_map(&query_map, p.query, p.dtype, p.key_dim, p.num_tokens,
+                                           query_planes, query_planes * p.key_dim, p.key_dim,
+                                           kTokens));
+  ULTRAMEM_RETURN_IF_ERROR(make_tensor_map(&key_map, p.keys, p.dtype, p.key_dim, p.num_keys,
+                                           int64_t{2} * p.num_heads * kPlanes, p.key_dim,
+                                           p.num_keys * p.key_dim, kKeys));
+  const auto kernel = product_key_topk_fwd_axis_resident_kernel<scalar_t>;
+  ULTRAMEM_RETURN_IF_ERROR(allow_shared_memory(kernel, kSharedBytes));
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.num_tokens, kTokens)),
+                  static_cast<unsigned>(2 * p.num_heads));
+  kernel<<<grid, kThreads, kSharedBytes, stream>>>(p, static_cast<int32_t*>(p.workspace), query_map,
+                                                   key_map);
+  return launch_status();
+}
+
+}  // namespace
+
+size_t axis_resident_workspace(const ProductKeyTopkParams& p) {
+  return sizeof(int32_t) * static_cast<size_t>(2 * p.num_heads * ceil_div(p.num_tokens, kTokens));
+}
+
+Status launch_axis_resident(const ProductKeyTopkParams& params, Stream stream) {
+  ULTRAMEM_RETURN_IF_ERROR(params.dtype == DType::kFloat16 ? launch<__half>(params, stream)
+                                                           : launch<__nv_bfloat16>(params, stream));
+  return launch_axis_wgmma(params, stream, static_cast<const int32_t*>(params.workspace));
+}
+
+}  // namespace ultramem::cuda
