@@ -13,4 +13,6 @@ cmake --build build/sanitize
 preload="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so) $(gcc -print-file-name=libstdc++.so.6)"
 export ULTRAMEM_LIBRARY="$PWD/build/sanitize/libultramem_torch.so"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
-LD_PRELOAD="$preload" "$PY" -m pytest -q -p no:cacheprovider tests/ops -k "not compile" "$@"
+# The key balance loss is made of torch's own operators, which are not instrumented.
+LD_PRELOAD="$preload" "$PY" -m pytest -q -p no:cacheprovider tests/ops \
+  --ignore tests/ops/test_op_key_balance.py -k "not compile" "$@"

@@ -135,6 +135,20 @@ __device__ __forceinline__ void prefetch_to_l2(const void* global, uint32_t byte
 
 #endif
 
+// One of kCount places that are used in turn, and the parity of the phase of its barriers.
+template <int kCount>
+struct RingCursor {
+  int place = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++place == kCount) {
+      place = 0;
+      parity ^= 1;
+    }
+  }
+};
+
 // ---- warps that copy for warps that multiply ---------------------------------------------------
 
 // Named barrier 0 is __syncthreads.

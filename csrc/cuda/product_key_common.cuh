@@ -31,6 +31,16 @@ __device__ __forceinline__ void store_rounded(const float (&from)[kVec], scalar_
   *reinterpret_cast<Packet<scalar_t, kVec>*>(to) = packet;
 }
 
+// What orders keys (their scores and the filter) and pairs of them (the factors of row and column):
+// sum_r x_r y_r, by the same instructions wherever it is computed.
+template <int kPlanes>
+__device__ __forceinline__ float rank_value(const float (&x)[kPlanes], const float (&y)[kPlanes]) {
+  float sum = __fmul_rn(x[0], y[0]);
+#pragma unroll
+  for (int r = 1; r < kPlanes; ++r) sum = __fmaf_rn(x[r], y[r], sum);
+  return sum;
+}
+
 // Whether rows of `dim` elements that start at `pointer` can be moved in packets.
 inline bool packets_fit(const void* pointer, int64_t dim, DType dtype) {
   const auto bytes = static_cast<uintptr_t>(kPacket * element_size(dtype));

@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, kPlanes == 2 ? 8 : 5)
       float factors[kPlanes];
 #pragma unroll
       for (int s = 0; s < kPlanes; ++s) factors[s] = col[s][i];
-      ranks[j + i] = pair_rank<kPlanes>(row, factors);
+      ranks[j + i] = rank_value<kPlanes>(row, factors);
       row_best = fmaxf(row_best, ranks[j + i]);
     }
   }
@@ -322,7 +322,7 @@ __global__ void __launch_bounds__(kThreads, kPlanes == 2 ? 7 : 5)
             float one[kPlanes];
 #pragma unroll
             for (int s = 0; s < kPlanes; ++s) one[s] = col[s][x];
-            bits |= wanted(pair_rank<kPlanes>(factors, one)) ? 1u << (j + x) : 0u;
+            bits |= wanted(rank_value<kPlanes>(factors, one)) ? 1u << (j + x) : 0u;
           }
         }
         const int inside = m - first;
@@ -374,7 +374,7 @@ __global__ void __launch_bounds__(kThreads, kPlanes == 2 ? 7 : 5)
             float one[kPlanes];
 #pragma unroll
             for (int s = 0; s < kPlanes; ++s) one[s] = col[s][x];
-            best[i] = fmaxf(best[i], pair_rank<kPlanes>(row[i], one));
+            best[i] = fmaxf(best[i], rank_value<kPlanes>(row[i], one));
           }
         }
       }

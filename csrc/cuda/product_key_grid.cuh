@@ -21,15 +21,6 @@ __host__ __device__ constexpr int code_col(int code) { return code & ((1 << kCod
 // columns meet in no bank.
 __host__ __device__ constexpr int col_place(int j) { return j + j / 16 * kPacket; }
 
-template <int kPlanes>
-__device__ __forceinline__ float pair_rank(const float (&row)[kPlanes],
-                                           const float (&col)[kPlanes]) {
-  float sum = __fmul_rn(row[0], col[0]);
-#pragma unroll
-  for (int s = 1; s < kPlanes; ++s) sum = __fmaf_rn(row[s], col[s], sum);
-  return sum;
-}
-
 __device__ __forceinline__ int warp_scan_exclusive(int x, int lane, int* total) {
   int sum = x;
 #pragma unroll
@@ -208,7 +199,7 @@ class Token {
       row[s] = rows[s * kRowStride + code_row(code)];
       col[s] = cols[s * kColStride + col_place(code_col(code))];
     }
-    return pair_rank<kPlanes>(row, col);
+    return rank_value<kPlanes>(row, col);
   }
 
   // The id of a kept key, of 2 m: the rows' first.

@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(BlockTraits<kRows>::kThreads, 1)
       float factors[kPlanes];
 #pragma unroll
       for (int s = 0; s < kPlanes; ++s) factors[s] = col[s][x];
-      ranks[j + x] = pair_rank<kPlanes>(row, factors);
+      ranks[j + x] = rank_value<kPlanes>(row, factors);
       cell_best = fmaxf(cell_best, ranks[j + x]);
     }
   }

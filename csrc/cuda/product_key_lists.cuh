@@ -16,16 +16,6 @@
 
 namespace ultramem::cuda {
 
-// The rank of a key, sum_r filter_r S_r, by the same instructions wherever it is computed.
-template <int kPlanes>
-__device__ __forceinline__ float rank_value(const float (&filter)[kPlanes],
-                                            const float (&scores)[kPlanes]) {
-  float sum = __fmul_rn(filter[0], scores[0]);
-#pragma unroll
-  for (int r = 1; r < kPlanes; ++r) sum = __fmaf_rn(filter[r], scores[r], sum);
-  return sum;
-}
-
 // A token has two lists, which threads sixteen lanes apart keep.
 inline constexpr int kListsOfToken = 2;
 
@@ -180,8 +170,8 @@ class KeyList {
 
   // The keys and scores of the warp's num_tokens tokens, m of each, go to memory in ascending order
   // of ids, from row `axis_row` on. `staging` has [kTokensOfWarp, m | 1] words in shared memory for
-  // the warp, `places` room for its lists' places, laid out like their ids. Every lane of the warp
-  // calls it, after a last prune().
+  // the warp, `places` a byte for each slot of the list, kLists apart. Every lane of the warp calls
+  // it, after a last prune().
   __device__ __forceinline__ void write(const ProductKeyTopkParams& p, int64_t axis_row,
                                         int num_tokens, uint32_t staging, uint32_t places,
                                         int lane) const;

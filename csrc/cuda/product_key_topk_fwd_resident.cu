@@ -89,19 +89,6 @@ struct Stages {
   __device__ __forceinline__ uint32_t queries() const { return full(2 * kStages); }
 };
 
-// One of the stages, which are used in turn.
-struct StageCursor {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 __device__ __forceinline__ void copy_queries(const ProductKeyTopkParams& p, const CUtensorMap* map,
                                              Stages stages) {
   const int head_side = blockIdx.y;
@@ -122,15 +109,15 @@ __device__ __forceinline__ void copy_keys(const ProductKeyTopkParams& p, const C
                                           Stages stages) {
   const auto num_keys = static_cast<int>(p.num_keys);
   const auto num_boxes = static_cast<int>(ceil_div(p.key_dim, kBoxColumns));
-  StageCursor at;
+  RingCursor<kStages> at;
   for (int round = 0; round < 2; ++round) {
     for (int key = 0; key < num_keys; key += kKeys) {
       for (int r = 0; r < kPlanes; ++r) {
-        mbarrier_wait(stages.empty(at.stage), at.parity ^ 1);
-        const uint32_t full = stages.full(at.stage);
+        mbarrier_wait(stages.empty(at.place), at.parity ^ 1);
+        const uint32_t full = stages.full(at.place);
         mbarrier_expect_bytes(full, num_boxes * kBoxBytes);
         for (int box = 0; box < num_boxes; ++box) {
-          copy_box(map, stages.tile(at.stage) + box * kBoxBytes, full, box * kBoxColumns, key,
+          copy_box(map, stages.tile(at.place) + box * kBoxBytes, full, box * kBoxColumns, key,
                    static_cast<int>(blockIdx.y) * kPlanes + r);
         }
         at.advance();
@@ -168,17 +155,17 @@ class Products {
       wait_for_turn();
 #pragma unroll
       for (int r = 0; r < kPlanes; ++r) {
-        mbarrier_wait(stages_.full(at_.stage), at_.parity);
+        mbarrier_wait(stages_.full(at_.place), at_.parity);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
           if (step * 16 >= key_dim_) break;
-          const uint64_t tile = tile_descriptor(stages_.tile(at_.stage) + step / 4 * kBoxBytes);
+          const uint64_t tile = tile_descriptor(stages_.tile(at_.place) + step / 4 * kBoxBytes);
           wgmma_k16_registers<scalar_t>(scores_[r], queries_.parts[r][step], tile + step % 4 * 2,
                                         step > 0);
         }
         wgmma_commit();
-        used[r] = at_.stage;
+        used[r] = at_.place;
         at_.advance();
       }
       pass_turn();
@@ -196,8 +183,8 @@ class Products {
   __device__ __forceinline__ void skip_round() {
     for (int first_key = 0; first_key < num_keys_; first_key += kKeys) {
       for (int r = 0; r < kPlanes; ++r) {
-        mbarrier_wait(stages_.full(at_.stage), at_.parity);
-        if (lane_ == 0) mbarrier_arrive(stages_.empty(at_.stage));
+        mbarrier_wait(stages_.full(at_.place), at_.parity);
+        if (lane_ == 0) mbarrier_arrive(stages_.empty(at_.place));
         at_.advance();
       }
     }
@@ -222,7 +209,7 @@ class Products {
   Stages stages_;
   int num_keys_, key_dim_;
   int group_, lane_;
-  StageCursor at_;
+  RingCursor<kStages> at_;
   Scores scores_;
 };
 

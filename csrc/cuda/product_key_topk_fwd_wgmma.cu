@@ -103,20 +103,6 @@ class Shared {
   uint32_t base;
 };
 
-// One of kCount places that are used in turn.
-template <int kCount>
-struct Cursor {
-  int place = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++place == kCount) {
-      place = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 // A part is [pair of keys, token] scores: those of both keys side by side, but with four planes a
 // key comes after the other. The tokens of a pair are permuted, so that neither a warp that writes
 // 4 pairs of 8 tokens nor one that reads one pair of 16 or 32 tokens meets in a bank.
@@ -228,7 +214,7 @@ __device__ __forceinline__ void multiply_tiles(const ProductKeyTopkParams& p,
 #pragma unroll
     for (int i = 0; i < T::kKeys / 2; ++i) acc[r][i] = 0.0f;
   }
-  Cursor<T::kStages> stage, used;
+  RingCursor<T::kStages> stage, used;
   used.place = -1;
   // The stage that was multiplied last, when the next is being multiplied: others have released it
   // by then.
@@ -240,7 +226,7 @@ __device__ __forceinline__ void multiply_tiles(const ProductKeyTopkParams& p,
     }
     __syncwarp();
   };
-  Cursor<T::kRing> part;
+  RingCursor<T::kRing> part;
   for (int tile = 0; tile < num_tiles; ++tile) {
 #pragma unroll
     for (int r = 0; r < kPlanes; ++r) {
@@ -339,7 +325,7 @@ __device__ __forceinline__ void select_keys(const ProductKeyTopkParams& p, const
   for (int j = 0; j < T::kListKeys; ++j) {
     id_offsets[j] = j / 2 * 2 * kListsOfToken + j % 2;
   }
-  Cursor<T::kRing> part;
+  RingCursor<T::kRing> part;
   int room = T::kSlots;
   for (int i = 0; i < num_parts; ++i) {
     mbarrier_wait(shared.written(selector, part.place), part.parity);

@@ -81,3 +81,18 @@ def check_cores(checks: ArgumentChecks, cores: Any, where: str = "") -> None:
     message = f"the number of cores C{where} must be 1..{MAX_NUM_CORES}, got {cores}"
     checks.check(cores >= 1, message)
     checks.check(cores <= MAX_NUM_CORES, message)
+
+
+def check_query_and_keys(checks: ArgumentChecks, query: Tensor, keys: Tensor) -> None:
+    """query [T, 2, H, Q, Kd] and keys [H, 2, R, n, Kd] of one dtype, Q 1 or R."""
+    checks.dtype("query", query)
+    checks.shape("query", query, "[T, 2, H, Q, Kd]", (None, 2, None, None, None))
+    heads, queries, key_dim = query.shape[2:]
+    checks.shape("keys", keys, "[H, 2, R, n, Kd]", (heads, 2, None, None, key_dim))
+    checks.has_dtype("keys", keys, query.dtype)
+    rank, num_keys = keys.shape[2:4]
+    for size in (heads, key_dim, num_keys):
+        checks.check(size >= 1, "H, Kd and n must be positive")
+    check_rank_and_cores(checks, rank, 1, " (keys.shape[2])")
+    if queries != 1:
+        checks.check(queries == rank, f"query.shape[3] must be 1 or R = {rank}, got {queries}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _library
-from ._checks import ArgumentChecks, accumulation_dtype, check_rank_and_cores, dtype_name
+from ._checks import ArgumentChecks, accumulation_dtype, check_query_and_keys, dtype_name
 from ._common import (
     accumulation_cast,
     cast_for_autocast,
@@ -88,17 +88,9 @@ def _check(
     normalize: str,
 ) -> None:
     checks = ArgumentChecks("key_balance_loss", "query", query)
-    checks.dtype("query", query)
-    checks.shape("query", query, "[T, 2, H, Q, Kd]", (None, 2, None, None, None))
-    tokens, _, heads, queries, key_dim = query.shape
-    checks.shape("keys", keys, "[H, 2, R, n, Kd]", (heads, 2, None, None, key_dim))
-    checks.has_dtype("keys", keys, query.dtype)
-    rank, num_keys = keys.shape[2:4]
-    for size in (heads, key_dim, num_keys):
-        checks.check(size >= 1, "H, Kd and n must be positive")
-    check_rank_and_cores(checks, rank, 1, " (keys.shape[2])")
-    if queries != 1:
-        checks.check(queries == rank, f"query.shape[3] must be 1 or R = {rank}, got {queries}")
+    check_query_and_keys(checks, query, keys)
+    tokens, _, heads, _, _ = query.shape
+    rank = keys.shape[2]
     checks.shape("axis_indices", axis_indices, "[T, H, 2, m]", (tokens, heads, 2, None))
     checks.check(
         axis_indices.dtype in (torch.int32, torch.int64),

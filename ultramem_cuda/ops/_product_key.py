@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from .. import _library
-from ._checks import ArgumentChecks, accumulation_dtype, check_cores, check_rank_and_cores
+from ._checks import (
+    ArgumentChecks,
+    accumulation_dtype,
+    check_cores,
+    check_query_and_keys,
+)
 from ._common import accumulation_cast, cast_for_autocast, check_rank, register
 from ._rms_norm import rms_norm
 from ._tucker import tucker_filter
@@ -189,17 +194,9 @@ def _product_key_topk_fake(
     mode: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     checks = ArgumentChecks("product_key_topk", "query", query)
-    checks.dtype("query", query)
-    checks.shape("query", query, "[T, 2, H, Q, Kd]", (None, 2, None, None, None))
-    tokens, _, heads, queries, key_dim = query.shape
-    checks.shape("keys", keys, "[H, 2, R, n, Kd]", (heads, 2, None, None, key_dim))
-    checks.has_dtype("keys", keys, query.dtype)
+    check_query_and_keys(checks, query, keys)
+    tokens, _, heads, _, _ = query.shape
     rank, num_keys = keys.shape[2:4]
-    for size in (heads, key_dim, num_keys):
-        checks.check(size >= 1, "H, Kd and n must be positive")
-    check_rank_and_cores(checks, rank, 1, " (keys.shape[2])")
-    if queries != 1:
-        checks.check(queries == rank, f"query.shape[3] must be 1 or R = {rank}, got {queries}")
     if mode == "tucker":
         _check_tucker_arguments(checks, core, u, t, heads, rank, accumulation_dtype(query.dtype))
     else:
