@@ -16,6 +16,10 @@ Status check(const RmsNormParams& params) {
   if (params.dtype < DType::kFloat32 || params.dtype > DType::kFloat64) {
     return Status::invalid_argument("rms_norm: unknown dtype");
   }
+  if (params.weight_dtype != params.dtype &&
+      params.weight_dtype != accumulation_dtype(params.dtype)) {
+    return Status::invalid_argument("rms_norm: weight_dtype must be dtype or its accumulation's");
+  }
   return {};
 }
 
@@ -38,7 +42,7 @@ Status rms_norm_bwd(const RmsNormBwdParams& params, const Executor& executor) {
   if (!status.ok()) return status;
   if (params.num_rows == 0) {
     std::memset(params.grad_weight, 0,
-                static_cast<size_t>(params.dim * element_size(accumulation_dtype(params.dtype))));
+                static_cast<size_t>(params.dim * element_size(params.weight_dtype)));
     return {};
   }
   if (params.workspace == nullptr) {

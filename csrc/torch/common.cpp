@@ -155,6 +155,12 @@ void OpContext::check_dtype(const char* name, const Tensor& tensor, ScalarType e
           ", got ", dtype_name(tensor.scalar_type()));
 }
 
+DType OpContext::gain_dtype(const char* name, const Tensor& gain, DType dtype) const {
+  if (gain.scalar_type() == scalar_type(dtype)) return dtype;
+  check_dtype(name, gain, scalar_type(accumulation_dtype(dtype)));
+  return accumulation_dtype(dtype);
+}
+
 void OpContext::check(bool condition, const std::string& message) const {
   require(condition, op_, ": ", message);
 }

@@ -42,6 +42,8 @@ class OpContext {
   void check_shape(const char* name, const Tensor& tensor, const char* layout,
                    std::initializer_list<int64_t> sizes) const;
   void check_dtype(const char* name, const Tensor& tensor, ScalarType expected) const;
+  // dtype of a norm's gain, which must be `dtype` or its accumulation's.
+  DType gain_dtype(const char* name, const Tensor& gain, DType dtype) const;
   void check(bool condition, const std::string& message) const;
   void check(const Status& status) const;
 

@@ -13,7 +13,7 @@ RmsNormParams make_params(const OpContext& context, const Tensor& x, const Tenso
   params.dim = x.size(x.dim() - 1);
   context.check(params.dim >= 1, "the last dimension of x must not be empty");
   context.check_shape("weight", weight, "[dim of x]", {params.dim});
-  context.check_dtype("weight", weight, scalar_type(accumulation_dtype(params.dtype)));
+  params.weight_dtype = context.gain_dtype("weight", weight, params.dtype);
   context.check(eps >= 0, "eps must not be negative, got " + std::to_string(eps));
   params.num_rows = x.numel() / params.dim;
   params.eps = eps;

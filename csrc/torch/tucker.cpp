@@ -21,19 +21,24 @@ void matmul(const Tensor& a, const Tensor& b, const Tensor& out) {
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// The dtype in which everything but the kernels for few tokens takes the gain and leaves its
-// gradient.
-ScalarType general_norm_dtype(const OpContext& context, const Tensor& x) {
-  return scalar_type(accumulation_dtype(context.dtype("x", x)));
-}
-
-Tensor as_dtype(const Tensor& tensor, ScalarType dtype) {
-  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
-}
-
 struct QueryShape {
   int64_t num_tokens, d_model, num_heads, num_queries, key_dim;
 };
+
+// The norm of the projection's segments.
+template <typename Params>
+Params norm_params(const OpContext& context, const Tensor& projection, const Tensor& norm_weight,
+                   double eps) {
+  Params params;
+  params.dtype = context.dtype("x", projection);
+  params.weight_dtype = context.gain_dtype("norm_weight", norm_weight, params.dtype);
+  params.dim = norm_weight.size(0);
+  params.num_rows = projection.numel() / params.dim;
+  params.eps = eps;
+  params.x = projection.const_data_ptr();
+  params.weight = norm_weight.const_data_ptr();
+  return params;
+}
 
 #if defined(ULTRAMEM_WITH_CUDA)
 
@@ -47,7 +52,7 @@ Params query_params(const OpContext& context, const Tensor& x, const Tensor& wei
   params.num_segments = weight.size(0) / params.key_dim;
   params.eps = eps;
   params.dtype = context.dtype("x", x);
-  params.norm_dtype = context.dtype("norm_weight", norm_weight);
+  params.norm_dtype = context.gain_dtype("norm_weight", norm_weight, params.dtype);
   params.x = x.const_data_ptr();
   params.weight = weight.const_data_ptr();
   params.norm_weight = norm_weight.const_data_ptr();
@@ -91,14 +96,12 @@ bool few_tokens_bwd(const OpContext& context, const Tensor& grad_query, const Te
 
 QueryShape check_query_arguments(const OpContext& context, const Tensor& x, const Tensor& weight,
                                  const Tensor& norm_weight, int64_t num_heads, double eps) {
-  context.dtype("x", x);
+  const DType dtype = context.dtype("x", x);
   context.check_shape("x", x, "[T, D]", {-1, -1});
   context.check_shape("weight", weight, "[2*H*Q*Kd, D]", {-1, x.size(1)});
   context.check_dtype("weight", weight, x.scalar_type());
   context.check_shape("norm_weight", norm_weight, "[Kd]", {-1});
-  if (norm_weight.scalar_type() != x.scalar_type()) {
-    context.check_dtype("norm_weight", norm_weight, general_norm_dtype(context, x));
-  }
+  context.gain_dtype("norm_weight", norm_weight, dtype);
   context.check(num_heads >= 1, "num_heads must be positive, got " + std::to_string(num_heads));
   context.check(eps >= 0, "eps must not be negative, got " + std::to_string(eps));
   const int64_t key_dim = norm_weight.size(0);
@@ -128,15 +131,8 @@ std::tuple<Tensor, Tensor> tucker_query(Tensor x, Tensor weight, Tensor norm_wei
   }
 #endif
 
-  norm_weight = as_dtype(norm_weight, general_norm_dtype(context, x));
   matmul(x, transpose(weight, 0, 1), projection);
-  RmsNormParams params;
-  params.dtype = context.dtype("x", x);
-  params.dim = shape.key_dim;
-  params.num_rows = query.numel() / shape.key_dim;
-  params.eps = eps;
-  params.x = projection.const_data_ptr();
-  params.weight = norm_weight.const_data_ptr();
+  auto params = norm_params<RmsNormParams>(context, projection, norm_weight, eps);
   params.y = query.mutable_data_ptr();
   context.check(ULTRAMEM_CALL(context, rms_norm_fwd, params));
   return {query, projection};
@@ -166,17 +162,8 @@ std::tuple<Tensor, Tensor, Tensor> tucker_query_bwd(Tensor grad_query, Tensor x,
   }
 #endif
 
-  const ScalarType norm_dtype = norm_weight.scalar_type();
-  norm_weight = as_dtype(norm_weight, general_norm_dtype(context, x));
-  grad_norm_weight = context.empty({norm_weight.size(0)}, norm_weight.scalar_type());
   Tensor grad_projection = torch::stable::empty_like(projection);
-  RmsNormBwdParams params;
-  params.dtype = context.dtype("x", x);
-  params.dim = norm_weight.size(0);
-  params.num_rows = projection.numel() / params.dim;
-  params.eps = eps;
-  params.x = projection.const_data_ptr();
-  params.weight = norm_weight.const_data_ptr();
+  auto params = norm_params<RmsNormBwdParams>(context, projection, norm_weight, eps);
   params.grad_y = grad_query.const_data_ptr();
   params.grad_x = grad_projection.mutable_data_ptr();
   params.grad_weight = grad_norm_weight.mutable_data_ptr();
@@ -186,7 +173,7 @@ std::tuple<Tensor, Tensor, Tensor> tucker_query_bwd(Tensor grad_query, Tensor x,
 
   if (need_x) matmul(grad_projection, weight, grad_x);
   if (need_weight) matmul(transpose(grad_projection, 0, 1), x, grad_weight);
-  return {grad_x, grad_weight, as_dtype(grad_norm_weight, norm_dtype)};
+  return {grad_x, grad_weight, grad_norm_weight};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tucker_filter(Tensor core) {

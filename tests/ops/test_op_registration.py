@@ -155,9 +155,28 @@ def additive_balance_args(
 
 
 MakeArgs = Callable[..., tuple[Any, ...]]
+
+
+def gain_of_x(make: MakeArgs) -> MakeArgs:
+    """The same arguments, but for a norm's gain in the dtype of what is normalised."""
+
+    def make_args(data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5) -> tuple[Any, ...]:
+        arguments = make(data, dtype, grad, tokens)
+        return tuple(
+            x.detach().to(dtype).requires_grad_(grad)
+            if isinstance(x, Tensor) and x.dim() == 1
+            else x
+            for x in arguments
+        )
+
+    return make_args
+
+
 FORWARDS: dict[str, tuple[str, MakeArgs]] = {
     "rms_norm": ("rms_norm", rms_norm_args),
+    "rms_norm_gain_of_x": ("rms_norm", gain_of_x(rms_norm_args)),
     "tucker_query": ("tucker_query", tucker_query_args),
+    "tucker_query_gain_of_x": ("tucker_query", gain_of_x(tucker_query_args)),
     "tucker_filter": ("tucker_filter", tucker_filter_args),
     "product_key_topk": ("product_key_topk", product_key_topk_args),
     "product_key_topk_additive": ("product_key_topk", additive_args),
@@ -168,7 +187,9 @@ FORWARDS: dict[str, tuple[str, MakeArgs]] = {
 }
 BACKWARDS: dict[str, tuple[str, MakeArgs]] = {
     "rms_norm_bwd": ("rms_norm_bwd", rms_norm_bwd_args),
+    "rms_norm_bwd_gain_of_x": ("rms_norm_bwd", gain_of_x(rms_norm_bwd_args)),
     "tucker_query_bwd": ("tucker_query_bwd", tucker_query_bwd_args),
+    "tucker_query_bwd_gain_of_x": ("tucker_query_bwd", gain_of_x(tucker_query_bwd_args)),
     "tucker_filter_bwd": ("tucker_filter_bwd", tucker_filter_bwd_args),
     "product_key_topk_bwd": ("product_key_topk_bwd", product_key_topk_bwd_args),
     "product_key_topk_bwd_additive": ("product_key_topk_bwd", additive_bwd_args),

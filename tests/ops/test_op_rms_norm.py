@@ -81,11 +81,33 @@ def test_lengths_of_rows(device_dtype: tuple[str, torch.dtype], rows: int, dim: 
     check_rms_norm(data.normal(rows, dim, dtype=dtype), data.gains(dim), seed=rows)
 
 
-@pytest.mark.parametrize("shape", [(20000, 24), (4000, 264), (3000, 1032)], ids=str)
+@pytest.mark.parametrize("shape", [(20000, 24), (4000, 264), (4000, 520), (3000, 1032)], ids=str)
 def test_many_rows(device_dtype: tuple[str, torch.dtype], shape: tuple[int, int]) -> None:
     device, dtype = device_dtype
     data = Data(5, device)
     check_rms_norm(data.normal(*shape, dtype=dtype), data.gains(shape[-1]))
+
+
+@pytest.mark.parametrize("dim", [5, 64, 65, 264, 512, 640, 1032, 2056])
+@pytest.mark.parametrize("rows", [0, 3, 300])
+@pytest.mark.parametrize("gain_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_dtype_of_the_gain(
+    device_dtype: tuple[str, torch.dtype], gain_dtype: torch.dtype, rows: int, dim: int
+) -> None:
+    """x's dtype is taken as it is, any other is cast: what comes out is the same, but rounded."""
+    device, dtype = device_dtype
+    data = Data(8, device)
+    x = data.normal(rows, dim, dtype=dtype, requires_grad=True)
+    gain = data.gains(dim, gain_dtype, requires_grad=True)
+    exact = gain.detach().to(accumulation_dtype(dtype)).requires_grad_()
+    upstream = data.normal(rows, dim, dtype=dtype)
+    y, expected = ops.rms_norm(x, gain), ops.rms_norm(x, exact)
+    grad_x, grad_gain = torch.autograd.grad(y, [x, gain], upstream)
+    expected_grad_x, expected_grad_gain = torch.autograd.grad(expected, [x, exact], upstream)
+    assert torch.equal(y, expected)
+    assert torch.equal(grad_x, expected_grad_x)
+    assert grad_gain.dtype == gain_dtype
+    assert torch.equal(grad_gain, expected_grad_gain.to(gain_dtype))
 
 
 def test_rows_that_begin_anywhere(device_dtype: tuple[str, torch.dtype]) -> None:

@@ -164,10 +164,8 @@ def test_dtype_of_the_gain(
     assert torch.equal(grad_gain, expected_grad_gain.to(gain_dtype))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 64])
-def test_no_kernels_beside_ours(tokens: int) -> None:
-    """None of torch's casts a gain in x's dtype, or fills a gradient that nobody reads."""
+def kernels_of(tokens: int) -> list[str]:
+    """Names of what the GPU runs for a forward and backward, the gain in x's dtype."""
     x, weight, gain = make_leaves(Data(10, "cuda"), tokens, torch.bfloat16)
     leaves = [x, weight, gain.detach().to(torch.bfloat16).requires_grad_()]
     upstream = torch.ones_like(ops.tucker_query(*leaves))
@@ -178,7 +176,24 @@ def test_no_kernels_beside_ours(tokens: int) -> None:
     device = torch.autograd.DeviceType.CUDA
     kernels = [event.name for event in profiler.events() if event.device_type == device]
     assert kernels
+    return kernels
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_no_kernels_beside_ours(tokens: int) -> None:
+    """None of torch's casts a gain in x's dtype, or fills a gradient that nobody reads."""
+    kernels = kernels_of(tokens)
     assert all("tucker_query" in name for name in kernels), kernels
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [65, 1000])
+def test_no_kernels_beside_norms_and_products(tokens: int) -> None:
+    """Above that, three of the norm; the products are a library's, torch itself adds nothing."""
+    kernels = kernels_of(tokens)
+    assert sum("rms_norm" in name for name in kernels) == 3, kernels
+    assert not any("at::native" in name for name in kernels), kernels
 
 
 def forward_backward(inputs: list[Tensor]) -> list[Tensor]:

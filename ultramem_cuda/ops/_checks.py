@@ -54,6 +54,11 @@ class ArgumentChecks:
             f"{name} must be {dtype_name(dtype)}, got {dtype_name(tensor.dtype)}",
         )
 
+    def gain_dtype(self, name: str, gain: Tensor, like: torch.dtype) -> None:
+        """That of a norm's gain, see `gain_cast`."""
+        if gain.dtype != like:
+            self.has_dtype(name, gain, accumulation_dtype(like))
+
     def shape(self, name: str, tensor: Tensor, layout: str, sizes: Sequence[Any]) -> None:
         """Device and shape; a size of None may be anything."""
         self.check(

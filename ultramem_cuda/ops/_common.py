@@ -19,6 +19,15 @@ def accumulation_cast(op: str, name: str, tensor: Tensor, like: torch.dtype) -> 
     return tensor.to(accumulation_dtype(like))
 
 
+def gain_cast(op: str, name: str, gain: Tensor, like: torch.dtype) -> Tensor:
+    """A norm's gain: the dtype of what is normalised, the usual one, is taken as it is.
+
+    Casts of it and of its gradient would be kernels of their own, each as long as that of a short
+    norm.
+    """
+    return gain if gain.dtype == like else accumulation_cast(op, name, gain, like)
+
+
 def check_rank(op: str, name: str, tensor: Tensor, layout: str, rank: int) -> None:
     if tensor.dim() != rank:
         raise ValueError(f"{op}: {name} must be {layout}, got {list(tensor.shape)}")

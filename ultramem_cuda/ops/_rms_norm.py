@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import _library
-from ._checks import ArgumentChecks, accumulation_dtype
-from ._common import accumulation_cast, register
+from ._checks import ArgumentChecks
+from ._common import gain_cast, register
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6) -> Tensor:
@@ -23,7 +23,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6) -> Tensor:
         Like x, rounded once.
     """
     _library.require(x.device.type)
-    gain = accumulation_cast("rms_norm", "weight", weight, x.dtype)
+    gain = gain_cast("rms_norm", "weight", weight, x.dtype)
     return torch.ops.ultramem.rms_norm(x, gain, eps)
 
 
@@ -33,7 +33,7 @@ def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     checks.check(x.dim() >= 1, "x must have at least one dimension")
     checks.check(x.shape[-1] >= 1, "the last dimension of x must not be empty")
     checks.shape("weight", weight, "[dim of x]", (x.shape[-1],))
-    checks.has_dtype("weight", weight, accumulation_dtype(x.dtype))
+    checks.gain_dtype("weight", weight, x.dtype)
     checks.check(eps >= 0, f"eps must not be negative, got {eps}")
     return x.new_empty(x.shape)
 

@@ -8,13 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import _library
-from ._checks import (
-    MAX_TUCKER_RANK,
-    ArgumentChecks,
-    accumulation_dtype,
-    check_rank_and_cores,
-)
-from ._common import accumulation_cast, cast_for_autocast, register
+from ._checks import MAX_TUCKER_RANK, ArgumentChecks, check_rank_and_cores
+from ._common import accumulation_cast, cast_for_autocast, gain_cast, register
 
 
 def tucker_query(
@@ -36,11 +31,8 @@ def tucker_query(
     """
     _library.require(x.device.type)
     x, weight = cast_for_autocast(x, weight)
-    # A gain in x's dtype, the usual one, is not cast, nor is its gradient: for few tokens these two
-    # kernels would take a fifth of the time.
-    if norm_weight.dtype != x.dtype:
-        norm_weight = accumulation_cast("tucker_query", "norm_weight", norm_weight, x.dtype)
-    query, _ = torch.ops.ultramem.tucker_query(x, weight, norm_weight, num_heads, eps)
+    gain = gain_cast("tucker_query", "norm_weight", norm_weight, x.dtype)
+    query, _ = torch.ops.ultramem.tucker_query(x, weight, gain, num_heads, eps)
     return query
 
 
@@ -53,8 +45,7 @@ def _tucker_query_fake(
     checks.shape("weight", weight, "[2*H*Q*Kd, D]", (None, x.shape[1]))
     checks.has_dtype("weight", weight, x.dtype)
     checks.shape("norm_weight", norm_weight, "[Kd]", (None,))
-    if norm_weight.dtype != x.dtype:
-        checks.has_dtype("norm_weight", norm_weight, accumulation_dtype(x.dtype))
+    checks.gain_dtype("norm_weight", norm_weight, x.dtype)
     checks.check(num_heads >= 1, f"num_heads must be positive, got {num_heads}")
     checks.check(eps >= 0, f"eps must not be negative, got {eps}")
     rows, (key_dim,) = weight.shape[0], norm_weight.shape

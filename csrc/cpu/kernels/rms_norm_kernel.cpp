@@ -14,6 +14,16 @@ constexpr int64_t kMaxPieces = 256;
 ULTRAMEM_ALWAYS_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
 ULTRAMEM_ALWAYS_INLINE double square_root(double x) { return __builtin_sqrt(x); }
 
+// Calls body, a generic lambda, with a value of the type of the rows and one of the weight's, which
+// is the same or what rows accumulate in.
+template <typename Body>
+void with_types(const RmsNormParams& params, const Body& body) {
+  with_type(params.dtype, [&](auto type) {
+    if (params.weight_dtype == params.dtype) return body(type, type);
+    body(type, AccOf<decltype(type)>{});
+  });
+}
+
 template <typename T>
 AccOf<T> inverse_rms(const T* x, int64_t dim, double eps) {
   using Acc = AccOf<T>;
@@ -33,18 +43,18 @@ AccOf<T> inverse_rms(const T* x, int64_t dim, double eps) {
   return Acc{1} / square_root(mean + static_cast<Acc>(eps));
 }
 
-template <typename T>
-void normalise_row(const T* x, const AccOf<T>* weight, T* y, int64_t dim, double eps) {
+template <typename T, typename Weight>
+void normalise_row(const T* x, const Weight* weight, T* y, int64_t dim, double eps) {
   constexpr int kW = kLanes<AccOf<T>>;
   const AccOf<T> scale = inverse_rms(x, dim, eps);
   int64_t i = 0;
   for (; i + kW <= dim; i += kW) store(y + i, load(x + i) * scale * load(weight + i));
-  for (; i < dim; ++i) y[i] = from_acc<T>(to_acc(x[i]) * scale * weight[i]);
+  for (; i < dim; ++i) y[i] = from_acc<T>(to_acc(x[i]) * scale * to_acc(weight[i]));
 }
 
 // With s = 1/rms: dx = s * (w*dy - x * s^2 * mean(w*dy*x)),  dw += dy * x * s.
-template <typename T>
-void backward_row(const T* x, const AccOf<T>* weight, const T* grad_y, T* grad_x,
+template <typename T, typename Weight>
+void backward_row(const T* x, const Weight* weight, const T* grad_y, T* grad_x,
                   AccOf<T>* grad_weight, int64_t dim, double eps) {
   using Acc = AccOf<T>;
   constexpr int kW = kLanes<Acc>;
@@ -53,7 +63,9 @@ void backward_row(const T* x, const AccOf<T>* weight, const T* grad_y, T* grad_x
   Vec<Acc> sum = {};
   for (int64_t i = 0; i < whole; i += kW) sum += load(weight + i) * load(grad_y + i) * load(x + i);
   Acc projection = sum_lanes(sum);
-  for (int64_t i = whole; i < dim; ++i) projection += weight[i] * to_acc(grad_y[i]) * to_acc(x[i]);
+  for (int64_t i = whole; i < dim; ++i) {
+    projection += to_acc(weight[i]) * to_acc(grad_y[i]) * to_acc(x[i]);
+  }
   const Acc along = projection / static_cast<Acc>(dim) * scale * scale;
 
   for (int64_t i = 0; i < whole; i += kW) {
@@ -63,7 +75,7 @@ void backward_row(const T* x, const AccOf<T>* weight, const T* grad_y, T* grad_x
   }
   for (int64_t i = whole; i < dim; ++i) {
     const Acc xi = to_acc(x[i]), dy = to_acc(grad_y[i]);
-    grad_x[i] = from_acc<T>((weight[i] * dy - xi * along) * scale);
+    grad_x[i] = from_acc<T>((to_acc(weight[i]) * dy - xi * along) * scale);
     grad_weight[i] += dy * xi * scale;
   }
 }
@@ -72,11 +84,11 @@ int64_t rows_per_piece(int64_t num_rows) {
   return larger(kRowsPerTile, div_up(num_rows, kMaxPieces));
 }
 
-template <typename T>
+template <typename T, typename Weight>
 void backward(const RmsNormBwdParams& params, const Executor& executor) {
   using Acc = AccOf<T>;
   const T* x = static_cast<const T*>(params.x);
-  const Acc* weight = static_cast<const Acc*>(params.weight);
+  const Weight* weight = static_cast<const Weight*>(params.weight);
   const T* grad_y = static_cast<const T*>(params.grad_y);
   T* grad_x = static_cast<T*>(params.grad_x);
   const int64_t dim = params.dim;
@@ -94,20 +106,19 @@ void backward(const RmsNormBwdParams& params, const Executor& executor) {
                    params.eps);
     }
   });
-  Acc* grad_weight = static_cast<Acc*>(params.grad_weight);
-  set_zero(grad_weight, dim);
-  for (int64_t piece = 0; piece < num_pieces; ++piece) {
-    add_scaled(grad_weight, Acc{1}, partial + piece * dim, dim);
+  for (int64_t piece = 1; piece < num_pieces; ++piece) {
+    add_scaled(partial, Acc{1}, partial + piece * dim, dim);
   }
+  round_to(static_cast<Weight*>(params.grad_weight), partial, dim);
 }
 
 }  // namespace
 
 void rms_norm_fwd(const RmsNormParams& params, const Executor& executor) {
-  with_type(params.dtype, [&](auto type) {
+  with_types(params, [&](auto type, auto weight_type) {
     using T = decltype(type);
     const T* x = static_cast<const T*>(params.x);
-    const AccOf<T>* weight = static_cast<const AccOf<T>*>(params.weight);
+    const auto* weight = static_cast<const decltype(weight_type)*>(params.weight);
     T* y = static_cast<T*>(params.y);
     parallel_tiles(executor, div_up(params.num_rows, kRowsPerTile), [&](int64_t, int64_t tile) {
       const int64_t last = smaller(params.num_rows, (tile + 1) * kRowsPerTile);
@@ -130,7 +141,9 @@ size_t rms_norm_bwd_workspace(const RmsNormBwdParams& params, const Executor&) {
 }
 
 void rms_norm_bwd(const RmsNormBwdParams& params, const Executor& executor) {
-  with_type(params.dtype, [&](auto type) { backward<decltype(type)>(params, executor); });
+  with_types(params, [&](auto type, auto weight_type) {
+    backward<decltype(type), decltype(weight_type)>(params, executor);
+  });
 }
 
 }  // namespace ultramem::cpu::ULTRAMEM_CPU_CAPABILITY

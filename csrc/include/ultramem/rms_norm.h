@@ -10,10 +10,11 @@ struct RmsNormParams {
   int64_t num_rows = 0;
   int64_t dim = 0;  // width of a row
   double eps = 1e-6;
-  DType dtype = DType::kFloat32;  // of x, y and their gradients
+  DType dtype = DType::kFloat32;         // of x, y and their gradients
+  DType weight_dtype = DType::kFloat32;  // of weight and its gradient: `dtype` or accumulation's
 
   const void* x = nullptr;       // [num_rows, dim]
-  const void* weight = nullptr;  // [dim], accumulation dtype
+  const void* weight = nullptr;  // [dim]
   void* y = nullptr;             // [num_rows, dim]
 };
 
@@ -21,7 +22,7 @@ struct RmsNormBwdParams : RmsNormParams {
   // `y` is not read.
   const void* grad_y = nullptr;  // [num_rows, dim]
   void* grad_x = nullptr;        // [num_rows, dim]
-  void* grad_weight = nullptr;   // [dim], accumulation dtype
+  void* grad_weight = nullptr;   // [dim]
   void* workspace = nullptr;     // rms_norm_bwd_workspace(params) bytes
 };
 
