@@ -73,9 +73,8 @@ __device__ __forceinline__ void bitonic_sort_descending(uint64_t* data, int size
 
 // The same for 32 * kItems keys in a warp's registers: key kItems * lane + i is keys[i] of that
 // lane.
-template <int kItems>
-__device__ __forceinline__ void bitonic_sort_registers_descending(uint32_t (&keys)[kItems],
-                                                                  int lane) {
+template <int kItems, typename Key>
+__device__ __forceinline__ void bitonic_sort_registers_descending(Key (&keys)[kItems], int lane) {
 #pragma unroll
   for (int width = 2; width <= kWarpSize * kItems; width *= 2) {
 #pragma unroll
@@ -85,7 +84,7 @@ __device__ __forceinline__ void bitonic_sort_registers_descending(uint32_t (&key
             ((lane & (width / kItems)) == 0) != ((lane & (stride / kItems)) == 0);
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
-          const uint32_t other = __shfl_xor_sync(kFullMask, keys[i], stride / kItems);
+          const Key other = __shfl_xor_sync(kFullMask, keys[i], stride / kItems);
           const bool replaced = (keys[i] < other) != keep_smaller;
           if (replaced) keys[i] = other;
         }
@@ -94,7 +93,7 @@ __device__ __forceinline__ void bitonic_sort_registers_descending(uint32_t (&key
         for (int i = 0; i < kItems; ++i) {
           if ((i & stride) != 0) continue;
           const bool ascending = width < kItems ? (i & width) != 0 : (lane & (width / kItems)) != 0;
-          const uint32_t first = keys[i], second = keys[i + stride];
+          const Key first = keys[i], second = keys[i + stride];
           const bool swapped = (first < second) != ascending;
           keys[i] = swapped ? second : first;
           keys[i + stride] = swapped ? first : second;

@@ -8,6 +8,9 @@
 // A warp per token searches a number that M pairs or a few more are at or above, lists those in the
 // order of positions, and sorts them. Where equal pairs do not all fit, those above come first in
 // the list and then as many of the equal as there is room for; NaN are taken like that, too.
+//
+// In additive mode a look at few of the pairs lists most tokens' (product_key_grid_additive.cuh);
+// the others go the way of all.
 #include <algorithm>
 
 #include "async_copy.cuh"
@@ -16,6 +19,7 @@
 #include "kernel_registry.h"
 #include "product_key_common.cuh"
 #include "product_key_grid.cuh"
+#include "product_key_grid_additive.cuh"
 #include "product_key_topk_fwd.h"
 #include "threshold_search.cuh"
 
@@ -33,6 +37,7 @@ constexpr int kSmallRows = 32;
 template <int kPlanes>
 struct SmallLayout {
   using TokenView = Token<kPlanes, kSmallRows>;
+  static constexpr int kMinFound = 2 * kWarpSize;
 
   SharedLayout shared;
   typename TokenView::Layout token;
@@ -47,7 +52,7 @@ struct SmallLayout {
     const int roomy = next_power_of_two(p.topk + p.topk / 4);
     const int all = next_power_of_two(p.axis_topk * p.axis_topk);
     max_found = roomy < all ? roomy : all;
-    if (max_found < 2 * kWarpSize) max_found = 2 * kWarpSize;
+    if (max_found < kMinFound) max_found = kMinFound;
     ids = shared.take(4 * 2 * kSmallRows);
     codes = shared.take(int64_t{2} * max_found);
     candidates = shared.take(int64_t{8} * max_found);
@@ -55,55 +60,16 @@ struct SmallLayout {
   }
 };
 
+// Lists the codes of at least topk pairs, all that are at or above a number *lowest, or so many of
+// those that equal it that they are topk; equal pairs in the order of positions. With lowest = 0
+// some are NaN. *highest is the best pair's, both sortable ranks. Returns how many.
 template <int kPlanes>
-__global__ void __launch_bounds__(kThreads, kPlanes == 2 ? 8 : 5)
-    product_key_topk_fwd_grid_small_kernel(const __grid_constant__ ProductKeyTopkParams p,
-                                           const __grid_constant__ SmallLayout<kPlanes> layout) {
-  extern __shared__ __align__(16) unsigned char shared_bytes[];
-  using TokenView = typename SmallLayout<kPlanes>::TokenView;
-  const int lane = threadIdx.x % kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
-  const int64_t token_head = int64_t{blockIdx.x} * kTokens + warp;
-  if (token_head >= p.num_tokens * p.num_heads) {
-    wait_for_prerequisite_grid();
-    return;
-  }
-  unsigned char* shared = shared_bytes + warp * layout.bytes;
-  auto* ids = reinterpret_cast<int32_t*>(shared + layout.ids);
-  auto* codes = reinterpret_cast<uint16_t*>(shared + layout.codes);
-  auto* candidates = reinterpret_cast<uint64_t*>(shared + layout.candidates);
-  const int m = p.axis_topk;
-  const uint32_t topk = p.topk;
-  const uint32_t max_found = layout.max_found;
+__device__ __forceinline__ int list_small(const Token<kPlanes, kSmallRows>& token,
+                                          const float (&row)[kPlanes], bool finite, int m,
+                                          uint32_t topk, uint32_t max_found, int lane,
+                                          uint16_t* codes, uint32_t* lowest, uint32_t* highest) {
+  using TokenView = Token<kPlanes, kSmallRows>;
   const float nan = __uint_as_float(kNanBits);
-
-  const TokenView token(p, token_head, shared, layout.token, lane);
-  read_arguments(reinterpret_cast<uintptr_t>(p.axis_scores), layout.max_found);
-  wait_for_prerequisite_grid();
-  release_dependent_grid();
-  int32_t own_ids[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) own_ids[i] = lane < m ? token.key_id(i * m + lane) : 0;
-  float row[kPlanes], own_col[kPlanes];
-  token.load_scores(lane, row, own_col);
-  token.store_core(lane);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    if (lane < m) ids[i * m + lane] = own_ids[i];
-  }
-#pragma unroll
-  for (int s = 0; s < kPlanes; ++s) {
-    token.cols[s * TokenView::kColStride + col_place(lane)] = own_col[s];
-  }
-  __syncwarp();
-  float cbar[kPlanes][kPlanes];
-  token.sum_cores(cbar);
-  token.fold(cbar, row);
-  if (lane >= m) row[0] = nan;
-#pragma unroll
-  for (int s = 0; s < kPlanes; ++s) token.rows[s * TokenView::kRowStride + lane] = row[s];
-  const bool finite = __all_sync(kFullMask, lane >= m || (is_finite(row) && is_finite(own_col)));
-
   float ranks[kSmallRows];
   float row_best = nan;
 #pragma unroll
@@ -129,13 +95,13 @@ __global__ void __launch_bounds__(kThreads, kPlanes == 2 ? 8 : 5)
     for (int j = 0; j < kSmallRows; ++j) bits |= wanted(ranks[j]) ? 1u << j : 0u;
     return bits;
   };
-  const uint32_t highest = warp_highest(row_best);
-  uint32_t lowest, num_numbers = m * m;
+  *highest = warp_highest(row_best);
+  uint32_t least, num_numbers = m * m;
   float count_low;
   if (finite && topk <= static_cast<uint32_t>(m)) {
     // The best of each row are enough, and about a sixth of a random grid is at or above the least
     // of them.
-    lowest = warp_lowest(row_best);
+    least = warp_lowest(row_best);
     count_low = num_numbers <= max_found
                     ? num_numbers
                     : fmaxf(0.16f * num_numbers, static_cast<float>(max_found + 1));
@@ -143,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, kPlanes == 2 ? 8 : 5)
     float row_worst = nan;
 #pragma unroll
     for (int j = 0; j < kSmallRows; ++j) row_worst = fminf(row_worst, ranks[j]);
-    lowest = warp_lowest(row_worst);
+    least = warp_lowest(row_worst);
     if (!finite) {
       num_numbers =
           __reduce_add_sync(kFullMask, __popc(columns([](float rank) { return rank == rank; })));
@@ -152,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, kPlanes == 2 ? 8 : 5)
   }
 
   const bool enough = num_numbers >= topk;  // or else every number is taken, and some NaN
-  CutSearch search(lowest, highest, count_low);
+  CutSearch search(least, *highest, count_low);
   const float wanted = 0.5f * topk + 0.25f * (topk + max_found);
   for (int step = 0; search.open(max_found); ++step) {
     if (step >= CutSearch::kGuesses) {
@@ -184,12 +150,79 @@ __global__ void __launch_bounds__(kThreads, kPlanes == 2 ? 8 : 5)
   list(columns([cut](float rank) { return rank >= cut; }), static_cast<int>(max_found));
   if (!enough) {
     const uint32_t inside = lane < m ? 0xffffffffu >> (kSmallRows - m) : 0u;
-    list(columns([](float rank) { return !(rank == rank); }) & inside, p.topk);
+    list(columns([](float rank) { return !(rank == rank); }) & inside, topk);
   } else if (ties) {
     const float tied = value_of(search.low);
-    list(columns([tied](float rank) { return rank == tied; }), p.topk);
+    list(columns([tied](float rank) { return rank == tied; }), topk);
   }
-  sort_codes(codes, num_found, enough ? search.low : 0u, highest, candidates, lane,
+  *lowest = enough ? search.low : 0u;
+  return num_found;
+}
+
+template <int kPlanes, bool kAdditive>
+__global__ void __launch_bounds__(kThreads, kPlanes == 2 ? 8 : 5)
+    product_key_topk_fwd_grid_small_kernel(const __grid_constant__ ProductKeyTopkParams p,
+                                           const __grid_constant__ SmallLayout<kPlanes> layout) {
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  using TokenView = typename SmallLayout<kPlanes>::TokenView;
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  const int64_t token_head = int64_t{blockIdx.x} * kTokens + warp;
+  if (token_head >= p.num_tokens * p.num_heads) {
+    wait_for_prerequisite_grid();
+    return;
+  }
+  unsigned char* shared = shared_bytes + warp * layout.bytes;
+  auto* ids = reinterpret_cast<int32_t*>(shared + layout.ids);
+  auto* codes = reinterpret_cast<uint16_t*>(shared + layout.codes);
+  auto* candidates = reinterpret_cast<uint64_t*>(shared + layout.candidates);
+  const int m = p.axis_topk;
+  const uint32_t topk = p.topk;
+  const uint32_t max_found = layout.max_found;
+  const float nan = __uint_as_float(kNanBits);
+
+  const TokenView token(p, token_head, shared, layout.token, lane);
+  read_arguments(reinterpret_cast<uintptr_t>(p.axis_scores), layout.max_found);
+  wait_for_prerequisite_grid();
+  release_dependent_grid();
+  int32_t own_ids[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) own_ids[i] = lane < m ? token.key_id(i * m + lane) : 0;
+  float row[kPlanes], own_col[kPlanes];
+  token.load_scores(lane, row, own_col);
+  if constexpr (!kAdditive) token.store_core(lane);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (lane < m) ids[i * m + lane] = own_ids[i];
+  }
+#pragma unroll
+  for (int s = 0; s < kPlanes; ++s) {
+    token.cols[s * TokenView::kColStride + col_place(lane)] = own_col[s];
+  }
+  __syncwarp();
+  if constexpr (!kAdditive) {
+    float cbar[kPlanes][kPlanes];
+    token.sum_cores(cbar);
+    token.fold(cbar, row);
+    if (lane >= m) row[0] = nan;
+  }
+#pragma unroll
+  for (int s = 0; s < kPlanes; ++s) token.rows[s * TokenView::kRowStride + lane] = row[s];
+  const bool finite = __all_sync(kFullMask, lane >= m || (is_finite(row) && is_finite(own_col)));
+
+  uint32_t lowest, highest;
+  uint32_t num_found = 0;
+  if constexpr (kAdditive) {
+    if (finite) {
+      auto& scratch = *reinterpret_cast<AdditiveScratch<kSmallRows>*>(candidates);
+      static_assert(sizeof(scratch) <= 8 * SmallLayout<kPlanes>::kMinFound);
+      num_found = list_additive(token, m, topk, max_found, lane, scratch, codes, &lowest, &highest);
+    }
+  }
+  if (num_found == 0) {
+    num_found = list_small(token, row, finite, m, topk, max_found, lane, codes, &lowest, &highest);
+  }
+  sort_codes(codes, num_found, lowest, highest, candidates, lane,
              [&](int code) { return token.rank_of(code); });
   token.write(codes, ids, lane);
 }
@@ -207,6 +240,7 @@ static_assert(kRowChunks * kLaneRows == kWarpSize, "a lane's chunks are the bits
 template <int kPlanes>
 struct ChunkLayout {
   using TokenView = Token<kPlanes, kMaxAxisTopk>;
+  static constexpr int kChunkBytes = 2 * kMaxAxisTopk * kRowChunks;
 
   SharedLayout shared;
   typename TokenView::Layout token;
@@ -216,7 +250,8 @@ struct ChunkLayout {
   int keys;    // [max_found] sortable ranks, or [max_sorted] uint64
   int max_found;
   int max_sorted;
-  int64_t bytes;  // of a warp
+  int max_listed;  // of an additive grid: more room than topk lets the search stop early
+  int64_t bytes;   // of a warp
 
   __host__ __device__ explicit ChunkLayout(const ProductKeyTopkParams& p) : token(shared) {
     const int all = next_power_of_two(p.axis_topk * p.axis_topk);
@@ -226,8 +261,10 @@ struct ChunkLayout {
     max_found = best <= 256 ? 4 * best : best < 512 ? 1024 : 2 * best;
     if (max_found < max_sorted) max_found = max_sorted;
     if (max_found > all) max_found = all;
+    const int roomy = next_power_of_two(p.topk + p.topk / 4);
+    max_listed = roomy < 2 * kWarpSize ? 2 * kWarpSize : roomy;
     maxima = shared.take(0);
-    chunks = shared.take(2 * kMaxAxisTopk * kRowChunks);
+    chunks = shared.take(kChunkBytes);
     codes = shared.take(int64_t{2} * max_found);
     keys =
         shared.take(max_found > 2 * max_sorted ? int64_t{4} * max_found : int64_t{8} * max_sorted);
@@ -237,7 +274,7 @@ struct ChunkLayout {
   }
 };
 
-template <int kPlanes>
+template <int kPlanes, bool kAdditive>
 __global__ void __launch_bounds__(kThreads, kPlanes == 2 ? 7 : 5)
     product_key_topk_fwd_grid_chunks_kernel(const __grid_constant__ ProductKeyTopkParams p,
                                             const __grid_constant__ ChunkLayout<kPlanes> layout) {
@@ -275,14 +312,14 @@ __global__ void __launch_bounds__(kThreads, kPlanes == 2 ? 7 : 5)
       }
       finite &= index >= m || is_finite(col);
     }
-    token.store_core(lane);
+    if constexpr (!kAdditive) token.store_core(lane);
     __syncwarp();
     float cbar[kPlanes][kPlanes];
-    token.sum_cores(cbar);
+    if constexpr (!kAdditive) token.sum_cores(cbar);
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) {
       const int index = i * kWarpSize + lane;
-      token.fold(cbar, row[i]);
+      if constexpr (!kAdditive) token.fold(cbar, row[i]);
       if (index >= m) row[i][0] = nan;
 #pragma unroll
       for (int s = 0; s < kPlanes; ++s) {
@@ -340,11 +377,20 @@ __global__ void __launch_bounds__(kThreads, kPlanes == 2 ? 7 : 5)
   };
 
   uint32_t highest, lowest;  // sortable ranks: the best pair's; what listed pairs are at or above
-  uint32_t lowest_maximum;
-  uint32_t num_found;
+  uint32_t lowest_maximum = 0;
+  uint32_t num_found = 0;
+  if constexpr (kAdditive) {
+    if (finite) {
+      auto& scratch = *reinterpret_cast<AdditiveScratch<kMaxAxisTopk>*>(chunks);
+      static_assert(sizeof(scratch) <= ChunkLayout<kPlanes>::kChunkBytes);
+      num_found =
+          list_additive(token, m, topk, layout.max_listed, lane, scratch, codes, &lowest, &highest);
+    }
+  }
+  const bool listed = num_found > 0;
   // At first about as few chunks are listed as hold topk pairs; where they do not, topk chunks.
 #pragma unroll 1
-  for (bool certain = false;; certain = true) {
+  for (bool certain = false; !listed; certain = true) {
     float row[kLaneRows][kPlanes];
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) {
@@ -587,13 +633,13 @@ __global__ void __launch_bounds__(kThreads, kPlanes == 2 ? 7 : 5)
   token.write(codes, token.ids(), lane);
 }
 
-template <int kPlanes>
+template <int kPlanes, bool kAdditive>
 Status launch(const ProductKeyTopkParams& p, Stream stream, bool overlapping) {
   const int64_t token_heads = p.num_tokens * p.num_heads;
   if (p.axis_topk <= kSmallRows) {
     const SmallLayout<kPlanes> layout(p);
     const int64_t bytes = layout.bytes * kTokens;
-    const auto kernel = product_key_topk_fwd_grid_small_kernel<kPlanes>;
+    const auto kernel = product_key_topk_fwd_grid_small_kernel<kPlanes, kAdditive>;
     ULTRAMEM_RETURN_IF_ERROR(allow_shared_memory(kernel, bytes));
     const dim3 blocks(static_cast<unsigned>(ceil_div(token_heads, kTokens)));
     if (overlapping) {
@@ -607,7 +653,7 @@ Status launch(const ProductKeyTopkParams& p, Stream stream, bool overlapping) {
   constexpr int64_t kBlockBytes = 96 * 1024;
   const int tokens =
       static_cast<int>(std::clamp(kBlockBytes / layout.bytes, int64_t{1}, int64_t{kTokens}));
-  const auto kernel = product_key_topk_fwd_grid_chunks_kernel<kPlanes>;
+  const auto kernel = product_key_topk_fwd_grid_chunks_kernel<kPlanes, kAdditive>;
   ULTRAMEM_RETURN_IF_ERROR(allow_shared_memory(kernel, layout.bytes * tokens));
   kernel<<<static_cast<unsigned>(ceil_div(token_heads, tokens)), tokens * kWarpSize,
            layout.bytes * tokens, stream>>>(p, layout);
@@ -615,20 +661,25 @@ Status launch(const ProductKeyTopkParams& p, Stream stream, bool overlapping) {
 }
 
 ULTRAMEM_REGISTER_KERNEL(small_2, "product_key_topk_fwd_grid_small<2>", kThreads,
-                         product_key_topk_fwd_grid_small_kernel<2>);
+                         product_key_topk_fwd_grid_small_kernel<2, false>);
 ULTRAMEM_REGISTER_KERNEL(small_4, "product_key_topk_fwd_grid_small<4>", kThreads,
-                         product_key_topk_fwd_grid_small_kernel<4>);
+                         product_key_topk_fwd_grid_small_kernel<4, false>);
+ULTRAMEM_REGISTER_KERNEL(small_additive, "product_key_topk_fwd_grid_small_additive", kThreads,
+                         product_key_topk_fwd_grid_small_kernel<2, true>);
 ULTRAMEM_REGISTER_KERNEL(chunks_2, "product_key_topk_fwd_grid_chunks<2>", kThreads,
-                         product_key_topk_fwd_grid_chunks_kernel<2>);
+                         product_key_topk_fwd_grid_chunks_kernel<2, false>);
 ULTRAMEM_REGISTER_KERNEL(chunks_4, "product_key_topk_fwd_grid_chunks<4>", kThreads,
-                         product_key_topk_fwd_grid_chunks_kernel<4>);
+                         product_key_topk_fwd_grid_chunks_kernel<4, false>);
+ULTRAMEM_REGISTER_KERNEL(chunks_additive, "product_key_topk_fwd_grid_chunks_additive", kThreads,
+                         product_key_topk_fwd_grid_chunks_kernel<2, true>);
 
 }  // namespace
 
 Status launch_grid(const ProductKeyTopkParams& params, Stream stream, bool overlapping) {
   if (grid_block_applies(params)) return launch_grid_block(params, stream, overlapping);
-  return params.tucker_rank <= 2 ? launch<2>(params, stream, overlapping)
-                                 : launch<4>(params, stream, overlapping);
+  if (list_additive_applies(params)) return launch<2, true>(params, stream, overlapping);
+  return params.tucker_rank <= 2 ? launch<2, false>(params, stream, overlapping)
+                                 : launch<4, false>(params, stream, overlapping);
 }
 
 }  // namespace ultramem::cuda

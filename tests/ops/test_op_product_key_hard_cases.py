@@ -280,6 +280,71 @@ def test_grid_of_few_values(
         check_exact(query, keys, core, topk=topk, axis_topk=axis_topk, mode=mode)
 
 
+def additive_keys(kind: str, data: Data, heads: int, num_keys: int) -> Tensor:
+    """[H, 2, 1, n, 1], where float32 sums of a row's and a column's number are like this."""
+    shape = (heads, 2, 1, num_keys, 1)
+    keys = data.normal(*shape)
+    if kind == "ties":
+        keys = integers(data, *shape, dtype=torch.float32, high=3)
+    elif kind == "all equal":
+        keys = torch.ones_like(keys)
+    elif kind == "signed zeros":
+        keys = torch.zeros_like(keys).copysign(keys)
+    elif kind == "ties by rounding":  # of a column's numbers in one head, of a row's in another
+        large = 2.0**24 * (1 + data.integers(3, *shape))
+        side = (torch.arange(2) + torch.arange(heads)[:, None]).reshape(heads, 2, 1, 1, 1) % 2
+        keys = torch.where(side.to(keys.device) == 1, large.to(keys), 4 * keys)
+    elif kind == "all magnitudes":
+        keys = torch.ldexp(keys, data.integers(60, *shape) - 30)
+    elif kind == "overflow":
+        keys = 3e38 * keys.clamp(-1, 1)
+    elif kind in ("nan", "inf"):
+        spoiled = data.integers(6, *shape) == 0
+        spoiled[0] = False  # a head of numbers beside it
+        keys = torch.where(spoiled, keys.sign() * float(kind), keys)
+    return keys
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("normal", "ties", "all equal", "signed zeros", "ties by rounding", "all magnitudes"),
+        *("overflow", "nan", "inf"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("num_keys", "topk"),
+    [
+        *((1, 1), (3, 4), (16, 16), (32, 32), (32, 500), (32, 1024)),
+        *((33, 33), (64, 64), (100, 100), (128, 33), (128, 128), (128, 1000)),
+    ],
+)
+def test_additive_grid_of_many_tokens(device: str, num_keys: int, topk: int, kind: str) -> None:
+    """Against a stable sort of all float32 sums; more tokens and heads than get a block each."""
+    data = Data(13, device)
+    tokens, heads = 65, 2
+    keys = additive_keys(kind, data, heads, num_keys)
+    query = torch.ldexp(  # powers of two and their negatives: no score is rounded
+        1.0 - 2.0 * data.integers(2, tokens, 2, heads, 1, 1),
+        data.integers(3, tokens, 2, heads, 1, 1),
+    )
+    if kind == "overflow":
+        query = query.sign()
+    scores, indices = ops.product_key_topk(
+        query, keys, None, topk=topk, axis_topk=num_keys, mode="additive"
+    )
+
+    axes = (query[..., 0] * keys[:, :, 0, :, 0].transpose(0, 1)).cpu().numpy()  # [T, 2, H, n]
+    with np.errstate(invalid="ignore", over="ignore"):
+        sums = (axes[:, 0, :, :, None] + axes[:, 1, :, None, :]).reshape(tokens, heads, -1)
+    assert sums.dtype == np.float32
+    expected = np.argsort(-sums, axis=-1, kind="stable")[..., :topk]
+    np.testing.assert_array_equal(array(indices), expected)
+    np.testing.assert_array_equal(
+        scores[..., 0].cpu().numpy(), np.take_along_axis(sums, expected, axis=-1)
+    )
+
+
 @pytest.mark.parametrize("numbers", [0, 5, 40])
 def test_fewer_numbers_than_wanted(device: str, numbers: int) -> None:
     """A grid that is NaN but for a few rows: first all numbers, then the lowest NaN."""
