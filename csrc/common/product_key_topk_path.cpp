@@ -26,8 +26,10 @@ const char* why_generic(const ProductKeyTopkParams& p, int compute_capability) {
 RetrievalPath product_key_topk_fwd_path(const ProductKeyTopkParams& params, int compute_capability,
                                         const char** reason) {
   const char* obstacle = why_generic(params, compute_capability);
-  const bool few =
-      params.num_tokens <= kTensorCore90SmallTokens && params.num_heads <= kTensorCore90SmallHeads;
+  const bool few = params.num_heads <= kTensorCore90SmallHeads &&
+                   (params.num_tokens <= kTensorCore90SmallTokens ||
+                    (params.num_tokens <= kTensorCore90SmallTokenHeads &&
+                     params.num_tokens * params.num_heads <= kTensorCore90SmallTokenHeads));
   if (reason != nullptr) {
     *reason = obstacle != nullptr ? obstacle
               : few               ? "few tokens; dtype, compute capability, n, Kd and m allow it"

@@ -95,18 +95,11 @@ __device__ __forceinline__ void mbarrier_expect_bytes(uint32_t barrier, uint32_t
                : "memory");
 }
 
-// Arrives at the barrier at the same place in another block of the cluster, for a block that has
+// Arrives at a barrier in another block of the cluster (address_in_block), for a block that has
 // only read what others may now overwrite, by instructions it has waited for: without a scope that
 // spans the cluster, which would flush caches.
-__device__ __forceinline__ void mbarrier_release_cluster(uint32_t barrier, uint32_t block) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
-      "}\n" ::"r"(barrier),
-      "r"(block)
-      : "memory");
+__device__ __forceinline__ void mbarrier_arrive_in_block(uint32_t remote_barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];\n" ::"r"(remote_barrier) : "memory");
 }
 
 // What this thread has written to shared memory is there for matrix products and bulk copies that

@@ -314,7 +314,7 @@ __device__ __forceinline__ void multiply(const Product& p, Ring<kCols> ring) {
   const int cluster = p.schedule.cluster;
   // Each warp for itself: that its share of a product is complete says nothing of the others'.
   const auto release = [&](int step) {
-    if (lane < cluster) mbarrier_release_cluster(ring.empty(step), static_cast<uint32_t>(lane));
+    if (lane < cluster) mbarrier_arrive_in_block(address_in_block(ring.empty(step), lane));
   };
 
   const int block_rank = static_cast<int>(cluster_rank());

@@ -343,6 +343,7 @@ Status launch_axis_generic(const ProductKeyTopkParams& params, Stream stream) {
 
 size_t product_key_topk_fwd_workspace([[maybe_unused]] const ProductKeyTopkParams& params) {
 #if defined(ULTRAMEM_WITH_SM90A)
+  if (axis_candidates_applies(params)) return axis_candidates_workspace(params);
   if (axis_resident_applies(params)) return axis_resident_workspace(params);
 #endif
   return 0;
@@ -357,9 +358,10 @@ Status product_key_topk_fwd(const ProductKeyTopkParams& params, Stream stream) {
     return launch_grid(params, stream, true);
   }
   if (axis_wgmma_applies(params)) {
-    const bool resident = axis_resident_applies(params);
-    ULTRAMEM_RETURN_IF_ERROR(resident ? launch_axis_resident(params, stream)
-                                      : launch_axis_wgmma(params, stream));
+    const auto launch_axis = axis_candidates_applies(params) ? launch_axis_candidates
+                             : axis_resident_applies(params) ? launch_axis_resident
+                                                             : launch_axis_lists;
+    ULTRAMEM_RETURN_IF_ERROR(launch_axis(params, stream));
     return launch_grid(params, stream, true);
   }
 #endif

@@ -11,14 +11,27 @@ Status launch_axis_generic(const ProductKeyTopkParams& params, Stream stream);
 
 // The same on the tensor cores of sm_90a, where axis_wgmma_applies. In builds with that code only.
 // With left_over, which the kernel ahead in the stream writes, [2 * num_heads, blocks of 128
-// tokens], only the tokens of the blocks that it marks, for axis_topk up to
-// kAxisResidentMaxTopk.
+// tokens], only the tokens of the blocks that it marks, for axis_topk up to kAxisResidentMaxTopk.
 bool axis_wgmma_applies(const ProductKeyTopkParams& params);
-Status launch_axis_wgmma(const ProductKeyTopkParams& params, Stream stream,
-                         const int32_t* left_over = nullptr);
+Status launch_axis_marked_lists(const ProductKeyTopkParams& params, Stream stream,
+                                const int32_t* left_over);
+inline Status launch_axis_lists(const ProductKeyTopkParams& params, Stream stream) {
+  return launch_axis_marked_lists(params, stream, nullptr);
+}
 
-// The same for R = 2, short keys and small m, of what axis_wgmma_applies to: where
-// axis_resident_applies. Needs axis_resident_workspace(params) bytes of workspace.
+// Of what that takes, where axis_candidates_applies: R up to 2 and either large m or tokens for no
+// more blocks than run at once. Needs axis_candidates_workspace(params) bytes of workspace.
+bool axis_candidates_applies(const ProductKeyTopkParams& params);
+size_t axis_candidates_workspace(const ProductKeyTopkParams& params);
+Status launch_axis_candidates(const ProductKeyTopkParams& params, Stream stream);
+
+// Its second half, for the tokens of a chunk.
+struct Candidates;
+Status launch_pick(const ProductKeyTopkParams& params, const Candidates& candidates,
+                   int64_t first_token, Stream stream);
+
+// Of the rest, R = 2, short keys and small m: where axis_resident_applies. Needs
+// axis_resident_workspace(params) bytes of workspace.
 inline constexpr int kAxisResidentMaxKeyDim = 192;
 inline constexpr int kAxisResidentMaxTopk = 32;
 inline bool axis_resident_applies(const ProductKeyTopkParams& p) {
@@ -28,7 +41,8 @@ inline bool axis_resident_applies(const ProductKeyTopkParams& p) {
 size_t axis_resident_workspace(const ProductKeyTopkParams& params);
 Status launch_axis_resident(const ProductKeyTopkParams& params, Stream stream);
 
-// The same for few tokens, where axis_small_applies. In builds with that code only.
+// On the tensor cores as well, for few tokens, where axis_small_applies. In builds with that code
+// only.
 bool axis_small_applies(const ProductKeyTopkParams& params);
 Status launch_axis_small(const ProductKeyTopkParams& params, Stream stream);
 

@@ -481,7 +481,7 @@ size_t axis_resident_workspace(const ProductKeyTopkParams& p) {
 Status launch_axis_resident(const ProductKeyTopkParams& params, Stream stream) {
   ULTRAMEM_RETURN_IF_ERROR(params.dtype == DType::kFloat16 ? launch<__half>(params, stream)
                                                            : launch<__nv_bfloat16>(params, stream));
-  return launch_axis_wgmma(params, stream, static_cast<const int32_t*>(params.workspace));
+  return launch_axis_marked_lists(params, stream, static_cast<const int32_t*>(params.workspace));
 }
 
 }  // namespace ultramem::cuda

@@ -496,8 +496,8 @@ bool axis_wgmma_applies(const ProductKeyTopkParams& p) {
   return sm90a_available() && product_key_topk_fwd_path(p, kSm90) == RetrievalPath::kTensorCore90;
 }
 
-Status launch_axis_wgmma(const ProductKeyTopkParams& params, Stream stream,
-                         const int32_t* left_over) {
+Status launch_axis_marked_lists(const ProductKeyTopkParams& params, Stream stream,
+                                const int32_t* left_over) {
   if (params.dtype == DType::kFloat16) return launch_planes<__half>(params, stream, left_over);
   return launch_planes<__nv_bfloat16>(params, stream, left_over);
 }

@@ -43,7 +43,7 @@ struct ThresholdSearch {
 
   // A value strictly between the two; NaN where there is none: what is > low but not > high all
   // equals high then. `step` counts the guesses of this search.
-  __device__ __forceinline__ float guess(float log_wanted, int step) {
+  __device__ __forceinline__ float guess(float log_wanted, int step) const {
     constexpr int kGuesses = 10;
     const float share = (log_low - log_wanted) * reciprocal_fast(log_low - log_high);
     // Not -0, which is not below a +0.

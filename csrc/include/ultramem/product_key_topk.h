@@ -31,8 +31,9 @@ inline constexpr int64_t kTensorCore90MaxKeys = 8192;
 inline constexpr int64_t kTensorCore90MaxKeyDim = 1024;
 inline constexpr int64_t kTensorCore90KeyDimMultiple = 8;  // rows of 16 bytes
 // kTensorCore90Small: a cluster of blocks takes up to 32 tokens of a head, few clusters run at
-// once.
+// once. Up to so many tokens, or so many tokens times heads; of few heads.
 inline constexpr int64_t kTensorCore90SmallTokens = 64;
+inline constexpr int64_t kTensorCore90SmallTokenHeads = 512;
 inline constexpr int64_t kTensorCore90SmallHeads = 16;
 
 struct ProductKeyTopkParams {

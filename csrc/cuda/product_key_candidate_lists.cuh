@@ -1,0 +1,486 @@
+// How a warpgroup finds candidates (product_key_candidates.cuh) among the scores of a tile of keys,
+// which are in registers as matrix products leave them.
+//
+// A thread has two rows, tokens lane / 4 of its warp's 16 and the one eight below, and of each
+// eight columns, which are keys, two neighbours: the four lanes of a quad share their rows.
+#pragma once
+
+#include "async_copy.cuh"
+#include "common.cuh"
+#include "product_key_candidates.cuh"
+
+namespace ultramem::cuda::candidate_lists {
+
+inline constexpr int kKeys = 128;          // of a tile
+inline constexpr int kScores = kKeys / 2;  // of a thread and rank; see wgmma_k16
+inline constexpr int kRows = 2;
+inline constexpr int kRowScores = kScores / kRows;
+
+template <int kPlanes>
+using Scores = float[kPlanes][kScores];
+
+// Candidates on their way from registers to memory: those of a row of a warp, with room for so
+// many.
+inline constexpr uint32_t kStaged = 20;
+inline constexpr int kStagedBytes = 12;  // of one
+inline constexpr int kStagedRowBytes =
+    kStagedBytes * (kStaged + 1);  // rows begin in different banks
+inline constexpr int kWarpTokens = 16;
+
+// What a warpgroup knows of a token, in shared memory.
+struct RowState {
+  float bound;  // many maxima are above; for the other warpgroup
+  // After a list was cut: keys from id after_tie on are out unless their rank is not below `later`.
+  int32_t after_tie;
+  float later;
+};
+
+// Score i of a row of a thread, of kRowScores, is this one of its scores, and of this column.
+__device__ __forceinline__ constexpr int score_of(int row, int i) {
+  return i / 2 * 4 + 2 * row + i % 2;
+}
+__device__ __forceinline__ int column_of(int i, int lane) {
+  return i / 2 * 8 + lane % 4 * 2 + i % 2;
+}
+
+template <int kPlanes>
+__device__ __forceinline__ float rank_of(const Scores<kPlanes>& scores,
+                                         const float (&filter)[kPlanes], int row, int i) {
+  float of_key[kPlanes];
+#pragma unroll
+  for (int r = 0; r < kPlanes; ++r) of_key[r] = scores[r][score_of(row, i)];
+  return rank_value<kPlanes>(filter, of_key);
+}
+
+// The compiler would keep ranks, for which there are no registers, instead of working them out
+// again.
+template <int kPlanes>
+__device__ __forceinline__ void forget_ranks(float (&filter)[kPlanes]) {
+  asm volatile("" : "+f"(filter[0]));
+}
+
+__device__ __forceinline__ uint32_t quad_sum(uint32_t x) {
+  x += __shfl_xor_sync(kFullMask, x, 1);
+  return x + __shfl_xor_sync(kFullMask, x, 2);
+}
+
+// Scores and id of a key side by side in shared memory, where `stored` is not 0. Predicates, for a
+// branch around sums of products makes the compiler wait for these one by one.
+template <int kPlanes>
+__device__ __forceinline__ void stage_key_if(uint32_t stored, uint32_t to,
+                                             const float (&scores)[kPlanes], uint32_t id) {
+  static_assert(kPlanes == 1 || kPlanes == 2, "");
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.u32 p, %0, 0;\n"
+      "@p st.shared.f32 [%1], %2;\n"
+      "@p st.shared.u32 [%1 + 8], %3;\n"
+      "}\n" ::"r"(stored),
+      "r"(to), "f"(scores[0]), "r"(id)
+      : "memory");
+  if constexpr (kPlanes == 2) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.u32 p, %0, 0;\n"
+        "@p st.shared.f32 [%1 + 4], %2;\n"
+        "}\n" ::"r"(stored),
+        "r"(to), "f"(scores[1])
+        : "memory");
+  }
+}
+__device__ __forceinline__ uint32_t load_shared_word(uint32_t from) {
+  uint32_t x;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
+  return x;
+}
+
+inline constexpr uint32_t kInfinityBits = 0x7f800000u;
+__device__ __forceinline__ float minus_infinity() {
+  return __uint_as_float(kInfinityBits | 0x80000000u);
+}
+
+// The maxima of a thread's columns, two to a word, rounded to bfloat16.
+using Maxima = __nv_bfloat162[kRows][kRowScores / 2];
+
+// Unless kAll keys of the tile exist, none does from id num_keys on.
+template <bool kAll, int kPlanes>
+__device__ __forceinline__ void take_maxima(const Scores<kPlanes>& scores,
+                                            const float (&filter)[kPlanes], Maxima& maxima,
+                                            int first_key, int num_keys, int lane) {
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+    for (int i = 0; i < kRowScores; i += 2) {
+      float ranks[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        ranks[j] = rank_of<kPlanes>(scores, filter, row, i + j);
+        if (!kAll && first_key + column_of(i + j, lane) >= num_keys) ranks[j] = minus_infinity();
+      }
+      // Of a NaN and a number, the number.
+      maxima[row][i / 2] = __hmax2(maxima[row][i / 2], __floats2bfloat162_rn(ranks[0], ranks[1]));
+    }
+  }
+}
+
+// How many of the maxima that a quad holds of a row are above a number; it is in both halves.
+__device__ __forceinline__ uint32_t count_above(const __nv_bfloat162 (&maxima)[kRowScores / 2],
+                                                __nv_bfloat162 number) {
+  __nv_bfloat162 counts[4];
+#pragma unroll
+  for (int i = 0; i < kRowScores / 2; ++i) {
+    const __nv_bfloat162 above = __hgt2(maxima[i], number);
+    counts[i % 4] = i < 4 ? above : __hadd2(counts[i % 4], above);
+  }
+  const __nv_bfloat162 sums = __hadd2(__hadd2(counts[0], counts[1]), __hadd2(counts[2], counts[3]));
+  return quad_sum(static_cast<uint32_t>(__low2float(sums) + __high2float(sums)));
+}
+
+// Of both rows: a number that at least `least` of the maxima that a quad holds are above, and not
+// many more if one is soon found; minus infinity if none is.
+__device__ __forceinline__ void find_bounds(const Maxima& maxima, uint32_t least,
+                                            float (&bounds)[kRows]) {
+  constexpr int kMaxSteps = 8;
+  // Where the maxima of several numbers are normal, the wanted one is about here between extremes.
+  constexpr float kFirstShare = 0.65f;
+  const float log_wanted = log2_fast(static_cast<float>(least) * 1.06f);
+  // Between these the counts pass `least`; with logarithms of counts.
+  float low[kRows], high[kRows], log_low[kRows], log_high[kRows], share[kRows];
+  bool searching[kRows];
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+    bounds[row] = minus_infinity();
+    __nv_bfloat162 lowest = maxima[row][0], highest = lowest;
+#pragma unroll
+    for (int i = 1; i < kRowScores / 2; ++i) {
+      lowest = __hmin2(lowest, maxima[row][i]);
+      highest = __hmax2(highest, maxima[row][i]);
+    }
+    low[row] = fminf(__low2float(lowest), __high2float(lowest));
+    high[row] = fmaxf(__low2float(highest), __high2float(highest));
+#pragma unroll
+    for (int delta = 1; delta < 4; delta *= 2) {
+      low[row] = fminf(low[row], __shfl_xor_sync(kFullMask, low[row], delta));
+      high[row] = fmaxf(high[row], __shfl_xor_sync(kFullMask, high[row], delta));
+    }
+    log_low[row] = log2_fast(kKeys);
+    log_high[row] = -1.0f;
+    share[row] = kFirstShare;
+    searching[row] = true;
+  }
+#pragma unroll 1
+  for (int step = 0; step < kMaxSteps; ++step) {
+    // A little more than wanted will do, and sooner than another step the more.
+    const uint32_t most = least + 1 + (least * (step + 1) >> 4);
+    bool any = false;
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const float guess = fmaf(high[row] - low[row], share[row], low[row]);
+      const __nv_bfloat162 both = __floats2bfloat162_rn(guess, guess);
+      const float value = __low2float(both);
+      const uint32_t above = count_above(maxima[row], both);
+      searching[row] &= value > low[row] && value < high[row];
+      const bool enough = above >= least;
+      const float log_above = log2_fast(fmaxf(static_cast<float>(above), 0.5f));
+      if (searching[row] && enough) {
+        bounds[row] = low[row] = value;
+        log_low[row] = log_above;
+      }
+      if (searching[row] && !enough) {
+        high[row] = value;
+        log_high[row] = log_above;
+      }
+      searching[row] &= !enough || above > most;
+      share[row] = (log_low[row] - log_wanted) * reciprocal_fast(log_low[row] - log_high[row]);
+      share[row] = fminf(fmaxf(share[row], 0.05f), 0.95f);
+      any |= searching[row];
+    }
+    if (!__any_sync(kFullMask, any)) break;
+  }
+}
+
+// What the rank of a key is at least whose rounded rank is above a bound.
+__device__ __forceinline__ float rank_above(float bound) {
+  constexpr float kTiny = 1.17549435e-38f;
+  return bound - fmaf(fabsf(bound), 0x1p-8f, kTiny);
+}
+
+// Ranks that are not below this number are not below the sortable one. Not +0, below which a -0
+// would be.
+__device__ __forceinline__ float least_rank(uint32_t rank) {
+  const float value = value_of(rank);
+  return rank == 0 ? minus_infinity() : value == 0.0f ? -0.0f : value;
+}
+
+// A warp's lists of its 16 tokens.
+template <int kPlanes>
+class Lists {
+ public:
+  // `states` are of the warp's tokens.
+  __device__ Lists(const ProductKeyTopkParams& p, const Candidates& candidates, RowState* states,
+                   uint32_t staged, int group, int first_chunk_token, float (&filter)[kPlanes],
+                   int lane)
+      : p_(p),
+        candidates_(candidates),
+        states_(states),
+        staged_(staged),
+        filter_(filter),
+        group_(group),
+        lane_(lane),
+        first_row_(
+            static_cast<int>(candidates.row(static_cast<int>(blockIdx.y), first_chunk_token))) {}
+
+  // Adds a tile's keys, of those that exist, whose rank is not below `least`, which may rise.
+  __device__ __forceinline__ void add(const Scores<kPlanes>& scores, int first_key,
+                                      const uint32_t (&exist)[kRows], float (&least)[kRows]) {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const RowState& state = states_[lane_ / 4 + 8 * row];
+      if (first_key >= state.after_tie) least[row] = fmaxf(least[row], state.later);
+    }
+    uint32_t passes[kRows] = {exist[0], exist[1]};
+    pass(scores, least, passes);
+    while (true) {
+      uint32_t before, all;
+      count_quads(passes, before, all);
+      if (__any_sync(kFullMask, (all & 0xffffu) > room(0) || all >> 16 > room(1))) {
+        flush();
+        const bool full[kRows] = {passes[0] != 0 && count(0) == capacity(),
+                                  passes[1] != 0 && count(1) == capacity()};
+        if (__any_sync(kFullMask, full[0] || full[1])) {
+          cut_lists(full, least);
+          pass(scores, least, passes);
+          count_quads(passes, before, all);
+        }
+      }
+      stage(scores, first_key, before, all, passes);
+      if (!__any_sync(kFullMask, (passes[0] | passes[1]) != 0)) break;
+    }
+  }
+
+  // After the last tile.
+  __device__ __forceinline__ void finish() {
+    flush();
+    write_counts();
+  }
+
+ private:
+  __device__ __forceinline__ void write_counts() const {
+    if (lane_ % 4 == 0) {
+      int32_t* counts =
+          candidates_.counts + int64_t{kCandidateLists} * (first_row_ + lane_ / 4) + group_;
+      counts[0] = counts_of_rows_ & 0xffffu;
+      counts[8 * kCandidateLists] = counts_of_rows_ >> 16;
+    }
+  }
+
+  // Clears the bits of keys whose rank is below `least`.
+  __device__ __forceinline__ void pass(const Scores<kPlanes>& scores, const float (&least)[kRows],
+                                       uint32_t (&passes)[kRows]) const {
+    forget_ranks(filter_);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      // The sign of what a rank is above the bound; NaN, which has none, is not below.
+      uint32_t below = 0;
+#pragma unroll
+      for (int i = kRowScores - 1; i >= 0; --i) {
+        const float distance = rank_of<kPlanes>(scores, filter_, row, i) - least[row];
+        below = __funnelshift_l(__float_as_uint(distance), below, 1);
+      }
+      passes[row] &= ~below;
+    }
+  }
+
+  // How many bits the lanes of the quad before this one have, and all of it: of both rows at once,
+  // in halves of a word.
+  __device__ __forceinline__ void count_quads(const uint32_t (&passes)[kRows], uint32_t& before,
+                                              uint32_t& all) const {
+    const uint32_t own = __popc(passes[0]) | __popc(passes[1]) << 16;
+    uint32_t upto = own;
+    uint32_t other = __shfl_up_sync(kFullMask, upto, 1, 4);
+    upto += lane_ % 4 >= 1 ? other : 0;
+    other = __shfl_up_sync(kFullMask, upto, 2, 4);
+    upto += lane_ % 4 >= 2 ? other : 0;
+    all = __shfl_sync(kFullMask, upto, 3, 4);
+    before = upto - own;
+  }
+
+  __device__ __forceinline__ uint32_t count(int row) const {
+    return counts_of_rows_ >> 16 * row & 0xffffu;
+  }
+  // From the arguments whenever they are needed: registers are short.
+  __device__ __forceinline__ uint32_t axis_topk() const { return p_.axis_topk; }
+  __device__ __forceinline__ uint32_t capacity() const {
+    return group_ == 0 ? candidates_.capacities[0] : candidates_.capacities[1];
+  }
+  // How many more keys of a row can be staged.
+  __device__ __forceinline__ uint32_t room(int row) const {
+    return min(kStaged, capacity() - count(row)) - (staged_counts_ >> 16 * row & 0xffffu);
+  }
+  // Where the list of a token of the warp begins, in candidates.
+  __device__ __forceinline__ uint32_t list(uint32_t warp_token) const {
+    return (first_row_ + warp_token) * candidates_.capacity() +
+           (group_ == 0 ? 0 : candidates_.capacities[0]);
+  }
+
+  // Stages as many as there is room for of a tile's keys that `passes` has bits for, and clears
+  // those. See count_quads for the others.
+  __device__ __forceinline__ void stage(const Scores<kPlanes>& scores, int first_key,
+                                        uint32_t before, uint32_t all, uint32_t (&passes)[kRows]) {
+    uint32_t taken[kRows] = {passes[0], passes[1]};
+    const uint32_t first = staged_counts_ + before;
+    const uint32_t rooms[kRows] = {room(0), room(1)};
+    if (__any_sync(kFullMask, (all & 0xffffu) > rooms[0] || all >> 16 > rooms[1])) {
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        const int own_room =
+            static_cast<int>(rooms[row]) - static_cast<int>(before >> 16 * row & 0xffffu);
+        for (int over = __popc(taken[row]) - max(own_room, 0); over > 0; --over) {
+          taken[row] &= ~(0x80000000u >> __clz(taken[row]));
+        }
+      }
+    }
+    staged_counts_ += min(all & 0xffffu, rooms[0]) | min(all >> 16, rooms[1]) << 16;
+    passes[0] &= ~taken[0];
+    passes[1] &= ~taken[1];
+
+    // A store to memory for every score, where a lane or two have something to store, would take
+    // longer than all else.
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      constexpr int kBatch = 4;
+      // Or all ids would be kept from one row to the next.
+      const uint32_t first_id = __shfl_sync(kFullMask, first_key + lane_ % 4 * 2, lane_);
+      uint32_t place = staged_ + (lane_ / 4 + 8 * row) * kStagedRowBytes +
+                       (first >> 16 * row & 0xffffu) * kStagedBytes;
+#pragma unroll
+      for (int score = 0; score < kRowScores; score += kBatch) {
+        // Where each goes is worked out before any is stored: a store that has not read its address
+        // yet would hold up what changes it.
+        uint32_t places[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          places[i] = place;
+          if ((taken[row] >> (score + i) & 1) != 0) place += kStagedBytes;
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          float of_key[kPlanes];
+#pragma unroll
+          for (int r = 0; r < kPlanes; ++r) of_key[r] = scores[r][score_of(row, score + i)];
+          stage_key_if<kPlanes>(taken[row] & 1u << (score + i), places[i], of_key,
+                                first_id + (score + i) / 2 * 8 + i % 2);
+        }
+      }
+    }
+  }
+
+  // What is staged goes to the lists.
+  __device__ __forceinline__ void flush() {
+    uint32_t to[kRows];
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) to[row] = list(lane_ / 4 + 8 * row) + count(row);
+    __syncwarp();
+#pragma unroll 4
+    for (int token = 0; token < kWarpTokens; ++token) {
+      const int row = token / 8;
+      const uint32_t num_staged =
+          __shfl_sync(kFullMask, staged_counts_, token % 8 * 4) >> 16 * row & 0xffffu;
+      const uint32_t first = __shfl_sync(kFullMask, row == 0 ? to[0] : to[1], token % 8 * 4);
+      if (lane_ >= num_staged) continue;
+      const uint32_t from = staged_ + token * kStagedRowBytes + lane_ * kStagedBytes;
+      float of_key[kPlanes];
+#pragma unroll
+      for (int r = 0; r < kPlanes; ++r) of_key[r] = __uint_as_float(load_shared_word(from + 4 * r));
+      const uint32_t place = first + lane_;
+      store_scores(candidates_.scores + int64_t{place} * kPlanes, of_key);
+      candidates_.ids[place] = static_cast<uint16_t>(load_shared_word(from + 8));
+    }
+    __syncwarp();
+    counts_of_rows_ += staged_counts_;
+    staged_counts_ = 0;
+  }
+
+  // Cuts the lists of rows where a lane of the quad says so, which are full, down to their best m.
+  __device__ __forceinline__ void cut_lists(const bool (&full)[kRows], float (&least)[kRows]) {
+    uint32_t quads = (full[0] ? 1u : 0u) | (full[1] ? 2u : 0u);
+    quads |= __shfl_xor_sync(kFullMask, quads, 1);
+    quads |= __shfl_xor_sync(kFullMask, quads, 2);
+    __syncwarp();  // what other lanes have written
+#pragma unroll 1
+    for (int token = 0; token < kWarpTokens; ++token) {
+      const int row = token / 8;
+      if ((__shfl_sync(kFullMask, quads, token % 8 * 4) >> row & 1) == 0) continue;
+      const Cut cut = cut_list(list(token));
+      if (lane_ / 4 != token % 8) continue;
+      const float rank = least_rank(cut.rank);
+      if (row == 0) {
+        least[0] = fmaxf(least[0], rank);
+        counts_of_rows_ = (counts_of_rows_ & 0xffff0000u) | axis_topk();
+      } else {
+        least[1] = fmaxf(least[1], rank);
+        counts_of_rows_ = (counts_of_rows_ & 0xffffu) | axis_topk() << 16;
+      }
+      if (lane_ % 4 == 0) {
+        // Of equal rank, keys of higher ids than those that were kept have lost.
+        states_[token].after_tie = static_cast<int32_t>(cut.last_tie) + 1;
+        states_[token].later = cut.rank == 0 ? rank : least_rank(cut.rank + 1);
+      }
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ Cut cut_list(uint32_t list) const {
+    const auto capacity = static_cast<int>(this->capacity());
+    float* scores = candidates_.scores + int64_t{list} * kPlanes;
+    uint16_t* ids = candidates_.ids + list;
+    uint32_t ranks[kMaxListEntries], entry_ids[kMaxListEntries];
+#pragma unroll
+    for (int e = 0; e < kMaxListEntries; ++e) {
+      const int i = e * kWarpSize + lane_;
+      ranks[e] = 0;
+      entry_ids[e] = kNoId;
+      if (i < capacity) {
+        float of_key[kPlanes];
+        load_scores(scores + i * kPlanes, of_key);
+        ranks[e] = sortable(rank_value<kPlanes>(filter_, of_key));
+        entry_ids[e] = ids[i];
+      }
+    }
+    const Cut cut =
+        find_cut(ranks, entry_ids, capacity, axis_topk(), static_cast<uint32_t>(p_.num_keys));
+    int count = 0;
+#pragma unroll
+    for (int e = 0; e < kMaxListEntries; ++e) {
+      if (e * kWarpSize >= capacity) break;
+      const int i = e * kWarpSize + lane_;
+      float of_key[kPlanes];
+      load_scores(scores + min(i, capacity - 1) * kPlanes, of_key);
+      const uint32_t kept = __ballot_sync(kFullMask, cut.keeps(ranks[e], entry_ids[e]));
+      // All have read what is overwritten now.
+      __syncwarp();
+      if ((kept >> lane_ & 1) != 0) {
+        const int place = count + __popc(kept & ((1u << lane_) - 1));
+        store_scores(scores + place * kPlanes, of_key);
+        ids[place] = static_cast<uint16_t>(entry_ids[e]);
+      }
+      count += __popc(kept);
+    }
+    __syncwarp();
+    return cut;
+  }
+
+  const ProductKeyTopkParams& p_;
+  const Candidates& candidates_;
+  RowState* states_;
+  uint32_t staged_;  // shared address
+  float (&filter_)[kPlanes];
+  int group_, lane_;
+  int first_row_;
+  // Of both rows, in halves of a word: what is in the lists, and what is staged.
+  uint32_t counts_of_rows_ = 0, staged_counts_ = 0;
+};
+
+}  // namespace ultramem::cuda::candidate_lists

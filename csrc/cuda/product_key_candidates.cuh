@@ -1,0 +1,119 @@
+// Candidates: keys of one side that may be among a token's best m. One kernel finds them and writes
+// them down, a few times m of a token's n keys, never all scores (product_key_topk_fwd_candidates);
+// another picks the best of them (product_key_topk_fwd_pick).
+//
+// A candidate is a key's scores and its id. A token, head and side has two lists of them, in no
+// order: two warps look for candidates at the same time.
+#pragma once
+
+#include "block_topk.cuh"
+#include "common.cuh"
+#include "product_key_common.cuh"
+#include "threshold_search.cuh"
+
+namespace ultramem::cuda {
+
+inline constexpr int kCandidateLists = 2;  // of a row
+// Of a lane of the warp that cuts a list, with its entries in registers.
+inline constexpr int kMaxListEntries = 6;
+
+// Of the rows (head and side, token of the chunk), in workspace.
+struct Candidates {
+  float* scores;    // [rows, capacity(), R], one list behind the other
+  uint16_t* ids;    // [rows, capacity()]
+  int32_t* counts;  // [rows, kCandidateLists]
+  int32_t capacities[kCandidateLists];
+  int32_t num_tokens;  // of the chunk
+
+  __host__ __device__ int capacity() const { return capacities[0] + capacities[1]; }
+  __host__ __device__ int64_t row(int head_side, int chunk_token) const {
+    return int64_t{head_side} * num_tokens + chunk_token;
+  }
+};
+
+inline constexpr uint32_t kNoId = 0xffffffffu;
+
+// Whether an entry is among the best: of a higher rank, or of this one and no higher id.
+struct Cut {
+  uint32_t rank;
+  uint32_t last_tie;
+
+  __device__ __forceinline__ bool keeps(uint32_t entry_rank, uint32_t id) const {
+    return entry_rank > rank || (entry_rank == rank && id <= last_tie);
+  }
+};
+
+// The cut that exactly `wanted` of a warp's entries pass, of which there are `total`, more than
+// that. What is no entry has rank 0 and kNoId; ids are below num_ids.
+template <int kEntries>
+__device__ __forceinline__ Cut find_cut(const uint32_t (&ranks)[kEntries],
+                                        const uint32_t (&ids)[kEntries], int total, uint32_t wanted,
+                                        uint32_t num_ids) {
+  uint32_t lowest = 0xffffffffu, highest = 0;
+#pragma unroll
+  for (int e = 0; e < kEntries; ++e) {
+    highest = max(highest, ranks[e]);
+    if (ids[e] != kNoId) lowest = min(lowest, ranks[e]);
+  }
+  CutSearch search(__reduce_min_sync(kFullMask, lowest), __reduce_max_sync(kFullMask, highest),
+                   static_cast<float>(total));
+  for (int step = 0; search.open(wanted); ++step) {
+    if (step >= CutSearch::kGuesses) {
+      uint32_t least = 0xffffffffu, most = 0;
+#pragma unroll
+      for (int e = 0; e < kEntries; ++e) {
+        if (ranks[e] >= search.low) least = min(least, ranks[e]);
+        if (ranks[e] < search.high) most = max(most, ranks[e]);
+      }
+      search.low = __reduce_min_sync(kFullMask, least);
+      search.high = __reduce_max_sync(kFullMask, most) + 1;
+      if (!search.open(wanted)) break;
+    }
+    const uint32_t middle = search.guess(static_cast<float>(wanted), step);
+    uint32_t count = 0;
+#pragma unroll
+    for (int e = 0; e < kEntries; ++e) count += ranks[e] >= middle;
+    search.take(middle, __reduce_add_sync(kFullMask, count), wanted);
+  }
+  Cut cut{search.low, num_ids};
+  if (search.ties(wanted)) {
+    const uint32_t left = wanted - search.count_high;
+    uint32_t first = 0, last = num_ids - 1;
+    while (first < last) {
+      const uint32_t middle = (first + last) / 2;
+      uint32_t count = 0;
+#pragma unroll
+      for (int e = 0; e < kEntries; ++e) count += ranks[e] == cut.rank && ids[e] <= middle;
+      if (__reduce_add_sync(kFullMask, count) >= left) {
+        last = middle;
+      } else {
+        first = middle + 1;
+      }
+    }
+    cut.last_tie = last;
+  }
+  return cut;
+}
+
+template <int kPlanes>
+__device__ __forceinline__ void load_scores(const float* from, float (&scores)[kPlanes]) {
+  static_assert(kPlanes == 1 || kPlanes == 2, "");
+  if constexpr (kPlanes == 1) {
+    scores[0] = *from;
+  } else {
+    const float2 both = *reinterpret_cast<const float2*>(from);
+    scores[0] = both.x;
+    scores[1] = both.y;
+  }
+}
+
+template <int kPlanes>
+__device__ __forceinline__ void store_scores(float* to, const float (&scores)[kPlanes]) {
+  if constexpr (kPlanes == 1) {
+    *to = scores[0];
+  } else {
+    *reinterpret_cast<float2*>(to) = make_float2(scores[0], scores[1]);
+  }
+}
+
+}  // namespace ultramem::cuda
