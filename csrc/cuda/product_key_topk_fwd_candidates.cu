@@ -79,10 +79,11 @@ struct Layout {
 struct Shared {
   uint32_t base;
 
-  // Barriers: a stage is filled; it was multiplied, by both blocks; queries are there.
+  // Barriers: a stage is filled; it was multiplied, by both blocks; queries are there; bounds are.
   __device__ __forceinline__ uint32_t full(int stage) const { return base + 8 * stage; }
   __device__ __forceinline__ uint32_t empty(int stage) const { return full(kMaxStages + stage); }
   __device__ __forceinline__ uint32_t queries_there() const { return full(2 * kMaxStages); }
+  __device__ __forceinline__ uint32_t bounds_there() const { return full(2 * kMaxStages + 1); }
   __device__ __forceinline__ uint32_t stage(int i) const {
     return base + kRingOffset + i * kStageBytes;
   }
@@ -90,7 +91,7 @@ struct Shared {
     return base + layout.queries + (plane * layout.num_boxes + box) * kBoxBytes;
   }
 };
-static_assert((2 * kMaxStages + 1) * 8 <= kRingOffset);
+static_assert((2 * kMaxStages + 2) * 8 <= kRingOffset);
 
 // A place in a ring whose size is known at run time; see RingCursor.
 struct StageCursor {
@@ -149,7 +150,6 @@ __device__ __forceinline__ void copy_all(const ProductKeyTopkParams& p, const La
 // scores. More than that: who waits for a stage is never so far ahead that the parity of a phase is
 // that of one before.
 constexpr int kFirstTurn = 1;  // named barriers, one for each warpgroup
-constexpr int kBoundsThere = kFirstTurn + kGroups;
 static_assert(kGroups == 2, "");
 __device__ __forceinline__ void wait_for_turn(int group) {
   named_barrier_sync(kFirstTurn + group, kMultipliers);
@@ -227,6 +227,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_init(shared.empty(stage), kGroupWarps * kClusterBlocks);
     }
     mbarrier_init(shared.queries_there(), 1);
+    mbarrier_init(shared.bounds_there(), kMultipliers);
     mbarrier_init_fence();
     prefetch_tensor_map(&query_map);
     prefetch_tensor_map(&key_map);
@@ -311,7 +312,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         own_states[lane / 4].bound = bounds[0];
         own_states[lane / 4 + 8].bound = bounds[1];
       }
-      named_barrier_sync(kBoundsThere, kMultipliers);
+      mbarrier_arrive(shared.bounds_there());
+      mbarrier_wait(shared.bounds_there(), 0);
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
         least[row] = rank_above(fminf(bounds[row], other_states[lane / 4 + 8 * row].bound));

@@ -347,6 +347,47 @@ def test_drawn_configurations_of_few_tokens(batch: int) -> None:
         run(draw_few_tokens(seed), "cuda")
 
 
+# More than the kernel for few tokens takes; with so many heads, more blocks than run at once.
+MANY_TOKENS = 512
+MANY_HEADS = 17
+# Of one configuration, [token and head, kept rows x kept columns].
+MANY_GRID = 32_000_000
+
+
+def draw_many_tokens(seed: int) -> Config:
+    """For every kernel for many tokens, in the dtypes and the multiples of 8 that they take."""
+    rng = random.Random(seed ^ 0x5EED)
+    config = draw(seed, GPU)
+    heads, tokens = config.heads, rng.choice((513, 530, 600, 1100))
+    if rng.random() < 0.5:
+        heads, tokens = MANY_HEADS, rng.choice((193, 200, 256))
+    key_dim = -(-config.key_dim // 8) * 8
+    if rng.random() < 0.4:
+        key_dim = rng.choice((8, 40, 64, 72, 128, 192))
+    num_keys = min(config.num_keys, GPU.scores // (tokens * heads * 2 * config.rank))
+    num_keys = min(num_keys, GPU.keys // (heads * 2 * config.rank * key_dim))
+    axis_topk = min(config.axis_topk, num_keys, math.isqrt(MANY_GRID // (tokens * heads)))
+    topk = min(config.topk, axis_topk**2)
+    if config.cores == 0 and axis_topk < num_keys:
+        topk = min(topk, axis_topk)
+    return config._replace(
+        tokens=tokens,
+        heads=heads,
+        num_keys=num_keys,
+        key_dim=key_dim,
+        axis_topk=axis_topk,
+        topk=topk,
+        dtype=rng.choice((torch.bfloat16, torch.float16)),
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", range(8))
+def test_drawn_configurations_of_many_tokens(batch: int) -> None:
+    for seed in range(batch * BATCH, (batch + 1) * BATCH):
+        run(draw_many_tokens(seed), "cuda")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", range(2))
 def test_a_token_is_the_same_in_any_company(batch: int) -> None:
@@ -424,6 +465,28 @@ def test_what_is_drawn_of_few_tokens() -> None:
     for config in configs:
         assert 1 <= config.tokens <= 64
         assert config.key_dim % 8 == 0
+
+
+def test_what_is_drawn_of_many_tokens() -> None:
+    configs = [draw_many_tokens(seed) for seed in range(8 * BATCH)]
+    assert {config.kind for config in configs} == set(KINDS)
+    assert {config.rank for config in configs} == {1, 2, 3, 4}
+    assert {config.heads for config in configs} == {1, 2, 3, MANY_HEADS}
+    assert {config.cores for config in configs} == {0, 1, 2, 3, 4}
+    assert max(config.axis_topk for config in configs) >= 120
+    assert max(config.num_keys for config in configs) >= 4000
+    for config in configs:
+        assert config.tokens * config.heads > MANY_TOKENS
+        assert config.key_dim % 8 == 0
+        assert 1 <= config.axis_topk <= config.num_keys
+        assert 1 <= config.topk <= config.axis_topk**2
+    # The keys of one side are not many tiles of any kernel, nor are they always one.
+    for heads in (False, True):
+        of_heads = [c for c in configs if (c.heads == MANY_HEADS) == heads]
+        assert sum(c.rank == 2 and c.key_dim <= 192 and c.axis_topk <= 32 for c in of_heads) >= 20
+        assert sum(c.axis_topk > 40 for c in of_heads) >= 20
+        assert sum(c.num_keys > 256 for c in of_heads) >= 20
+        assert sum(c.kind in ("one key", "few keys", "integers") for c in of_heads) >= 20
 
 
 # ---- the machinery against python_ref ------------------------------------------------------------
