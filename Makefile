@@ -13,6 +13,11 @@ JOBS ?= $(shell nproc)
 
 export MAX_JOBS ?= $(JOBS)
 
+# pytest with a process a core (eight at most), where there is pytest-xdist.
+PARALLEL = $(shell $(PY) -c "import xdist" 2>/dev/null && echo "-n $(JOBS) --maxprocesses 8 --dist worksteal")
+# Those processes and torch's tests have a core each; BLAS behind NumPy would take all of them.
+test sanitize: export OPENBLAS_NUM_THREADS ?= 1
+
 ifeq ($(strip $(VENV)),)
   PY := $(PYTHON)
   READY :=
@@ -46,8 +51,9 @@ build: $(READY)
 	$(BUILD)
 	$(call SAY_IF_CPU_ONLY,$(if $(filter 1,$(ULTRAMEM_CPU_ONLY)),ULTRAMEM_CPU_ONLY=1,$(NO_NVCC)))
 
+# The processes would share a GPU's memory, which tests measure and fill.
 test: build
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q $(if $(HAS_GPU),,$(PARALLEL))
 
 lint: $(READY)
 	PATH="$(if $(READY),$(abspath $(VENV))/bin:)$$PATH" $(PY) -m pre_commit run --all-files
@@ -56,7 +62,7 @@ bench: build
 	$(PY) -m bench.ops
 
 sanitize: $(READY)
-	PATH="$(if $(READY),$(abspath $(VENV))/bin:)$$PATH" PY="$(PY)" tests/sanitize.sh
+	PATH="$(if $(READY),$(abspath $(VENV))/bin:)$$PATH" PY="$(PY)" tests/sanitize.sh $(PARALLEL)
 
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -278,18 +278,22 @@ def _axis_bwd(
     gathered rather than dS laid out over all n, so that a key which nobody kept has no part in it,
     NaN or not.
     """
-    num_heads, rank, num_keys, key_dim = keys.shape
+    num_tokens, (num_heads, rank, num_keys, _) = len(query), keys.shape
     grad_query, grad_keys = np.zeros_like(query), np.zeros_like(keys)
     for head in range(num_heads):
-        ids = kept[:, head]
+        # What a token kept, once, however many of its slots share the key.
+        kept_pairs = np.arange(num_tokens)[:, None] * num_keys + kept[:, head]
+        pairs, slot_pair = np.unique(kept_pairs.ravel(), return_inverse=True)
+        tokens, ids = np.divmod(pairs, num_keys)
         for r in range(rank):
             shared = r if query.shape[2] > 1 else 0
-            grad = grad_axis[:, head, :, r]
-            grad_query[:, head, shared] += np.einsum("tm,tmk->tk", grad, keys[head, r][ids])
-            updates = grad[:, :, None] * query[:, head, shared][:, None, :]
-            grad_keys[head, r] = scatter_add_rows(
-                num_keys, ids.ravel(), updates.reshape(ids.size, key_dim)
+            grad_slots = grad_axis[:, head, :, r].ravel()
+            # dS[r, i] of a pair.
+            grad = np.bincount(slot_pair, grad_slots, minlength=pairs.size)[:, None]
+            grad_query[:, head, shared] += scatter_add_rows(
+                num_tokens, tokens, grad * keys[head, r, ids]
             )
+            grad_keys[head, r] = scatter_add_rows(num_keys, ids, grad * query[tokens, head, shared])
     return grad_query, grad_keys
 
 

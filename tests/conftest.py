@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import helpers
 import hypothesis
@@ -14,13 +15,15 @@ import torch
 from ultramem_cuda import _library
 
 # No deadlines: the first call of an operator loads code. The same examples in every run, so that a
-# failure here is a failure everywhere; HYPOTHESIS_PROFILE=thorough looks for new ones.
+# failure here is a failure everywhere; HYPOTHESIS_PROFILE=thorough looks for new ones, and brief is
+# for tests/sanitize.sh.
 _COMMON = {
     "deadline": None,
     "database": None,
     "suppress_health_check": [hypothesis.HealthCheck.too_slow],
 }
 hypothesis.settings.register_profile("ci", max_examples=30, derandomize=True, **_COMMON)
+hypothesis.settings.register_profile("brief", max_examples=10, derandomize=True, **_COMMON)
 hypothesis.settings.register_profile("thorough", max_examples=500, print_blob=True, **_COMMON)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
@@ -75,6 +78,19 @@ def _device_dtype(device: str, dtype: torch.dtype) -> object:
 def device_dtype(request: pytest.FixtureRequest) -> tuple[str, torch.dtype]:
     """Every device with every dtype that it is offered in."""
     return request.param
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    # One of several processes (pytest-xdist) hands its counts to the one that prints.
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["band_use"] = {name: (u.kept, u.band_used) for name, u in helpers.BAND_USE.items()}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    # A process that crashed has no output.
+    for device, counts in getattr(node, "workeroutput", {}).get("band_use", {}).items():
+        helpers.BAND_USE[device].add(*counts)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

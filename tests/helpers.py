@@ -41,6 +41,10 @@ class BandUse:
     kept: int = 0
     band_used: int = 0
 
+    def add(self, kept: int, band_used: int) -> None:
+        self.kept += kept
+        self.band_used += band_used
+
 
 BAND_USE: defaultdict[str, BandUse] = defaultdict(BandUse)
 
@@ -315,9 +319,7 @@ def check_selection(
         grid_band=ref.grid_band(query, keys, core, unit=unit),
     )
     assert not comparison.violations, "\n".join(comparison.violations[:5])
-    use = BAND_USE[device]
-    use.kept += comparison.kept
-    use.band_used += comparison.band_used
+    BAND_USE[device].add(comparison.kept, comparison.band_used)
     allowed = max(BAND_FEW, BAND_SHARE * comparison.kept)
     assert comparison.band_used <= allowed, (
         f"{comparison.band_used} of {comparison.kept} slots differ within the error band"

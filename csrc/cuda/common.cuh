@@ -106,12 +106,32 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
+// Over four neighbouring lanes.
+__device__ __forceinline__ uint32_t quad_sum(uint32_t x) {
+  x += __shfl_xor_sync(kFullMask, x, 1);
+  return x + __shfl_xor_sync(kFullMask, x, 2);
+}
+
+// Of the lanes before this one; all of them in *total.
+__device__ __forceinline__ int warp_scan_exclusive(int x, int lane, int* total) {
+  int sum = x;
+#pragma unroll
+  for (int delta = 1; delta < kWarpSize; delta *= 2) {
+    const int other = __shfl_up_sync(kFullMask, sum, delta);
+    if (lane >= delta) sum += other;
+  }
+  *total = __shfl_sync(kFullMask, sum, kWarpSize - 1);
+  return sum - x;
+}
+
 // A float as an unsigned integer of the same order: -0 equals +0, NaN lies below -inf.
 __device__ __forceinline__ uint32_t sortable(float x) {
   if (x != x) return 0u;
   const uint32_t bits = __float_as_uint(x + 0.0f);  // -0 + 0 = +0
   return (bits & 0x80000000u) ? ~bits : bits | 0x80000000u;
 }
+
+inline constexpr uint32_t kInfinityBits = 0x7f800000u;
 
 // Calls the lambda with `scalar_t` bound to the element type of a CUDA tensor. The only place
 // where a runtime dtype becomes a template argument.

@@ -5,9 +5,9 @@
 // eight columns, which are keys, two neighbours: the four lanes of a quad share their rows.
 #pragma once
 
-#include "async_copy.cuh"
 #include "common.cuh"
 #include "product_key_candidates.cuh"
+#include "shared_memory.cuh"
 
 namespace ultramem::cuda::candidate_lists {
 
@@ -22,14 +22,15 @@ using Scores = float[kPlanes][kScores];
 // Candidates on their way from registers to memory: those of a row of a warp, with room for so
 // many.
 inline constexpr uint32_t kStaged = 20;
-inline constexpr int kStagedBytes = 12;  // of one
-inline constexpr int kStagedRowBytes =
-    kStagedBytes * (kStaged + 1);  // rows begin in different banks
+inline constexpr int kStagedBytes = 12;  // of one, with two ranks
+// Rows begin in different banks.
+inline constexpr int kStagedRowBytes = kStagedBytes * (kStaged + 1);
 inline constexpr int kWarpTokens = 16;
+static_assert(kStaged <= kWarpSize, "a lane takes one from there");
 
 // What a warpgroup knows of a token, in shared memory.
 struct RowState {
-  float bound;  // many maxima are above; for the other warpgroup
+  float bound;  // (m + 1) / 2 or more of its maxima are above
   // After a list was cut: keys from id after_tie on are out unless their rank is not below `later`.
   int32_t after_tie;
   float later;
@@ -59,11 +60,6 @@ __device__ __forceinline__ void forget_ranks(float (&filter)[kPlanes]) {
   asm volatile("" : "+f"(filter[0]));
 }
 
-__device__ __forceinline__ uint32_t quad_sum(uint32_t x) {
-  x += __shfl_xor_sync(kFullMask, x, 1);
-  return x + __shfl_xor_sync(kFullMask, x, 2);
-}
-
 // Scores and id of a key side by side in shared memory, where `stored` is not 0. Predicates, for a
 // branch around sums of products makes the compiler wait for these one by one.
 template <int kPlanes>
@@ -90,13 +86,6 @@ __device__ __forceinline__ void stage_key_if(uint32_t stored, uint32_t to,
         : "memory");
   }
 }
-__device__ __forceinline__ uint32_t load_shared_word(uint32_t from) {
-  uint32_t x;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
-  return x;
-}
-
-inline constexpr uint32_t kInfinityBits = 0x7f800000u;
 __device__ __forceinline__ float minus_infinity() {
   return __uint_as_float(kInfinityBits | 0x80000000u);
 }
@@ -139,11 +128,12 @@ __device__ __forceinline__ uint32_t count_above(const __nv_bfloat162 (&maxima)[k
 }
 
 // Of both rows: a number that at least `least` of the maxima that a quad holds are above, and not
-// many more if one is soon found; minus infinity if none is.
+// many more if one is soon found; minus infinity if none is. The ranks that were rounded to these
+// maxima are above it as well: rounding keeps order, and the number is one of bfloat16.
 __device__ __forceinline__ void find_bounds(const Maxima& maxima, uint32_t least,
                                             float (&bounds)[kRows]) {
   constexpr int kMaxSteps = 8;
-  // Where the maxima of several numbers are normal, the wanted one is about here between extremes.
+  // Of normal maxima, where between extremes an eighth to a half of them are above.
   constexpr float kFirstShare = 0.65f;
   const float log_wanted = log2_fast(static_cast<float>(least) * 1.06f);
   // Between these the counts pass `least`; with logarithms of counts.
@@ -199,12 +189,6 @@ __device__ __forceinline__ void find_bounds(const Maxima& maxima, uint32_t least
     }
     if (!__any_sync(kFullMask, any)) break;
   }
-}
-
-// What the rank of a key is at least whose rounded rank is above a bound.
-__device__ __forceinline__ float rank_above(float bound) {
-  constexpr float kTiny = 1.17549435e-38f;
-  return bound - fmaf(fabsf(bound), 0x1p-8f, kTiny);
 }
 
 // Ranks that are not below this number are not below the sortable one. Not +0, below which a -0
@@ -393,10 +377,10 @@ class Lists {
       const uint32_t from = staged_ + token * kStagedRowBytes + lane_ * kStagedBytes;
       float of_key[kPlanes];
 #pragma unroll
-      for (int r = 0; r < kPlanes; ++r) of_key[r] = __uint_as_float(load_shared_word(from + 4 * r));
+      for (int r = 0; r < kPlanes; ++r) of_key[r] = __uint_as_float(load_shared_u32(from + 4 * r));
       const uint32_t place = first + lane_;
       store_scores(candidates_.scores + int64_t{place} * kPlanes, of_key);
-      candidates_.ids[place] = static_cast<uint16_t>(load_shared_word(from + 8));
+      candidates_.ids[place] = static_cast<uint16_t>(load_shared_u32(from + 8));
     }
     __syncwarp();
     counts_of_rows_ += staged_counts_;

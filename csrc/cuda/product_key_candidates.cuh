@@ -6,7 +6,6 @@
 // order: two warps look for candidates at the same time.
 #pragma once
 
-#include "block_topk.cuh"
 #include "common.cuh"
 #include "product_key_common.cuh"
 #include "threshold_search.cuh"
@@ -16,6 +15,7 @@ namespace ultramem::cuda {
 inline constexpr int kCandidateLists = 2;  // of a row
 // Of a lane of the warp that cuts a list, with its entries in registers.
 inline constexpr int kMaxListEntries = 6;
+static_assert(kTensorCore90MaxKeys <= 0x10000, "ids have 16 bits");
 
 // Of the rows (head and side, token of the chunk), in workspace.
 struct Candidates {
@@ -23,11 +23,15 @@ struct Candidates {
   uint16_t* ids;    // [rows, capacity()]
   int32_t* counts;  // [rows, kCandidateLists]
   int32_t capacities[kCandidateLists];
-  int32_t num_tokens;  // of the chunk
+  int32_t chunk_tokens;  // the last chunk may have fewer
 
   __host__ __device__ int capacity() const { return capacities[0] + capacities[1]; }
   __host__ __device__ int64_t row(int head_side, int chunk_token) const {
-    return int64_t{head_side} * num_tokens + chunk_token;
+    return int64_t{head_side} * chunk_tokens + chunk_token;
+  }
+  // Of the chunk that begins at this one.
+  int64_t tokens_from(int64_t first_token, int64_t all) const {
+    return all - first_token < chunk_tokens ? all - first_token : chunk_tokens;
   }
 };
 

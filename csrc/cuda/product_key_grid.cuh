@@ -21,17 +21,6 @@ __host__ __device__ constexpr int code_col(int code) { return code & ((1 << kCod
 // columns meet in no bank.
 __host__ __device__ constexpr int col_place(int j) { return j + j / 16 * kPacket; }
 
-__device__ __forceinline__ int warp_scan_exclusive(int x, int lane, int* total) {
-  int sum = x;
-#pragma unroll
-  for (int delta = 1; delta < kWarpSize; delta *= 2) {
-    const int other = __shfl_up_sync(kFullMask, sum, delta);
-    if (lane >= delta) sum += other;
-  }
-  *total = __shfl_sync(kFullMask, sum, kWarpSize - 1);
-  return sum - x;
-}
-
 // The sortable ranks of a warp's extremes; NaN stands for no number.
 __device__ __forceinline__ uint32_t warp_highest(float x) {
   return __reduce_max_sync(kFullMask, sortable(x));

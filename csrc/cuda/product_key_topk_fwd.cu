@@ -341,32 +341,61 @@ Status launch_axis_generic(const ProductKeyTopkParams& params, Stream stream) {
                                  [&] { return launch_axis_tiled<scalar_t>(params, stream); });
 }
 
-size_t product_key_topk_fwd_workspace([[maybe_unused]] const ProductKeyTopkParams& params) {
+namespace {
+
+enum class AxisStage { kGeneric, kSmall, kCandidates, kResident, kLists };
+
+// For sizes that check_product_key_topk lets pass.
+AxisStage axis_stage([[maybe_unused]] const ProductKeyTopkParams& p) {
 #if defined(ULTRAMEM_WITH_SM90A)
-  if (axis_candidates_applies(params)) return axis_candidates_workspace(params);
-  if (axis_resident_applies(params)) return axis_resident_workspace(params);
+  if (axis_small_applies(p)) return AxisStage::kSmall;
+  if (axis_wgmma_applies(p)) {
+    if (axis_candidates_applies(p)) return AxisStage::kCandidates;
+    return axis_resident_applies(p) ? AxisStage::kResident : AxisStage::kLists;
+  }
 #endif
-  return 0;
+  return AxisStage::kGeneric;
+}
+
+}  // namespace
+
+size_t product_key_topk_fwd_workspace(const ProductKeyTopkParams& params) {
+  if (!check_product_key_topk(params).ok() || params.num_tokens == 0) return 0;
+  switch (axis_stage(params)) {
+#if defined(ULTRAMEM_WITH_SM90A)
+    case AxisStage::kCandidates:
+      return axis_candidates_workspace(params);
+    case AxisStage::kResident:
+      return axis_resident_workspace(params);
+#endif
+    default:
+      return 0;
+  }
 }
 
 Status product_key_topk_fwd(const ProductKeyTopkParams& params, Stream stream) {
   ULTRAMEM_RETURN_IF_ERROR(check_product_key_topk(params));
   if (params.num_tokens == 0) return {};
+  const AxisStage stage = axis_stage(params);
+  switch (stage) {
 #if defined(ULTRAMEM_WITH_SM90A)
-  if (axis_small_applies(params)) {
-    ULTRAMEM_RETURN_IF_ERROR(launch_axis_small(params, stream));
-    return launch_grid(params, stream, true);
-  }
-  if (axis_wgmma_applies(params)) {
-    const auto launch_axis = axis_candidates_applies(params) ? launch_axis_candidates
-                             : axis_resident_applies(params) ? launch_axis_resident
-                                                             : launch_axis_lists;
-    ULTRAMEM_RETURN_IF_ERROR(launch_axis(params, stream));
-    return launch_grid(params, stream, true);
-  }
+    case AxisStage::kSmall:
+      ULTRAMEM_RETURN_IF_ERROR(launch_axis_small(params, stream));
+      break;
+    case AxisStage::kCandidates:
+      ULTRAMEM_RETURN_IF_ERROR(launch_axis_candidates(params, stream));
+      break;
+    case AxisStage::kResident:
+      ULTRAMEM_RETURN_IF_ERROR(launch_axis_resident(params, stream));
+      break;
+    case AxisStage::kLists:
+      ULTRAMEM_RETURN_IF_ERROR(launch_axis_lists(params, stream));
+      break;
 #endif
-  ULTRAMEM_RETURN_IF_ERROR(launch_axis_generic(params, stream));
-  return launch_grid(params, stream);
+    default:
+      ULTRAMEM_RETURN_IF_ERROR(launch_axis_generic(params, stream));
+  }
+  return launch_grid(params, stream, stage != AxisStage::kGeneric);
 }
 
 }  // namespace ultramem::cuda

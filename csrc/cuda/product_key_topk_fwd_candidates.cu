@@ -10,7 +10,7 @@
 // m different keys, so the lesser of both numbers bounds the m-th best key from below. In the
 // second round the keys that are not below go to the warpgroup's list of the token. A list that is
 // full is cut down to its best m, and bounds from then on, too: every order of scores comes out
-// right, and only contrived ones are slower.
+// right, and only contrived ones are slower, and tokens whose scores are NaN.
 #include <algorithm>
 #include <cmath>
 
@@ -235,8 +235,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   cluster_arrive_relaxed();
   cluster_wait();
-  release_dependent_grid();
+  // In this order: what the grid stage reads before it waits must be there when it begins.
   wait_for_prerequisite_grid();
+  release_dependent_grid();
 
   const int chunk_token = static_cast<int>(blockIdx.x) * kTokens;
   const int64_t first_token = first_chunk_token + chunk_token;
@@ -316,7 +317,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_wait(shared.bounds_there(), 0);
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
-        least[row] = rank_above(fminf(bounds[row], other_states[lane / 4 + 8 * row].bound));
+        least[row] = fminf(bounds[row], other_states[lane / 4 + 8 * row].bound);
       }
     }
 
@@ -344,38 +345,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     lists.finish();
   }
   // No block may leave while the other still arrives at its barriers or copies into its memory.
-  cluster_arrive_relaxed();
-  cluster_wait();
+  cluster_sync();
 #endif
-}
-
-template <typename scalar_t, int kPlanes>
-Status launch(const ProductKeyTopkParams& p, const Candidates& candidates, int64_t first_token,
-              Stream stream) {
-  CUtensorMap query_map, key_map;
-  const int64_t query_planes = int64_t{2} * p.num_heads * p.num_queries;
-  ULTRAMEM_RETURN_IF_ERROR(make_tensor_map(&query_map, p.query, p.dtype, p.key_dim, p.num_tokens,
-                                           query_planes, query_planes * p.key_dim, p.key_dim,
-                                           kBoxRows));
-  ULTRAMEM_RETURN_IF_ERROR(make_tensor_map(&key_map, p.keys, p.dtype, p.key_dim, p.num_keys,
-                                           int64_t{2} * p.num_heads * kPlanes, p.key_dim,
-                                           p.num_keys * p.key_dim, kBoxRows));
-  const auto kernel = product_key_topk_fwd_candidates_kernel<scalar_t, kPlanes>;
-  const Layout layout(p);
-  const int64_t left = p.num_tokens - first_token;
-  const int64_t num_tokens = left < candidates.num_tokens ? left : candidates.num_tokens;
-  const dim3 grid(
-      static_cast<unsigned>(ceil_div(num_tokens, kTokens * kClusterBlocks) * kClusterBlocks),
-      static_cast<unsigned>(2 * p.num_heads));
-  return launch_overlapping_clusters(kernel, grid, kClusterBlocks, kThreads, layout.bytes(), stream,
-                                     p, layout, candidates, first_token, query_map, key_map);
-}
-
-template <typename scalar_t>
-Status launch_planes(const ProductKeyTopkParams& p, const Candidates& candidates,
-                     int64_t first_token, Stream stream) {
-  return p.tucker_rank == 1 ? launch<scalar_t, 1>(p, candidates, first_token, stream)
-                            : launch<scalar_t, 2>(p, candidates, first_token, stream);
 }
 
 ULTRAMEM_REGISTER_KERNEL(bf16_1, "product_key_topk_fwd_candidates<bf16, 1>", kThreads,
@@ -387,24 +358,32 @@ ULTRAMEM_REGISTER_KERNEL(fp16_1, "product_key_topk_fwd_candidates<fp16, 1>", kTh
 ULTRAMEM_REGISTER_KERNEL(fp16_2, "product_key_topk_fwd_candidates<fp16, 2>", kThreads,
                          product_key_topk_fwd_candidates_kernel<__half, 2>);
 
-constexpr int kHopperMultiprocessors = 132;
+// 0 where it cannot be told.
+int multiprocessors() {
+  int device = 0, count = 0;
+  const bool known =
+      cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
+  return known ? count : 0;
+}
 
-// Tokens of a chunk, which bounds the workspace: the next chunk's candidates overwrite it. Blocks
-// for all multiprocessors of an H100, twice.
+// Tokens of a chunk, which bounds the workspace for few heads: the next chunk's candidates
+// overwrite it. Blocks for all multiprocessors twice, in chunks of about the same size.
 int chunk_tokens(const ProductKeyTopkParams& p) {
-  const int tiles =
-      2 * kHopperMultiprocessors / (2 * p.num_heads) / kClusterBlocks * kClusterBlocks;
-  const int64_t all = ceil_div(p.num_tokens, kTokens * kClusterBlocks) * kClusterBlocks;
-  const int64_t most = tiles < kClusterBlocks ? kClusterBlocks : tiles;
-  return static_cast<int>(kTokens * (all < most ? all : most));
+  const int64_t pairs = ceil_div(p.num_tokens, kTokens * kClusterBlocks);
+  const int64_t most = std::max(multiprocessors() / (p.num_heads * kClusterBlocks), 1);
+  const int64_t chunk_pairs = ceil_div(pairs, ceil_div(pairs, most));
+  return static_cast<int>(kTokens * kClusterBlocks * chunk_pairs);
 }
 
 // Room for the share of a list in what is above the bound, of scores in random order, with many
 // standard deviations to spare; and for more than the m that are left when it is cut.
 void set_capacities(const ProductKeyTopkParams& p, int32_t (&capacities)[kCandidateLists]) {
+  constexpr int kSpare = 32;
+  static_assert(kMaxAxisTopk + kSpare <= kMaxListEntries * kWarpSize);
   const double m = p.axis_topk;
   const double share = -kKeys * std::log1p(-m / (kGroups * kKeys + 1));
-  const double room = std::max(share + 8 * std::sqrt(share) + 8, m + 32);
+  const double room = std::max(share + 8 * std::sqrt(share) + 8, m + kSpare);
   const double most = ceil_div(p.num_keys, kKeys * kCandidateLists) * kKeys;
   for (int32_t& capacity : capacities) {
     capacity = static_cast<int32_t>(
@@ -418,8 +397,8 @@ struct Workspace {
 
   explicit Workspace(const ProductKeyTopkParams& p) {
     set_capacities(p, candidates.capacities);
-    candidates.num_tokens = chunk_tokens(p);
-    const auto rows = static_cast<size_t>(candidates.num_tokens) * 2 * p.num_heads;
+    candidates.chunk_tokens = chunk_tokens(p);
+    const auto rows = static_cast<size_t>(candidates.row(2 * p.num_heads, 0));
     const size_t places = rows * candidates.capacity();
     const size_t counts = align_up(rows * kCandidateLists * sizeof(int32_t));
     const size_t scores = align_up(places * p.tucker_rank * sizeof(float));
@@ -432,34 +411,58 @@ struct Workspace {
   }
 };
 
+template <typename scalar_t, int kPlanes>
+Status launch(const ProductKeyTopkParams& p, Stream stream) {
+  CUtensorMap query_map, key_map;
+  const int64_t query_planes = int64_t{2} * p.num_heads * p.num_queries;
+  ULTRAMEM_RETURN_IF_ERROR(make_tensor_map(&query_map, p.query, p.dtype, p.key_dim, p.num_tokens,
+                                           query_planes, query_planes * p.key_dim, p.key_dim,
+                                           kBoxRows));
+  ULTRAMEM_RETURN_IF_ERROR(make_tensor_map(&key_map, p.keys, p.dtype, p.key_dim, p.num_keys,
+                                           int64_t{2} * p.num_heads * kPlanes, p.key_dim,
+                                           p.num_keys * p.key_dim, kBoxRows));
+  const auto kernel = product_key_topk_fwd_candidates_kernel<scalar_t, kPlanes>;
+  const Layout layout(p);
+  const Workspace workspace(p);
+  const Candidates& candidates = workspace.candidates;
+  for (int64_t first = 0; first < p.num_tokens; first += candidates.chunk_tokens) {
+    const int64_t pairs =
+        ceil_div(candidates.tokens_from(first, p.num_tokens), kTokens * kClusterBlocks);
+    const dim3 grid(static_cast<unsigned>(kClusterBlocks * pairs),
+                    static_cast<unsigned>(2 * p.num_heads));
+    ULTRAMEM_RETURN_IF_ERROR(launch_overlapping_clusters(kernel, grid, kClusterBlocks, kThreads,
+                                                         layout.bytes(), stream, p, layout,
+                                                         candidates, first, query_map, key_map));
+    ULTRAMEM_RETURN_IF_ERROR(launch_pick(p, candidates, first, stream));
+  }
+  return {};
+}
+
+template <typename scalar_t>
+Status launch_planes(const ProductKeyTopkParams& p, Stream stream) {
+  return p.tucker_rank == 1 ? launch<scalar_t, 1>(p, stream) : launch<scalar_t, 2>(p, stream);
+}
+
 }  // namespace
 
 bool axis_candidates_applies(const ProductKeyTopkParams& p) {
   // Where every block runs at once, two rounds of products take less time than to read queries
   // again and again, or than one block takes whose queries are in registers; and where many keys
   // are kept, selection is what takes longest elsewhere.
-  constexpr int64_t kMaxFastTopk = 40;
+  constexpr int kMaxFastTopk = 40;
   const int64_t num_blocks = 2 * p.num_heads * ceil_div(p.num_tokens, kTokens);
-  if (p.axis_topk <= kMaxFastTopk && num_blocks > kHopperMultiprocessors) return false;
+  if (p.axis_topk <= kMaxFastTopk && num_blocks > multiprocessors()) return false;
   if (p.tucker_rank > kMaxPlanes || Layout(p).num_stages < kMinStages) return false;
-  const Workspace workspace(p);
-  const Candidates& candidates = workspace.candidates;
-  // Places are counted in 32 bits.
-  return candidates.row(2 * p.num_heads, 0) * candidates.capacity() <= 0x7fffffff;
+  // Many heads would need more; places are counted in 32 bits, too.
+  constexpr size_t kMaxWorkspace = 64 << 20;
+  return axis_candidates_workspace(p) <= kMaxWorkspace;
 }
 
 size_t axis_candidates_workspace(const ProductKeyTopkParams& p) { return Workspace(p).bytes; }
 
 Status launch_axis_candidates(const ProductKeyTopkParams& p, Stream stream) {
-  const Workspace workspace(p);
-  const Candidates& candidates = workspace.candidates;
-  for (int64_t first = 0; first < p.num_tokens; first += candidates.num_tokens) {
-    ULTRAMEM_RETURN_IF_ERROR(p.dtype == DType::kFloat16
-                                 ? launch_planes<__half>(p, candidates, first, stream)
-                                 : launch_planes<__nv_bfloat16>(p, candidates, first, stream));
-    ULTRAMEM_RETURN_IF_ERROR(launch_pick(p, candidates, first, stream));
-  }
-  return {};
+  return p.dtype == DType::kFloat16 ? launch_planes<__half>(p, stream)
+                                    : launch_planes<__nv_bfloat16>(p, stream);
 }
 
 }  // namespace ultramem::cuda

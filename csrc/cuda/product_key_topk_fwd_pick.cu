@@ -3,7 +3,6 @@
 #include "async_copy.cuh"
 #include "kernel_registry.h"
 #include "product_key_candidates.cuh"
-#include "product_key_grid.cuh"
 #include "product_key_topk_fwd.h"
 
 namespace ultramem::cuda {
@@ -43,11 +42,11 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kEntries <= 6 ? 5 : 4)
   auto* before = reinterpret_cast<uint16_t*>(shared + layout.before);
   auto* kept = reinterpret_cast<uint32_t*>(shared + layout.kept);
 
-  release_dependent_grid();
   wait_for_prerequisite_grid();
+  release_dependent_grid();
   const int chunk_token = static_cast<int>(blockIdx.x) * kWarps + warp;
   const int64_t token = first_token + chunk_token;
-  if (chunk_token >= candidates.num_tokens || token >= p.num_tokens) return;
+  if (token >= p.num_tokens) return;
   const int head_side = static_cast<int>(blockIdx.y);
   const int head = head_side / 2, side = head_side % 2;
   const int64_t row = candidates.row(head_side, chunk_token);
@@ -139,9 +138,7 @@ Status launch(const ProductKeyTopkParams& p, const Candidates& candidates, int64
                                                 : product_key_topk_fwd_pick_kernel<kPlanes, 12>;
   const int64_t shared_bytes = kWarps * PickLayout(p).bytes;
   ULTRAMEM_RETURN_IF_ERROR(allow_shared_memory(kernel, shared_bytes));
-  const int64_t num_tokens = p.num_tokens - first_token < candidates.num_tokens
-                                 ? p.num_tokens - first_token
-                                 : candidates.num_tokens;
+  const int64_t num_tokens = candidates.tokens_from(first_token, p.num_tokens);
   const dim3 grid(static_cast<unsigned>(ceil_div(num_tokens, kWarps)),
                   static_cast<unsigned>(2 * p.num_heads));
   return launch_overlapping(kernel, grid, kWarps * kWarpSize, shared_bytes, stream, p, candidates,

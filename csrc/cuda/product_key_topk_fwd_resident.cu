@@ -223,11 +223,6 @@ __device__ __forceinline__ int column_of(int i, int lane) {
   return i / 4 * 8 + lane % 4 * 2 + i % 2;
 }
 
-__device__ __forceinline__ uint32_t quad_sum(uint32_t x) {
-  x += __shfl_xor_sync(kFullMask, x, 1);
-  return x + __shfl_xor_sync(kFullMask, x, 2);
-}
-
 // Of both rows: a value that at least m of the maxima that a quad holds are above, and not many
 // more, unless they are equal. NaN if there is none.
 __device__ __forceinline__ void find_bounds(const float (&maxima)[kScores], uint32_t m,

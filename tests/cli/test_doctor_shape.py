@@ -43,7 +43,16 @@ def test_standard_shapes_run_on_tensor_cores(name: str, capsys: pytest.CaptureFi
 @pytest.mark.usefixtures("_no_gpu")
 @pytest.mark.parametrize(
     ("sizes", "few"),
-    [("T=1", True), ("T=64", True), ("T=64,H=16", True), ("T=1,H=17", False), ("T=65", False)],
+    [
+        ("T=1", True),
+        ("T=64", True),
+        ("T=64,H=16", True),
+        ("T=1,H=17", False),
+        ("T=512", True),
+        ("T=256,H=2", True),
+        ("T=513", False),
+        ("T=257,H=2", False),
+    ],
 )
 def test_few_tokens_have_a_kernel_of_their_own(
     sizes: str, few: bool, capsys: pytest.CaptureFixture[str]

@@ -255,9 +255,7 @@ def run(config: Config, device: str) -> None:
         same = (indices == expected.indices).all(-1)
         assert bool((same | ~certain).all()), (config, "ties are out of order")
     band_used = int(judgement.band_used.sum())
-    use = BAND_USE[device]
-    use.kept += indices.numel()
-    use.band_used += band_used
+    BAND_USE[device].add(indices.numel(), band_used)
     # Where both axes ascend evenly, pairs along an antidiagonal differ by less than float32 can
     # resolve.
     if config.kind not in ("ascending", "descending"):
