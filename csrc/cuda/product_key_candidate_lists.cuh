@@ -21,12 +21,14 @@ using Scores = float[kPlanes][kScores];
 
 // Candidates on their way from registers to memory: those of a row of a warp, with room for so
 // many.
-inline constexpr uint32_t kStaged = 20;
+inline constexpr int kMinStaged = 8, kMidStaged = 20, kMaxStaged = 31;
+static_assert(kMaxStaged <= kWarpSize, "a lane takes one from there");
 inline constexpr int kStagedBytes = 12;  // of one, with two ranks
 // Rows begin in different banks.
-inline constexpr int kStagedRowBytes = kStagedBytes * (kStaged + 1);
+__host__ __device__ constexpr int staged_row_bytes(int staged) {
+  return kStagedBytes * (staged + 1);
+}
 inline constexpr int kWarpTokens = 16;
-static_assert(kStaged <= kWarpSize, "a lane takes one from there");
 
 // What a warpgroup knows of a token, in shared memory.
 struct RowState {
@@ -204,12 +206,13 @@ class Lists {
  public:
   // `states` are of the warp's tokens.
   __device__ Lists(const ProductKeyTopkParams& p, const Candidates& candidates, RowState* states,
-                   uint32_t staged, int group, int first_chunk_token, float (&filter)[kPlanes],
-                   int lane)
+                   uint32_t staged, int room, int group, int first_chunk_token,
+                   float (&filter)[kPlanes], int lane)
       : p_(p),
         candidates_(candidates),
         states_(states),
         staged_(staged),
+        room_(room),
         filter_(filter),
         group_(group),
         lane_(lane),
@@ -301,7 +304,7 @@ class Lists {
   }
   // How many more keys of a row can be staged.
   __device__ __forceinline__ uint32_t room(int row) const {
-    return min(kStaged, capacity() - count(row)) - (staged_counts_ >> 16 * row & 0xffffu);
+    return min(room_, capacity() - count(row)) - (staged_counts_ >> 16 * row & 0xffffu);
   }
   // Where the list of a token of the warp begins, in candidates.
   __device__ __forceinline__ uint32_t list(uint32_t warp_token) const {
@@ -337,7 +340,7 @@ class Lists {
       constexpr int kBatch = 4;
       // Or all ids would be kept from one row to the next.
       const uint32_t first_id = __shfl_sync(kFullMask, first_key + lane_ % 4 * 2, lane_);
-      uint32_t place = staged_ + (lane_ / 4 + 8 * row) * kStagedRowBytes +
+      uint32_t place = staged_ + (lane_ / 4 + 8 * row) * staged_row_bytes(room_) +
                        (first >> 16 * row & 0xffffu) * kStagedBytes;
 #pragma unroll
       for (int score = 0; score < kRowScores; score += kBatch) {
@@ -374,7 +377,7 @@ class Lists {
           __shfl_sync(kFullMask, staged_counts_, token % 8 * 4) >> 16 * row & 0xffffu;
       const uint32_t first = __shfl_sync(kFullMask, row == 0 ? to[0] : to[1], token % 8 * 4);
       if (lane_ >= num_staged) continue;
-      const uint32_t from = staged_ + token * kStagedRowBytes + lane_ * kStagedBytes;
+      const uint32_t from = staged_ + token * staged_row_bytes(room_) + lane_ * kStagedBytes;
       float of_key[kPlanes];
 #pragma unroll
       for (int r = 0; r < kPlanes; ++r) of_key[r] = __uint_as_float(load_shared_u32(from + 4 * r));
@@ -460,6 +463,7 @@ class Lists {
   const Candidates& candidates_;
   RowState* states_;
   uint32_t staged_;  // shared address
+  uint32_t room_;    // there, for a row
   float (&filter_)[kPlanes];
   int group_, lane_;
   int first_row_;

@@ -46,6 +46,7 @@ constexpr int kMultiplierRegisters = 240;
 constexpr int kCopierRegisters = 24;
 constexpr int kGroupWarps = 4;
 constexpr int kMaxSharedBytes = 232448;
+constexpr int kMaxFewKept = 40;  // keys: few, as far as selection goes
 
 // Offsets into shared memory, which begins with barriers and the ring. Made on the host: as an
 // argument it takes no registers.
@@ -56,21 +57,30 @@ struct Layout {
   int num_stages;
   int queries;
   int states;  // RowState of each group and token
-  int staged;  // [warps, tokens, kStagedRowBytes]
+  int staged;  // [groups, tokens] rows
+  int room;    // of such a row
 
   explicit Layout(const ProductKeyTopkParams& p) {
     constexpr int kStates = kGroups * kTokens * static_cast<int>(sizeof(RowState));
-    constexpr int kStagedAll = kGroups * kTokens * kStagedRowBytes;
     num_boxes = static_cast<int>(ceil_div(p.key_dim, kBoxColumns));
     query_planes = p.num_queries;
     const int query_bytes = query_planes * num_boxes * kBoxBytes;
-    const int ring = kMaxSharedBytes - kRingOffset - query_bytes - kStates - kStagedAll;
+    const int left = kMaxSharedBytes - kRingOffset - query_bytes - kStates;
+    // To empty small ones takes longer than stages beyond these save; where few keys are kept, it
+    // is done seldom enough.
+    constexpr int kEnoughStages = 6;
+    const auto leaves = [&](int stages) { return left - staged_bytes() >= stages * kStageBytes; };
+    room = kMaxStaged;
+    if (!leaves(kEnoughStages)) room = kMidStaged;
+    if (!leaves(kMinStages) && p.axis_topk <= kMaxFewKept) room = kMinStaged;
+    const int ring = left - staged_bytes();
     num_stages = ring / kStageBytes < kMaxStages ? ring / kStageBytes : kMaxStages;
     queries = kRingOffset + num_stages * kStageBytes;
     states = queries + query_bytes;
     staged = states + kStates;
   }
-  int bytes() const { return staged + kGroups * kTokens * kStagedRowBytes; }
+  int staged_bytes() const { return kGroups * kTokens * staged_row_bytes(room); }
+  int bytes() const { return staged + staged_bytes(); }
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -258,9 +268,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     RowState* own_states = states + group * kTokens + group_token;
     RowState* other_states = states + (1 - group) * kTokens + group_token;
-    const uint32_t staged = shared.base + layout.staged + warp * kWarpTokens * kStagedRowBytes;
-    Lists<kPlanes> lists(p, candidates, own_states, staged, group, chunk_token + group_token,
-                         filter, lane);
+    const uint32_t staged =
+        shared.base + layout.staged + warp * kWarpTokens * staged_row_bytes(layout.room);
+    Lists<kPlanes> lists(p, candidates, own_states, staged, layout.room, group,
+                         chunk_token + group_token, filter, lane);
     const auto m = static_cast<uint32_t>(p.axis_topk);
     const auto num_keys = static_cast<int>(p.num_keys);
     const int tile_steps = kPlanes * layout.num_boxes;
@@ -449,9 +460,8 @@ bool axis_candidates_applies(const ProductKeyTopkParams& p) {
   // Where every block runs at once, two rounds of products take less time than to read queries
   // again and again, or than one block takes whose queries are in registers; and where many keys
   // are kept, selection is what takes longest elsewhere.
-  constexpr int kMaxFastTopk = 40;
   const int64_t num_blocks = 2 * p.num_heads * ceil_div(p.num_tokens, kTokens);
-  if (p.axis_topk <= kMaxFastTopk && num_blocks > multiprocessors()) return false;
+  if (p.axis_topk <= kMaxFewKept && num_blocks > multiprocessors()) return false;
   if (p.tucker_rank > kMaxPlanes || Layout(p).num_stages < kMinStages) return false;
   // Many heads would need more; places are counted in 32 bits, too.
   constexpr size_t kMaxWorkspace = 64 << 20;
