@@ -229,7 +229,8 @@ def _grid_rank(row: Tensor, col: Tensor, core_sum: Tensor | None) -> Tensor:
 
 def _descending(ranks: Tensor) -> Tensor:
     """Positions by rank, best first: ties to the lower position, NaN after -inf."""
-    order = _nan_lowest(ranks).sort(dim=-1, descending=True, stable=True).indices
+    # A radix sort would put -0 below +0; their sum is +0.
+    order = (_nan_lowest(ranks) + 0.0).sort(dim=-1, descending=True, stable=True).indices
     is_nan = ranks.isnan().gather(-1, order).to(torch.uint8)
     return order.gather(-1, is_nan.sort(dim=-1, stable=True).indices)
 

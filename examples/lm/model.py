@@ -73,6 +73,8 @@ class ByteLM(nn.Module):
 
     def _initialise(self) -> None:
         """N(0, 1/D) weights, output projections scaled down with depth. Memory has its own."""
+        if self.embedding.weight.is_meta:
+            return  # There are no values; the model is built for its shapes.
         std = self.config.d_model**-0.5
         depth_scale = (2 * self.config.num_layers) ** -0.5
         for name, parameter in self.named_parameters():

@@ -24,6 +24,12 @@ def of(ms: float) -> timing.Timing:
     return timing.Timing(median_ms=ms, q1_ms=ms, q3_ms=ms, repeats=2)
 
 
+@pytest.fixture(autouse=True)
+def _caches_stay_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test looks at how long anything takes."""
+    monkeypatch.setitem(timing._FLUSH_BYTES, "cpu", 1)
+
+
 @pytest.fixture
 def _graphs_are_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     """A list of calls stands for the CUDA graph of them."""
