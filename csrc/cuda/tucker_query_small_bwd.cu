@@ -501,11 +501,11 @@ Status launch(const TuckerQueryBwdParams& p, const Plan& plan, Stream stream) {
 bool fits(const TuckerQueryBwdParams& p) {
   constexpr int64_t kMaxSize = 1 << 20;
   return (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) && p.num_tokens >= 1 &&
-         p.num_tokens <= kTuckerQuerySmallTokens && p.d_model >= 8 && p.d_model <= kMaxSize &&
-         p.d_model % 8 == 0 && p.key_dim >= 8 && p.key_dim <= kMaxKeyDim && p.key_dim % 8 == 0 &&
-         p.num_segments >= 1 && p.num_segments <= kLargeCluster && is_aligned(p.x) &&
-         is_aligned(p.weight) && is_aligned(p.projection) && is_aligned(p.grad_query) &&
-         is_aligned(p.grad_x) && is_aligned(p.grad_weight);
+         p.d_model >= 8 && p.d_model <= kMaxSize && p.d_model % 8 == 0 && p.key_dim >= 8 &&
+         p.key_dim <= kMaxKeyDim && p.key_dim % 8 == 0 && p.num_segments >= 1 &&
+         p.num_segments <= kLargeCluster && p.num_tokens <= tucker_query_small_tokens(p) &&
+         is_aligned(p.x) && is_aligned(p.weight) && is_aligned(p.projection) &&
+         is_aligned(p.grad_query) && is_aligned(p.grad_x) && is_aligned(p.grad_weight);
 }
 
 ULTRAMEM_REGISTER_KERNEL(norm_bwd_bf16, "tucker_query_small_norm_bwd<bf16>", kNormThreads,

@@ -534,9 +534,9 @@ Status launch_for_tokens(const TuckerQueryParams& p, const Plan& plan, Stream st
 bool fits(const TuckerQueryParams& p) {
   constexpr int64_t kMaxSize = 1 << 20;
   return (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) && p.num_tokens >= 1 &&
-         p.num_tokens <= kTuckerQuerySmallTokens && p.d_model >= 8 && p.d_model <= kMaxSize &&
-         p.d_model % 8 == 0 && p.key_dim >= 1 && p.key_dim <= kMaxKeyDim && p.num_segments >= 1 &&
-         p.num_segments <= kMaxSize && is_aligned(p.x) && is_aligned(p.weight) &&
+         p.d_model >= 8 && p.d_model <= kMaxSize && p.d_model % 8 == 0 && p.key_dim >= 1 &&
+         p.key_dim <= kMaxKeyDim && p.num_segments >= 1 && p.num_segments <= kMaxSize &&
+         p.num_tokens <= tucker_query_small_tokens(p) && is_aligned(p.x) && is_aligned(p.weight) &&
          is_aligned(p.query) && is_aligned(p.projection);
 }
 

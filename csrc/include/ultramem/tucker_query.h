@@ -10,6 +10,9 @@
 namespace ultramem {
 
 inline constexpr int kTuckerQuerySmallTokens = 64;
+// Elements of the weight beyond which half as many tokens are few: a matrix product hides a norm
+// the better the longer it takes.
+inline constexpr int64_t kTuckerQuerySmallWeight = int64_t{1} << 21;
 
 struct TuckerQueryParams {
   int64_t num_tokens = 0;    // T
@@ -27,6 +30,13 @@ struct TuckerQueryParams {
   void* projection = nullptr;         // [T, 2 H Q Kd], what was normalised: for the backward
 };
 
+// How many tokens are few, for the kernels below.
+inline int64_t tucker_query_small_tokens(const TuckerQueryParams& params) {
+  const int64_t rows = params.num_segments * params.key_dim;
+  return rows * params.d_model > kTuckerQuerySmallWeight ? kTuckerQuerySmallTokens / 2
+                                                         : kTuckerQuerySmallTokens;
+}
+
 struct TuckerQueryBwdParams : TuckerQueryParams {
   // `query` is not read, `projection` is.
   const void* grad_query = nullptr;  // [T, 2, H, Q, Kd]
@@ -38,8 +48,8 @@ struct TuckerQueryBwdParams : TuckerQueryParams {
 
 namespace cuda {
 // One kernel that reads the weight once. Offered where `supported` says so on the current device:
-// compute capability 9.0, bfloat16 or float16, 1 to kTuckerQuerySmallTokens tokens, 16-byte
-// aligned rows, and shapes that fit shared memory.
+// compute capability 9.0, bfloat16 or float16, 1 to tucker_query_small_tokens(params) tokens,
+// 16-byte aligned rows, and shapes that fit shared memory.
 bool tucker_query_small_fwd_supported(const TuckerQueryParams& params);
 Status tucker_query_small_fwd(const TuckerQueryParams& params, Stream stream);
 
