@@ -28,26 +28,37 @@ constexpr int kTile = 16;
 constexpr int kRowColumns = 4;
 constexpr int kBatch = 3;
 // Entries in a piece, at least, a power of two; more where there would be more than kMaxPieces.
-constexpr int kMinPieceShift = 8;
+constexpr int kMinPieceShift = 7;
 constexpr int64_t kMaxPieces = 4096;
 
 // keys[e] = slot, num_slots where the index is out of range: those sort behind all rows.
+// weights[e, c] = h * scores[e, c]; none where the gradient of the values is not wanted.
 __global__ void __launch_bounds__(kThreads)
     value_ffn_bwd_keys_kernel(const __grid_constant__ ValueFfnParams params, uint32_t* keys,
-                              uint32_t* entries) {
+                              uint32_t* entries, float* weights) {
   const int64_t num_entries = params.num_tokens * params.num_selected;
   const int64_t entry = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (entry >= num_entries) return;
   const int64_t slot = resolve_slot(params.addressing, load_index(params, entry)).slot;
   keys[entry] = static_cast<uint32_t>(slot >= 0 ? slot : params.addressing.num_slots);
   entries[entry] = static_cast<uint32_t>(entry);
+  if (weights == nullptr) return;
+  const float h =
+      params.pre_values != nullptr
+          ? activate(params.activation, static_cast<const float*>(params.pre_activation)[entry])
+          : 1.0f;
+  for (int c = 0; c < params.num_cores; ++c) {
+    const int64_t i = entry * params.num_cores + c;
+    weights[i] = h * static_cast<const float*>(params.scores)[i];
+  }
 }
 
-// grad_values[slot, slice c] = sum of h * scores[e, c] * grad_out[t, group, slice c] and
+// grad_values[slot, slice c] = sum of weights[e, c] * grad_out[t, group, slice c] and
 // grad_pre_values[slot] = sum of grad_a[e] * pre_input[t].
 struct Rows {
   const uint32_t* keys;     // [T * S], sorted
   const uint32_t* entries;  // [T * S], in the order of the keys
+  const float* weights;     // [T, S, C]
   const float* grad_a;      // [T, S]
   float* partial;  // [pieces, 2, columns]: of the run a piece begins with, of the run it ends with
   uint32_t num_entries;
@@ -87,13 +98,9 @@ __device__ __forceinline__ uint32_t load_window(const ValueFfnBwdParams& params,
         source_row = token * rows.num_groups + static_cast<uint32_t>(group);
       }
       window.source_rows[0][lane] = source_row;
-      const float h =
-          params.pre_values != nullptr
-              ? activate(params.activation, static_cast<const float*>(params.pre_activation)[entry])
-              : 1.0f;
-      const auto* scores =
-          static_cast<const float*>(params.scores) + int64_t{entry} * params.num_cores;
-      for (int c = 0; c < params.num_cores; ++c) window.factors[c][lane] = h * scores[c];
+      const float* weights = rows.weights + int64_t{entry} * params.num_cores;
+#pragma unroll 1
+      for (int c = 0; c < params.num_cores; ++c) window.factors[c][lane] = weights[c];
     }
     if (rows.pre_value_columns > 0) window.factors[kMaxNumCores][lane] = rows.grad_a[entry];
   }
@@ -102,37 +109,36 @@ __device__ __forceinline__ uint32_t load_window(const ValueFfnBwdParams& params,
 }
 
 // What a lane does of a row: kColumns columns, of the values or the pre-values.
-template <int kColumns>
+template <int kColumns, typename InputT, typename GradT>
 struct Part {
-  int column;  // of the table, the first
+  const InputT* source;  // the columns in the first row, null where there are none
+  GradT* grad;
+  uint32_t dim;
   int factor;  // in the window
 
   // Those from kColumns * index on.
   __device__ __forceinline__ Part(const ValueFfnBwdParams& params, const Rows& rows, int index) {
-    column = index * kColumns;
-    factor = kMaxNumCores;
+    int column = index * kColumns;
     if (column < rows.value_columns) {
+      source = static_cast<const InputT*>(params.grad_out) + column;
+      grad = static_cast<GradT*>(params.grad_values) + column;
+      dim = static_cast<uint32_t>(rows.value_columns);
       const int slice = rows.value_columns / params.num_cores;
       factor = 0;
 #pragma unroll
       for (int c = 1; c < kMaxNumCores; ++c) factor += c < params.num_cores && column >= c * slice;
     } else {
-      column = column < rows.columns() ? column - rows.value_columns : -1;
+      column -= rows.value_columns;
+      const bool exists = column < rows.pre_value_columns;
+      source = exists ? static_cast<const InputT*>(params.pre_input) + column : nullptr;
+      grad = static_cast<GradT*>(params.grad_pre_values) + column;
+      dim = static_cast<uint32_t>(rows.pre_value_columns);
+      factor = kMaxNumCores;
     }
   }
-  __device__ __forceinline__ bool exists() const { return column >= 0; }
-  __device__ __forceinline__ bool of_values() const { return factor < kMaxNumCores; }
-  template <typename InputT>
-  __device__ __forceinline__ const InputT* source(const ValueFfnBwdParams& params,
-                                                  const Window& window, int entry) const {
-    const int64_t row = window.source_rows[of_values() ? 0 : 1][entry];
-    return static_cast<const InputT*>(of_values() ? params.grad_out : params.pre_input) +
-           (row * (of_values() ? params.value_dim : params.pre_value_dim) + column);
-  }
-  template <typename GradT>
-  __device__ __forceinline__ GradT* grad(const ValueFfnBwdParams& params, uint32_t key) const {
-    return static_cast<GradT*>(of_values() ? params.grad_values : params.grad_pre_values) +
-           (int64_t{key} * (of_values() ? params.value_dim : params.pre_value_dim) + column);
+  __device__ __forceinline__ bool exists() const { return source != nullptr; }
+  __device__ __forceinline__ uint64_t offset(uint32_t row) const {
+    return static_cast<uint64_t>(row) * dim;
   }
 };
 
@@ -146,95 +152,83 @@ __device__ __forceinline__ void store_row(GradT* grad, const float (&sum)[kColum
   old.store(grad);
 }
 
-// A run from lane `at` of the window on, which begins with entry `first` and where the lanes' keys
-// are `keys`. Where it goes beyond the window, no other of the tile's begins behind it, and the
-// window moves.
+// Where a warp is among the sorted entries.
+struct Place {
+  uint32_t first;  // of the tile
+  uint32_t window_first;
+  uint32_t key;  // the lane's, of the window
+};
+
+// The lane's parts of the row of a run, from lane `at` of the window on, which is at the tile's
+// beginning. Where the run goes beyond it, no other of the tile's begins behind it, and the window
+// moves.
 template <int kColumns, typename InputT, typename GradT>
 __device__ __forceinline__ void sum_run(const ValueFfnBwdParams& params, const Rows& rows,
-                                        Window& window, uint32_t first, uint32_t keys, int at,
+                                        const Part<kColumns, InputT, GradT> (&parts)[kBatch],
+                                        int index, Window& window, Place& place, int at,
                                         bool run_begins) {
   constexpr int kInFlight = 2;  // entries
   const int lane = threadIdx.x % kWarpSize;
-  const uint32_t key = __shfl_sync(kFullMask, keys, at);
-  const uint32_t piece = (first + at) >> rows.piece_shift;
-  // May be 2^32, where the last piece ends.
-  const uint64_t piece_end =
-      min((uint64_t{piece} + 1) << rows.piece_shift, uint64_t{rows.num_entries});
-  uint32_t window_first = first;
-  for (int batch = 0; batch * kColumns < rows.columns(); batch += kBatch * kWarpSize) {
-    const Part<kColumns> parts[kBatch] = {{params, rows, batch + lane},
-                                          {params, rows, batch + kWarpSize + lane},
-                                          {params, rows, batch + 2 * kWarpSize + lane}};
-    float sums[kBatch][kColumns] = {};
-    Pack<GradT, kColumns> old[kBatch];
+  const uint32_t key = __shfl_sync(kFullMask, place.key, at);
+  Pack<GradT, kColumns> old[kBatch];
 #pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      old[k].clear();
-      if (params.accumulate && parts[k].exists()) {
-        old[k].load_mutable(parts[k].template grad<GradT>(params, key));
+  for (int k = 0; k < kBatch; ++k) {
+    old[k].clear();
+    if (params.accumulate && parts[k].exists()) {
+      old[k].load_mutable(parts[k].grad + parts[k].offset(key));
+    }
+  }
+  const uint32_t piece = (place.first + at) >> rows.piece_shift;
+  // Of the piece, from the window's first entry on. The last piece ends where there are no keys.
+  uint32_t left = ((piece + 1) << rows.piece_shift) - place.first;
+  float sums[kBatch][kColumns] = {};
+  int from = at;
+  bool run_ends = false;
+  while (true) {
+    const bool in_run = lane >= from && place.key == key && static_cast<uint32_t>(lane) < left;
+    const int to = from + __popc(__ballot_sync(kFullMask, in_run));
+#pragma unroll kInFlight
+    for (int i = from; i < to; ++i) {
+      Pack<InputT, kColumns> sources[kBatch];
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        sources[k].clear();
+        if (!parts[k].exists()) continue;
+        const uint32_t row = window.source_rows[parts[k].factor / kMaxNumCores][i];
+        sources[k].load(parts[k].source + parts[k].offset(row));
+      }
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        const float factor = window.factors[parts[k].factor][i];
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) sums[k][j] = fmaf(factor, sources[k][j], sums[k][j]);
       }
     }
-    if (window_first != first) {
-      window_first = first;
-      keys = load_window(params, rows, first, lane, window);
+    if (to < kWarpSize) {
+      // Behind the last entry there are no keys, either.
+      run_ends = __shfl_sync(kFullMask, place.key, to) != key;
+      break;
     }
-    int from = at;
-    bool run_ends = false;
-    while (true) {
-      const bool in_run = lane >= from && keys == key && uint64_t{window_first} + lane < piece_end;
-      const int to = from + __popc(__ballot_sync(kFullMask, in_run));
-      for (int i = from; i < to; i += kInFlight) {
-        Pack<InputT, kColumns> sources[kInFlight][kBatch];
-        float factors[kInFlight][kBatch];
-#pragma unroll
-        for (int n = 0; n < kInFlight; ++n) {
-#pragma unroll
-          for (int k = 0; k < kBatch; ++k) {
-            factors[n][k] = 0.0f;
-            sources[n][k].clear();
-            if (!parts[k].exists() || i + n >= to) continue;
-            factors[n][k] = window.factors[parts[k].factor][i + n];
-            sources[n][k].load(parts[k].template source<InputT>(params, window, i + n));
-          }
-        }
-#pragma unroll
-        for (int n = 0; n < kInFlight; ++n) {
-#pragma unroll
-          for (int k = 0; k < kBatch; ++k) {
-#pragma unroll
-            for (int j = 0; j < kColumns; ++j) {
-              sums[k][j] = fmaf(factors[n][k], sources[n][k][j], sums[k][j]);
-            }
-          }
-        }
-      }
-      const uint64_t end = uint64_t{window_first} + to;
-      if (to < kWarpSize) {
-        run_ends = end == rows.num_entries || __shfl_sync(kFullMask, keys, to) != key;
-        break;
-      }
-      if (end == piece_end) {
-        run_ends = end == rows.num_entries || rows.keys[end] != key;
-        break;
-      }
-      window_first += kWarpSize;
-      from = 0;
-      keys = load_window(params, rows, window_first, lane, window);
+    const bool last = rows.num_entries - place.window_first <= kWarpSize;
+    if (last || left <= kWarpSize) {
+      run_ends = last || rows.keys[place.window_first + kWarpSize] != key;
+      break;
     }
-    const bool whole = run_begins && run_ends;
+    left -= kWarpSize;
+    from = 0;
+    place.window_first += kWarpSize;
+    place.key = load_window(params, rows, place.window_first, lane, window);
+  }
 #pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      if (!parts[k].exists()) continue;
-      if (whole) {
-        store_row<kColumns>(parts[k].template grad<GradT>(params, key), sums[k], old[k]);
-      } else {
-        const int index = batch + k * kWarpSize + lane;
-        float* partial = rows.partial +
-                         (2 * int64_t{piece} + (run_begins ? 1 : 0)) * rows.columns() +
-                         index * kColumns;
+  for (int k = 0; k < kBatch; ++k) {
+    if (!parts[k].exists()) continue;
+    if (run_begins && run_ends) {
+      store_row<kColumns>(parts[k].grad + parts[k].offset(key), sums[k], old[k]);
+    } else {
+      float* partial = rows.partial + (2 * int64_t{piece} + (run_begins ? 1 : 0)) * rows.columns() +
+                       (index + k * kWarpSize) * kColumns;
 #pragma unroll
-        for (int j = 0; j < kColumns; ++j) partial[j] = sums[k][j];
-      }
+      for (int j = 0; j < kColumns; ++j) partial[j] = sums[k][j];
     }
   }
 }
@@ -243,19 +237,29 @@ template <int kColumns, typename InputT, typename GradT>
 __device__ __forceinline__ void sum_tile(const ValueFfnBwdParams& params, const Rows& rows,
                                          uint32_t first, Window& window) {
   const int lane = threadIdx.x % kWarpSize;
-  const uint32_t keys = load_window(params, rows, first, lane, window);
-  uint32_t before = __shfl_up_sync(kFullMask, keys, 1);
+  Place place{first, first, load_window(params, rows, first, lane, window)};
+  uint32_t before = __shfl_up_sync(kFullMask, place.key, 1);
   if (lane == 0 && first > 0) before = rows.keys[first - 1];
   const uint32_t position = first + lane;
-  const bool run_begins = position == 0 || before != keys;
+  const bool run_begins = position == 0 || before != place.key;
   const bool piece_begins = (position & ((1u << rows.piece_shift) - 1)) == 0;
-  const bool exists = keys != params.addressing.num_slots;
-  uint32_t heads = __ballot_sync(kFullMask, lane < kTile && exists && (run_begins || piece_begins));
+  const bool exists = place.key != params.addressing.num_slots;
+  const uint32_t heads =
+      __ballot_sync(kFullMask, lane < kTile && exists && (run_begins || piece_begins));
   const uint32_t begins = __ballot_sync(kFullMask, run_begins);
-  for (; heads != 0; heads &= heads - 1) {
-    const int at = __ffs(heads) - 1;
-    sum_run<kColumns, InputT, GradT>(params, rows, window, first, keys, at,
-                                     (begins >> at & 1) != 0);
+  for (int index = lane; (index - lane) * kColumns < rows.columns(); index += kBatch * kWarpSize) {
+    if (place.window_first != first) {
+      place.window_first = first;
+      place.key = load_window(params, rows, first, lane, window);
+    }
+    const Part<kColumns, InputT, GradT> parts[kBatch] = {{params, rows, index},
+                                                         {params, rows, index + kWarpSize},
+                                                         {params, rows, index + 2 * kWarpSize}};
+    for (uint32_t left = heads; left != 0; left &= left - 1) {
+      const int at = __ffs(left) - 1;
+      sum_run<kColumns, InputT, GradT>(params, rows, parts, index, window, place, at,
+                                       (begins >> at & 1) != 0);
+    }
   }
 }
 
@@ -304,7 +308,8 @@ __global__ void __launch_bounds__(kThreads)
     float sum[1] = {rows.partial[(2 * piece + 1) * columns + column]};
 #pragma unroll 8
     for (int64_t i = piece + 1; i <= last; ++i) sum[0] += rows.partial[2 * i * columns + column];
-    GradT* grad = Part<1>(params, rows, static_cast<int>(column)).grad<GradT>(params, key);
+    const Part<1, float, GradT> part(params, rows, static_cast<int>(column));
+    GradT* grad = part.grad + part.offset(key);
     Pack<GradT, 1> old;
     old.clear();
     if (params.accumulate) old.load_mutable(grad);
@@ -332,7 +337,7 @@ struct Workspace {
   int64_t num_entries, num_pieces, columns;
   int piece_shift = kMinPieceShift;
   int num_bits;
-  size_t keys_in, keys, entries_in, entries, partial, sort, sort_bytes, total = 0;
+  size_t keys_in, keys, entries_in, entries, weights, partial, sort, sort_bytes, total = 0;
 
   explicit Workspace(const ValueFfnBwdParams& params) {
     num_entries = params.num_tokens * params.num_selected;
@@ -345,6 +350,8 @@ struct Workspace {
     keys = take(num_entries * sizeof(uint32_t));
     entries_in = take(num_entries * sizeof(uint32_t));
     entries = take(num_entries * sizeof(uint32_t));
+    weights =
+        take(params.grad_values != nullptr ? num_entries * params.num_cores * sizeof(float) : 0);
     partial = take(2 * num_pieces * columns * sizeof(float));
     sort_bytes = sort_pairs_workspace(num_entries, num_bits);
     sort = take(sort_bytes);
@@ -363,7 +370,10 @@ Status sort_entries(const ValueFfnBwdParams& params, const Workspace& layout, ch
   auto* keys_in = reinterpret_cast<uint32_t*>(workspace + layout.keys_in);
   auto* entries_in = reinterpret_cast<uint32_t*>(workspace + layout.entries_in);
   const auto blocks = static_cast<unsigned>(ceil_div(layout.num_entries, kThreads));
-  value_ffn_bwd_keys_kernel<<<blocks, kThreads, 0, stream>>>(params, keys_in, entries_in);
+  value_ffn_bwd_keys_kernel<<<blocks, kThreads, 0, stream>>>(
+      params, keys_in, entries_in,
+      params.grad_values != nullptr ? reinterpret_cast<float*>(workspace + layout.weights)
+                                    : nullptr);
   ULTRAMEM_RETURN_IF_ERROR(launch_status());
   return sort_pairs(keys_in, reinterpret_cast<uint32_t*>(workspace + layout.keys), entries_in,
                     reinterpret_cast<uint32_t*>(workspace + layout.entries), layout.num_entries,
@@ -392,6 +402,7 @@ Status value_ffn_bwd_rows(const ValueFfnBwdParams& params, const float* grad_a, 
   Rows rows{};
   rows.keys = reinterpret_cast<const uint32_t*>(base + layout.keys);
   rows.entries = reinterpret_cast<const uint32_t*>(base + layout.entries);
+  rows.weights = reinterpret_cast<const float*>(base + layout.weights);
   rows.grad_a = grad_a;
   rows.partial = reinterpret_cast<float*>(base + layout.partial);
   rows.num_entries = static_cast<uint32_t>(layout.num_entries);
