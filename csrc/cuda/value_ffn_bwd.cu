@@ -5,6 +5,7 @@
 //
 // Gradients of the tables: value_ffn_bwd_rows.cu.
 #include "kernel_registry.h"
+#include "side_stream.h"
 #include "value_ffn_bwd_rows.h"
 #include "value_ffn_common.cuh"
 
@@ -187,8 +188,8 @@ Status check_bwd_params(const ValueFfnBwdParams& params) {
         "value_ffn_bwd: grad_pre_input and grad_pre_values need pre_values");
   }
   const Workspace workspace(params);
-  if (workspace.needs_rows &&
-      (params.num_tokens * params.num_selected >= int64_t{1} << 32 || params.addressing.num_slots >= UINT32_MAX)) {
+  if (workspace.needs_rows && (params.num_tokens * params.num_selected >= int64_t{1} << 32 ||
+                               params.addressing.num_slots >= UINT32_MAX)) {
     return Status::invalid_argument(
         "value_ffn_bwd: CUDA offers gradients of the tables for fewer than 2^32 retrieved slots "
         "and fewer than 2^32-1 rows");
@@ -228,10 +229,18 @@ Status value_ffn_bwd(const ValueFfnBwdParams& params, Stream stream) {
   float* grad_a =
       workspace.needs_grad_a ? reinterpret_cast<float*>(base + workspace.grad_a) : nullptr;
   // An empty grad_scores (S = 0) is a null pointer; grad_pre_input is then still to be zeroed.
-  if (params.grad_scores != nullptr || grad_a != nullptr || params.grad_pre_input != nullptr) {
-    ULTRAMEM_RETURN_IF_ERROR(launch_tokens(params, grad_a, stream));
-  }
-  if (!workspace.needs_rows) return {};
+  const bool needs_tokens =
+      params.grad_scores != nullptr || grad_a != nullptr || params.grad_pre_input != nullptr;
+  if (!workspace.needs_rows) return needs_tokens ? launch_tokens(params, grad_a, stream) : Status{};
+
+  // Sorting waits for latency, the other for memory.
+  SideStream side(stream);
+  ULTRAMEM_RETURN_IF_ERROR(side.fork());
+  Status status = value_ffn_bwd_sort(params, base + workspace.rows, side.get());
+  if (status.ok() && needs_tokens) status = launch_tokens(params, grad_a, stream);
+  const Status joined = side.join();
+  ULTRAMEM_RETURN_IF_ERROR(status);
+  ULTRAMEM_RETURN_IF_ERROR(joined);
   return value_ffn_bwd_rows(params, grad_a, base + workspace.rows, stream);
 }
 

@@ -365,21 +365,6 @@ struct Workspace {
   }
 };
 
-Status sort_entries(const ValueFfnBwdParams& params, const Workspace& layout, char* workspace,
-                    cudaStream_t stream) {
-  auto* keys_in = reinterpret_cast<uint32_t*>(workspace + layout.keys_in);
-  auto* entries_in = reinterpret_cast<uint32_t*>(workspace + layout.entries_in);
-  const auto blocks = static_cast<unsigned>(ceil_div(layout.num_entries, kThreads));
-  value_ffn_bwd_keys_kernel<<<blocks, kThreads, 0, stream>>>(
-      params, keys_in, entries_in,
-      params.grad_values != nullptr ? reinterpret_cast<float*>(workspace + layout.weights)
-                                    : nullptr);
-  ULTRAMEM_RETURN_IF_ERROR(launch_status());
-  return sort_pairs(keys_in, reinterpret_cast<uint32_t*>(workspace + layout.keys), entries_in,
-                    reinterpret_cast<uint32_t*>(workspace + layout.entries), layout.num_entries,
-                    layout.num_bits, workspace + layout.sort, layout.sort_bytes, stream);
-}
-
 // Whether rows of a gradient, and of what it is summed from, are moved kRowColumns at a time.
 bool rows_are_vectors(const ValueFfnBwdParams& params, const Rows& rows) {
   const int slice = rows.value_columns / params.num_cores;
@@ -394,11 +379,25 @@ size_t value_ffn_bwd_rows_workspace(const ValueFfnBwdParams& params) {
   return Workspace(params).total;
 }
 
+Status value_ffn_bwd_sort(const ValueFfnBwdParams& params, void* workspace, cudaStream_t stream) {
+  const Workspace layout(params);
+  auto* base = static_cast<char*>(workspace);
+  auto* keys_in = reinterpret_cast<uint32_t*>(base + layout.keys_in);
+  auto* entries_in = reinterpret_cast<uint32_t*>(base + layout.entries_in);
+  const auto blocks = static_cast<unsigned>(ceil_div(layout.num_entries, kThreads));
+  value_ffn_bwd_keys_kernel<<<blocks, kThreads, 0, stream>>>(
+      params, keys_in, entries_in,
+      params.grad_values != nullptr ? reinterpret_cast<float*>(base + layout.weights) : nullptr);
+  ULTRAMEM_RETURN_IF_ERROR(launch_status());
+  return sort_pairs(keys_in, reinterpret_cast<uint32_t*>(base + layout.keys), entries_in,
+                    reinterpret_cast<uint32_t*>(base + layout.entries), layout.num_entries,
+                    layout.num_bits, base + layout.sort, layout.sort_bytes, stream);
+}
+
 Status value_ffn_bwd_rows(const ValueFfnBwdParams& params, const float* grad_a, void* workspace,
                           cudaStream_t stream) {
   const Workspace layout(params);
   auto* base = static_cast<char*>(workspace);
-  ULTRAMEM_RETURN_IF_ERROR(sort_entries(params, layout, base, stream));
   Rows rows{};
   rows.keys = reinterpret_cast<const uint32_t*>(base + layout.keys);
   rows.entries = reinterpret_cast<const uint32_t*>(base + layout.entries);

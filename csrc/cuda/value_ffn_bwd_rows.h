@@ -9,8 +9,11 @@ namespace ultramem::cuda {
 
 size_t value_ffn_bwd_rows_workspace(const ValueFfnBwdParams& params);
 
-// Of the tables whose gradients `params` asks for. grad_a: [T, S], the gradient of the
-// pre-activation; read where that of the pre-values is wanted.
+// Sorts the entries by slot, into the workspace.
+Status value_ffn_bwd_sort(const ValueFfnBwdParams& params, void* workspace, cudaStream_t stream);
+
+// With the entries sorted, the gradients of the tables that `params` asks for. grad_a: [T, S], the
+// gradient of the pre-activation; read where that of the pre-values is wanted.
 Status value_ffn_bwd_rows(const ValueFfnBwdParams& params, const float* grad_a, void* workspace,
                           cudaStream_t stream);
 
