@@ -18,7 +18,11 @@ Status side_stream(cudaStream_t* stream) {
   if (device >= kMaxDevices) return Status::invalid_argument("more than 64 devices");
   cudaStream_t& own = streams[device];
   if (own == nullptr) {
-    ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaStreamCreateWithFlags(&own, cudaStreamNonBlocking));
+    // Ahead of the other stream's blocks, which would leave small kernels no room.
+    int least = 0, greatest = 0;
+    ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+    ULTRAMEM_CUDA_RETURN_IF_ERROR(
+        cudaStreamCreateWithPriority(&own, cudaStreamNonBlocking, greatest));
   }
   *stream = own;
   return {};
