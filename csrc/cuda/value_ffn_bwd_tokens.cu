@@ -33,6 +33,7 @@ struct BackwardPass {
   };
 
   const ValueFfnBwdParams& params;
+  const AddressDivisors<ReciprocalDivisor>& divisors;
   float* grad_a;
 
   __device__ __forceinline__ Request request(int64_t entry, bool exists) const {
@@ -51,12 +52,17 @@ struct BackwardPass {
   }
 
   __device__ __forceinline__ void settle(const Request& request, Batch& batch, int i) const {
-    batch.slots[i] = resolve_slot(params.addressing, request.index).slot;
+    const int64_t slot = resolve_slot(params.addressing, divisors, request.index).slot;
+    batch.slots[i] = slot;
 #pragma unroll
-    for (int c = 0; c < kMaxNumCores; ++c) batch.scores[c][i] = request.scores[c];
-    const bool has_pre_values = params.pre_values != nullptr;
-    batch.h[i] = has_pre_values ? activate(params.activation, request.a) : 1.0f;
-    batch.slope[i] = has_pre_values ? activation_slope(params.activation, request.a) : 0.0f;
+    for (int c = 0; c < kMaxNumCores; ++c) batch.scores[c][i] = slot >= 0 ? request.scores[c] : 0;
+    float h = 1, slope = 0;
+    if (params.pre_values != nullptr) {
+      h = activate(params.activation, request.a);
+      slope = activation_slope(params.activation, request.a);
+    }
+    batch.h[i] = slot >= 0 ? h : 0;
+    batch.slope[i] = slot >= 0 ? slope : 0;
   }
 
   template <typename Traits>
@@ -64,8 +70,8 @@ struct BackwardPass {
                                         const int (&cores)[Traits::kVectors], const Batch& batch,
                                         int i, int64_t entry, bool exists, int rank,
                                         float (&weights)[Traits::kVectors]) const {
-    // A slot without a row adds zero even where grad_out or a score is NaN.
     const bool in_range = batch.slots[i] >= 0;
+    const float h = batch.h[i];
     float sum = 0;
     float grad_score = 0;
 #pragma unroll
@@ -75,13 +81,14 @@ struct BackwardPass {
 #pragma unroll
       for (int v = 0; v < Traits::kVectors; ++v) grad_weight += cores[v] == c ? dots[v] : 0.0f;
       grad_weight = team_sum<Traits::kLanes>(grad_weight);
+      // A slot without a row adds zero even where grad_out is NaN.
+      if (!in_range) grad_weight = 0;
       sum = fmaf(batch.scores[c][i], grad_weight, sum);
-      if (rank == c) grad_score = batch.h[i] * grad_weight;
+      if (rank == c) grad_score = h * grad_weight;
     }
-    const float da = in_range ? batch.slope[i] * sum : 0.0f;
+    const float da = batch.slope[i] * sum;
     if (exists && rank < params.num_cores && params.grad_scores != nullptr) {
-      static_cast<float*>(params.grad_scores)[entry * params.num_cores + rank] =
-          in_range ? grad_score : 0.0f;
+      static_cast<float*>(params.grad_scores)[entry * params.num_cores + rank] = grad_score;
     }
     if (exists && rank == 0 && grad_a != nullptr) grad_a[entry] = da;
 #pragma unroll
@@ -94,7 +101,8 @@ __global__ void __launch_bounds__(SlotTraits<TableT, kLanes, kVectors>::kMaxWarp
     value_ffn_bwd_tokens_kernel(const __grid_constant__ BackwardArguments backward,
                                 const __grid_constant__ SlotArguments arguments) {
   pass_over_slots<SlotTraits<TableT, kLanes, kVectors>>(
-      BackwardPass{backward.params, backward.grad_a}, arguments, backward.params.dtype);
+      BackwardPass{backward.params, arguments.divisors, backward.grad_a}, arguments,
+      backward.params.dtype);
 }
 
 // Any shape --------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ struct ForwardPass {
   };
 
   const ValueFfnParams& params;
+  const AddressDivisors<ReciprocalDivisor>& divisors;
 
   __device__ __forceinline__ Request request(int64_t entry, bool exists) const {
     Request request{-1, {}};
@@ -37,9 +38,10 @@ struct ForwardPass {
   }
 
   __device__ __forceinline__ void settle(const Request& request, Batch& batch, int i) const {
-    batch.slots[i] = resolve_slot(params.addressing, request.index).slot;
+    const int64_t slot = resolve_slot(params.addressing, divisors, request.index).slot;
+    batch.slots[i] = slot;
 #pragma unroll
-    for (int c = 0; c < kMaxNumCores; ++c) batch.scores[c][i] = request.scores[c];
+    for (int c = 0; c < kMaxNumCores; ++c) batch.scores[c][i] = slot >= 0 ? request.scores[c] : 0;
   }
 
   template <typename Traits>
@@ -47,22 +49,19 @@ struct ForwardPass {
                                         const int (&cores)[Traits::kVectors], const Batch& batch,
                                         int i, int64_t entry, bool exists, int rank,
                                         float (&weights)[Traits::kVectors]) const {
-    // A slot without a row adds zero even where the input or a score is NaN.
-    const bool in_range = batch.slots[i] >= 0;
     float h = 1;
     if (params.pre_values != nullptr) {
       float a = 0;
 #pragma unroll
       for (int v = 0; v < Traits::kVectors; ++v) a += dots[v];
       a = team_sum<Traits::kLanes>(a);
-      if (!in_range) a = 0;
+      // A slot without a row adds zero even where the input is NaN.
+      if (batch.slots[i] < 0) a = 0;
       if (exists && rank == 0) static_cast<float*>(params.pre_activation)[entry] = a;
       h = activate(params.activation, a);
     }
 #pragma unroll
-    for (int v = 0; v < Traits::kVectors; ++v) {
-      weights[v] = in_range ? h * batch.scores[cores[v]][i] : 0.0f;
-    }
+    for (int v = 0; v < Traits::kVectors; ++v) weights[v] = h * batch.scores[cores[v]][i];
   }
 };
 
@@ -70,8 +69,8 @@ template <typename TableT, int kLanes, int kVectors>
 __global__ void __launch_bounds__(SlotTraits<TableT, kLanes, kVectors>::kMaxWarps* kWarpSize)
     value_ffn_fwd_kernel(const __grid_constant__ ValueFfnParams params,
                          const __grid_constant__ SlotArguments arguments) {
-  pass_over_slots<SlotTraits<TableT, kLanes, kVectors>>(ForwardPass{params}, arguments,
-                                                        params.dtype);
+  pass_over_slots<SlotTraits<TableT, kLanes, kVectors>>(ForwardPass{params, arguments.divisors},
+                                                        arguments, params.dtype);
 }
 
 // Any shape --------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ struct SlotArguments {
   int sum_vectors;        // 0 where no sum is wanted
   int slice_vectors;      // of a core's slice of a value
   int num_selected, num_cores;
+  AddressDivisors<ReciprocalDivisor> divisors;
 
   int part_steps;    // of a part; a part has its place in the order of the sum
   int num_parts;     // of a token
@@ -140,49 +141,48 @@ __device__ __forceinline__ void load_row(const uint4* from, int row_vectors,
   }
 }
 
-// Adds up the parts of a token, the teams' sums after them, and stores the output: a thread a
-// vector.
+// A float4 of the sums in a block of the token's cluster.
+__device__ __forceinline__ float4 sums_in_block(const float4* sums, bool has_others, int block) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if (has_others) return load_in_block(address_in_block(shared_address(sums), block));
+#endif
+  return *sums;
+}
+
+// Adds up the parts of a token and then the teams' sums, four columns a thread, and stores the
+// output.
 template <typename Traits>
 __device__ __forceinline__ void store_sum(const SlotArguments& arguments, const float4* sums,
                                           int block_parts, DType dtype, int64_t token, int block) {
-  constexpr int kElements = Traits::kElements;
+  constexpr int kQuads = Traits::kQuads;
+  constexpr int kUnroll = Traits::kTeams == 1 ? 8 : 2;
   const int team_quads = part_quads<Traits>(arguments.sum_vectors) / Traits::kTeams;
   const int num_parts = arguments.keeps_parts ? arguments.num_parts : 1;
-  for (int vector = block * blockDim.x + threadIdx.x; vector < arguments.sum_vectors;
-       vector += arguments.token_blocks * blockDim.x) {
-    const int first = quad_of<Traits>(vector / Traits::kLanes, vector % Traits::kLanes);
-    float total[Traits::kTeams][kElements];
+  const int num_quads = arguments.sum_vectors * kQuads;
+  const int num_blocks = arguments.token_blocks;
+  for (int quad = threadIdx.x * num_blocks + block; quad < num_quads;
+       quad += blockDim.x * num_blocks) {
+    const int vector = quad / kQuads;
+    const float4* from = sums + quad_of<Traits>(vector / Traits::kLanes, vector % Traits::kLanes) +
+                         quad % kQuads * Traits::kLanes;
+    float total[Traits::kTeams][4];
 #pragma unroll
     for (int team = 0; team < Traits::kTeams; ++team) {
 #pragma unroll
-      for (int j = 0; j < kElements; ++j) total[team][j] = -0.0f;  // x + -0 is x, even for -0
+      for (int j = 0; j < 4; ++j) total[team][j] = -0.0f;  // x + -0 is x, even for -0
     }
-    for (int begin = 0; begin < num_parts; begin += block_parts) {
+    for (int begin = 0, from_block = 0; begin < num_parts; begin += block_parts, ++from_block) {
       const int count = min(block_parts, num_parts - begin);
-      [[maybe_unused]] const uint32_t from_block = begin / block_parts;
-#pragma unroll(Traits::kTeams == 1 ? 4 : 1)
+#pragma unroll kUnroll
       for (int part = 0; part < count; ++part) {
 #pragma unroll
         for (int team = 0; team < Traits::kTeams; ++team) {
-#pragma unroll
-          for (int q = 0; q < Traits::kQuads; ++q) {
-            const float4* from =
-                sums + (part * Traits::kTeams + team) * team_quads + first + q * Traits::kLanes;
-            float4 quad;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-            if (arguments.token_blocks > 1) {
-              quad = load_in_block(address_in_block(shared_address(from), from_block));
-            } else {
-              quad = *from;
-            }
-#else
-            quad = *from;
-#endif
-            total[team][4 * q] += quad.x;
-            total[team][4 * q + 1] += quad.y;
-            total[team][4 * q + 2] += quad.z;
-            total[team][4 * q + 3] += quad.w;
-          }
+          const float4 x = sums_in_block(from + (part * Traits::kTeams + team) * team_quads,
+                                         num_blocks > 1, from_block);
+          total[team][0] += x.x;
+          total[team][1] += x.y;
+          total[team][2] += x.z;
+          total[team][3] += x.w;
         }
       }
     }
@@ -191,11 +191,10 @@ __device__ __forceinline__ void store_sum(const SlotArguments& arguments, const 
 #pragma unroll
       for (int team = 0; team < Traits::kTeams; team += 2 * delta) {
 #pragma unroll
-        for (int j = 0; j < kElements; ++j) total[team][j] += total[team + delta][j];
+        for (int j = 0; j < 4; ++j) total[team][j] += total[team + delta][j];
       }
     }
-    const int64_t at = (token * arguments.sum_vectors + vector) * kElements;
-    store_elements(arguments.output, dtype, at, total[0]);
+    store_elements(arguments.output, dtype, (token * num_quads + quad) * 4, total[0]);
   }
 }
 
@@ -353,7 +352,10 @@ __device__ __forceinline__ void pass_over_slots(const Pass& pass, const SlotArgu
   if (arguments.token_blocks > 1) {
     cluster_sync();
     store_sum<Traits>(arguments, sums, num_warps * arguments.warp_parts, dtype, token, block);
-    cluster_sync();  // the sums in other blocks stay until all have read them
+    // Nobody leaves before the others have read its sums. The output may still be on its way.
+    __syncthreads();
+    cluster_arrive_relaxed();
+    cluster_wait();
     return;
   }
 #endif
@@ -391,6 +393,7 @@ SlotArguments slot_arguments(const ValueFfnParams& params) {
   arguments.slice_vectors = static_cast<int>(params.value_dim / params.num_cores / kVector<TableT>);
   arguments.num_selected = static_cast<int>(params.num_selected);
   arguments.num_cores = params.num_cores;
+  arguments.divisors = AddressDivisors<ReciprocalDivisor>(params.addressing);
   return arguments;
 }
 
