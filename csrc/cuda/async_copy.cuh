@@ -19,6 +19,18 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global,
                : "memory");
 }
 
+// The same without the rest of the line, whose neighbours may be nobody's; nothing at all where not
+// `wanted`. Without branches, so that several go out together.
+__device__ __forceinline__ void cp_async_16_alone(uint32_t shared, const void* global, bool wanted,
+                                                  bool valid) {
+  const int source_bytes = valid ? 16 : 0;
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %3, 0; @p cp.async.cg.shared.global [%0], [%1], 16, %2; "
+      "}\n" ::"r"(shared),
+      "l"(global), "r"(source_bytes), "r"(static_cast<int>(wanted))
+      : "memory");
+}
+
 __device__ __forceinline__ void cp_async_4(uint32_t shared, const void* global) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(shared), "l"(global) : "memory");
 }

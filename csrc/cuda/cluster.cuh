@@ -47,6 +47,15 @@ __device__ __forceinline__ void store_in_block(uint32_t remote, float value) {
   asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
 }
 
+__device__ __forceinline__ float4 load_in_block(uint32_t remote) {
+  float4 value;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(remote)
+               : "memory");
+  return value;
+}
+
 // 16 bytes into the shared memory of a block, which count for a barrier of that block. Does not
 // wait: the receiver does, for the barrier, with `mbarrier_wait_cluster`.
 __device__ __forceinline__ void store_async(uint32_t remote, float4 value,

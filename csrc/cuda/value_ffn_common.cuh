@@ -1,5 +1,6 @@
-// What the forward and the backward of the value FFN share: rows as packed vectors, the slots of a
-// token in shared memory, weighted sums of rows, activations, argument checks.
+// What the forward and the backward of the value FFN share: rows as packed vectors, activations,
+// argument checks, and of the kernels for any shape the slots of a token in shared memory and the
+// weighted sums of rows. The kernels for rows of whole vectors are in value_ffn_slots.cuh.
 #pragma once
 
 #include <type_traits>
@@ -9,7 +10,7 @@
 
 namespace ultramem::cuda::value_ffn {
 
-// A block works on one token.
+// Of the kernels for any shape: a block works on one token.
 inline constexpr int kThreads = 128;
 inline constexpr int kWarps = kThreads / kWarpSize;
 // Blocks a multiprocessor must hold: bounds the registers to 80 and, unlike the compiler's own
@@ -61,6 +62,42 @@ struct Pack {
 // Elements of T in 16 bytes.
 template <typename T>
 inline constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+
+// Calls the function with an element of that type. For what a token reads or writes once or is not
+// in a hurry: its dtype needs no instantiation of the kernel.
+template <typename Function>
+__device__ __forceinline__ void with_element_type(DType dtype, Function function) {
+  if (dtype == DType::kBFloat16) {
+    function(__nv_bfloat16{});
+  } else if (dtype == DType::kFloat16) {
+    function(__half{});
+  } else {
+    function(0.0f);
+  }
+}
+
+// kCount elements from the first one on, in memory that the kernel does not write.
+template <int kCount>
+__device__ __forceinline__ void load_elements(const void* elements, DType dtype, int64_t first,
+                                              float (&to)[kCount]) {
+  with_element_type(dtype, [&](auto element) {
+    Pack<decltype(element), kCount> packed;
+    packed.load(static_cast<const decltype(element)*>(elements) + first);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) to[j] = packed[j];
+  });
+}
+
+template <int kCount>
+__device__ __forceinline__ void store_elements(void* elements, DType dtype, int64_t first,
+                                               const float (&from)[kCount]) {
+  with_element_type(dtype, [&](auto element) {
+    Pack<decltype(element), kCount> packed;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) packed.set(j, from[j]);
+    packed.store(static_cast<decltype(element)*>(elements) + first);
+  });
+}
 
 // A part of a token's slots, in shared memory.
 struct SlotChunk {
@@ -133,17 +170,18 @@ __device__ __forceinline__ float activation_slope(Activation activation, float a
 }
 
 // out[group] = sum_s weight_{core,s} * table[slot_s] over the slots of each group, for one token;
-// column i belongs to core i / slice. Slots are added in an order that depends on the shape alone.
+// column i belongs to core i / slice; `out` begins at element `first_out` of its tensor. Slots are
+// added in an order that depends on the shape alone.
 //
 // Threads lie side by side along a row, kCount columns each; where a row is shorter than the block,
 // several rows are read in parallel and their sums combined at the end through `partial`, kCount
 // floats a thread in shared memory. `load_chunk(first, count)` makes slots first .. first+count
 // current and is called by all threads, between barriers. With a single group the slots' groups
 // are not looked at.
-template <int kCount, typename TableT, typename OutT, typename LoadChunk>
-__device__ void sum_rows(const TableT* table, int dim, int slice, OutT* out, int num_groups,
-                         int num_selected, const SlotChunk& chunk, float* partial,
-                         LoadChunk load_chunk) {
+template <int kCount, typename TableT, typename LoadChunk>
+__device__ void sum_rows(const TableT* table, int dim, int slice, void* out, DType out_dtype,
+                         int64_t first_out, int num_groups, int num_selected,
+                         const SlotChunk& chunk, float* partial, LoadChunk load_chunk) {
   const int num_vectors = dim / kCount;
   const int row_threads = min(num_vectors, kThreads);
   const int row_lanes = kThreads / row_threads;
@@ -209,10 +247,7 @@ __device__ void sum_rows(const TableT* table, int dim, int slice, OutT* out, int
         }
       }
       if (in_row && row_lane == 0) {
-        Pack<OutT, kCount> packed;
-#pragma unroll
-        for (int j = 0; j < kCount; ++j) packed.set(j, acc[j]);
-        packed.store(out + int64_t{group} * dim + column);
+        store_elements(out, out_dtype, first_out + int64_t{group} * dim + column, acc);
       }
     }
   }
@@ -318,5 +353,11 @@ inline bool pre_values_are_vectors(const ValueFfnParams& params, const void* bes
   macro(f16_f32, "f16,f32", __half, float);                    \
   macro(f16_bf16, "f16,bf16", __half, __nv_bfloat16);          \
   macro(f16_f16, "f16,f16", __half, __half)
+
+// Expands macro(id, name, TableT) for every dtype of a table.
+#define ULTRAMEM_FOR_EACH_TABLE_DTYPE(macro) \
+  macro(f32, "f32", float);                  \
+  macro(bf16, "bf16", __nv_bfloat16);        \
+  macro(f16, "f16", __half)
 
 }  // namespace ultramem::cuda::value_ffn

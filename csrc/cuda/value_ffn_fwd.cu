@@ -1,18 +1,85 @@
-// Forward of the value FFN. A block takes a token: its warps first form a_s = <pre_input, P[slot]>,
-// a row each, then all threads sum the weighted value rows.
+// Forward of the value FFN. Rows of whole vectors: one pass over the slots (value_ffn_slots.cuh).
+// Any other shape: a block takes a token, its warps first form a_s = <pre_input, P[slot]>, a row
+// each, then all threads sum the weighted value rows.
 #include "kernel_registry.h"
 #include "value_ffn_common.cuh"
+#include "value_ffn_slots.cuh"
 
 namespace ultramem::cuda {
 namespace {
 
 using namespace value_ffn;
 
+// Rows of whole vectors --------------------------------------------------------------------------
+
+struct ForwardPass {
+  struct alignas(16) Batch {
+    int64_t slots[kBatch];
+    float scores[kMaxNumCores][kBatch];
+  };
+  struct Request {
+    int64_t index;
+    float scores[kMaxNumCores];
+  };
+
+  const ValueFfnParams& params;
+  const AddressDivisors<ReciprocalDivisor>& divisors;
+
+  __device__ __forceinline__ Request request(int64_t entry, bool exists) const {
+    Request request{-1, {}};
+    if (!exists) return request;
+    request.index = load_index(params, entry);
+    const auto* scores = static_cast<const float*>(params.scores) + entry * params.num_cores;
+#pragma unroll
+    for (int c = 0; c < kMaxNumCores; ++c) {
+      if (c < params.num_cores) request.scores[c] = scores[c];
+    }
+    return request;
+  }
+
+  __device__ __forceinline__ void settle(const Request& request, Batch& batch, int i) const {
+    const int64_t slot = resolve_slot(params.addressing, divisors, request.index).slot;
+    batch.slots[i] = slot;
+#pragma unroll
+    for (int c = 0; c < kMaxNumCores; ++c) batch.scores[c][i] = slot >= 0 ? request.scores[c] : 0;
+  }
+
+  template <typename Traits>
+  __device__ __forceinline__ void weigh(const float (&dots)[Traits::kVectors],
+                                        const int (&cores)[Traits::kVectors], const Batch& batch,
+                                        int i, int64_t entry, bool exists, int rank,
+                                        float (&weights)[Traits::kVectors]) const {
+    float h = 1;
+    if (params.pre_values != nullptr) {
+      float a = 0;
+#pragma unroll
+      for (int v = 0; v < Traits::kVectors; ++v) a += dots[v];
+      a = team_sum<Traits::kLanes>(a);
+      // A slot without a row adds zero even where the input is NaN.
+      if (batch.slots[i] < 0) a = 0;
+      if (exists && rank == 0) static_cast<float*>(params.pre_activation)[entry] = a;
+      h = activate(params.activation, a);
+    }
+#pragma unroll
+    for (int v = 0; v < Traits::kVectors; ++v) weights[v] = h * batch.scores[cores[v]][i];
+  }
+};
+
+template <typename TableT, int kLanes, int kVectors>
+__global__ void __launch_bounds__(SlotTraits<TableT, kLanes, kVectors>::kMaxWarps* kWarpSize)
+    value_ffn_fwd_kernel(const __grid_constant__ ValueFfnParams params,
+                         const __grid_constant__ SlotArguments arguments) {
+  pass_over_slots<SlotTraits<TableT, kLanes, kVectors>>(ForwardPass{params, arguments.divisors},
+                                                        arguments, params.dtype);
+}
+
+// Any shape --------------------------------------------------------------------------------------
+
 // a[i] = <x, table[slots[i]]> for `count` slots of a chunk, kRowsInFlight of them a warp; 0 where
-// the index was out of range.
-template <int kCount, typename TableT, typename InputT>
-__device__ void dot_rows(const TableT* table, const InputT* x, int dim, const SlotChunk& chunk,
-                         int count, float* a) {
+// the index was out of range. x begins at element `first_x` of its tensor.
+template <int kCount, typename TableT>
+__device__ void dot_rows(const TableT* table, const void* x, DType x_dtype, int64_t first_x,
+                         int dim, const SlotChunk& chunk, int count, float* a) {
   const int warp = threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   for (int begin = warp * kRowsInFlight; begin < count; begin += kWarps * kRowsInFlight) {
@@ -29,8 +96,8 @@ __device__ void dot_rows(const TableT* table, const InputT* x, int dim, const Sl
         rows[k].clear();
         if (slots[k] >= 0) rows[k].load(table + slots[k] * dim + column);
       }
-      Pack<InputT, kCount> input;
-      input.load(x + column);
+      float input[kCount];
+      load_elements(x, x_dtype, first_x + column, input);
 #pragma unroll
       for (int k = 0; k < kRowsInFlight; ++k) {
 #pragma unroll
@@ -46,10 +113,10 @@ __device__ void dot_rows(const TableT* table, const InputT* x, int dim, const Sl
   }
 }
 
-template <typename TableT, typename InputT>
+template <typename TableT>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    value_ffn_fwd_kernel(const __grid_constant__ ValueFfnParams params, int capacity,
-                         bool vector_pre_values, bool vector_values) {
+    value_ffn_fwd_any_kernel(const __grid_constant__ ValueFfnParams params, int capacity,
+                             bool vector_pre_values, bool vector_values) {
   constexpr int kCount = kVector<TableT>;
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ float partial[kThreads * kCount];
@@ -71,7 +138,6 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   if (a != nullptr) {
     const auto* table = static_cast<const TableT*>(params.pre_values);
     const int dim = static_cast<int>(params.pre_value_dim);
-    const auto* x = static_cast<const InputT*>(params.pre_input) + token * dim;
     for (int first = 0; first < num_selected; first += capacity) {
       const int count = min(num_selected - first, capacity);
       if (!one_chunk) {
@@ -80,9 +146,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
         __syncthreads();
       }
       if (vector_pre_values) {
-        dot_rows<kCount>(table, x, dim, chunk, count, a + first);
+        dot_rows<kCount>(table, params.pre_input, params.dtype, token * dim, dim, chunk, count,
+                         a + first);
       } else {
-        dot_rows<1>(table, x, dim, chunk, count, a + first);
+        dot_rows<1>(table, params.pre_input, params.dtype, token * dim, dim, chunk, count,
+                    a + first);
       }
     }
   }
@@ -100,11 +168,13 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const int dim = static_cast<int>(params.value_dim);
   const int slice = dim / num_cores;
   const auto* table = static_cast<const TableT*>(params.values);
-  InputT* out = static_cast<InputT*>(params.out) + token * num_groups * dim;
+  const int64_t first_out = token * num_groups * dim;
   if (vector_values) {
-    sum_rows<kCount>(table, dim, slice, out, num_groups, num_selected, chunk, partial, load_chunk);
+    sum_rows<kCount>(table, dim, slice, params.out, params.dtype, first_out, num_groups,
+                     num_selected, chunk, partial, load_chunk);
   } else {
-    sum_rows<1>(table, dim, slice, out, num_groups, num_selected, chunk, partial, load_chunk);
+    sum_rows<1>(table, dim, slice, params.out, params.dtype, first_out, num_groups, num_selected,
+                chunk, partial, load_chunk);
   }
 }
 
@@ -117,11 +187,45 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-#define ULTRAMEM_REGISTER_VALUE_FFN_FWD(id, name, TableT, InputT)                   \
-  ULTRAMEM_REGISTER_KERNEL(value_ffn_fwd_##id, "value_ffn_fwd<" name ">", kThreads, \
-                           value_ffn_fwd_kernel<TableT, InputT>)
-ULTRAMEM_FOR_EACH_DTYPE_PAIR(ULTRAMEM_REGISTER_VALUE_FFN_FWD);
+#define ULTRAMEM_REGISTER_VALUE_FFN_FWD(id, name, TableT)                                         \
+  ULTRAMEM_REGISTER_KERNEL(value_ffn_fwd_short_##id, "value_ffn_fwd<" name ", short rows>",       \
+                           kWarpSize, value_ffn_fwd_kernel<TableT, 8, 4>);                        \
+  ULTRAMEM_REGISTER_KERNEL(value_ffn_fwd_medium_##id, "value_ffn_fwd<" name ", medium rows>",     \
+                           kWarpSize, value_ffn_fwd_kernel<TableT, 32, 4>);                       \
+  ULTRAMEM_REGISTER_KERNEL(value_ffn_fwd_long_##id, "value_ffn_fwd<" name ", long rows>",         \
+                           kWarpSize, value_ffn_fwd_kernel<TableT, 32, 8>);                       \
+  ULTRAMEM_REGISTER_KERNEL(value_ffn_fwd_any_##id, "value_ffn_fwd<" name ", any rows>", kThreads, \
+                           value_ffn_fwd_any_kernel<TableT>)
+ULTRAMEM_FOR_EACH_TABLE_DTYPE(ULTRAMEM_REGISTER_VALUE_FFN_FWD);
 ULTRAMEM_REGISTER_KERNEL(check_indices, "check_indices", kThreads, check_indices_kernel);
+
+template <typename TableT>
+Status launch_fwd(const ValueFfnParams& params, Stream stream) {
+  SlotArguments arguments = slot_arguments<TableT>(params);
+  arguments.input = params.pre_input;
+  arguments.dot_table = params.pre_values;
+  arguments.dot_vectors = static_cast<int>(params.pre_value_dim / kVector<TableT>);
+  arguments.sum_table = params.values;
+  arguments.sum_vectors = static_cast<int>(params.value_dim / kVector<TableT>);
+  arguments.output = params.out;
+  return with_slot_traits<TableT>(arguments, [&](auto traits) {
+    using Traits = decltype(traits);
+    return launch_slots<Traits, ForwardPass>(
+        value_ffn_fwd_kernel<TableT, Traits::kLanes, Traits::kVectors>, params, arguments,
+        params.num_tokens, stream);
+  });
+}
+
+template <typename TableT>
+Status launch_fwd_any(const ValueFfnParams& params, Stream stream) {
+  const int capacity = chunk_capacity(params.num_selected);
+  const size_t shared_bytes = SlotChunk::bytes(capacity, params.num_cores);
+  value_ffn_fwd_any_kernel<TableT>
+      <<<static_cast<unsigned>(params.num_tokens), kThreads, shared_bytes, stream>>>(
+          params, capacity, pre_values_are_vectors(params, nullptr),
+          values_are_vectors(params, params.out));
+  return launch_status();
+}
 
 }  // namespace
 
@@ -142,16 +246,9 @@ Status value_ffn_fwd(const ValueFfnParams& params, Stream stream) {
   ULTRAMEM_RETURN_IF_ERROR(check_params(params));
   if (params.num_tokens == 0) return {};
   if (params.out == nullptr) return Status::invalid_argument("value_ffn: out must not be null");
+  const bool one_pass = takes_one_pass(params, params.out, nullptr);
   return ULTRAMEM_DISPATCH_DTYPE(params.table_dtype, TableT, [&] {
-    return ULTRAMEM_DISPATCH_DTYPE(params.dtype, InputT, [&] {
-      const int capacity = chunk_capacity(params.num_selected);
-      const size_t shared_bytes = SlotChunk::bytes(capacity, params.num_cores);
-      value_ffn_fwd_kernel<TableT, InputT>
-          <<<static_cast<unsigned>(params.num_tokens), kThreads, shared_bytes, stream>>>(
-              params, capacity, pre_values_are_vectors(params, nullptr),
-              values_are_vectors(params, params.out));
-      return launch_status();
-    });
+    return one_pass ? launch_fwd<TableT>(params, stream) : launch_fwd_any<TableT>(params, stream);
   });
 }
 

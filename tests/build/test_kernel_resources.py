@@ -20,9 +20,7 @@ from ultramem_cuda import _library
 
 # (kernel, architecture) -> bytes of local memory a thread. An entry must go when its kernel no
 # longer spills, so that the list says what is true.
-KNOWN = {
-    ("value_ffn_bwd_tokens_kernel<__nv_bfloat16, float>", "sm_80"): 16,
-}
+KNOWN: dict[tuple[str, str], int] = {}
 
 
 class Kernel(NamedTuple):

@@ -156,6 +156,47 @@ def test_row_widths_around_multiples_of_vector_widths(
     check(Case(12, 9, 3, dim, 40, seed=dim), *device_dtype)
 
 
+# Dp and Dv: rows of whole 16-byte vectors from short ones to one that is too long for registers.
+VECTOR_ROWS = [(192, 192), (24, 768), (768, 256), (1024, 2048), (2056, 64)]
+
+
+@pytest.mark.parametrize("dims", VECTOR_ROWS, ids=str)
+@pytest.mark.parametrize(("tokens", "selected"), [(1, 300), (20, 70), (900, 9)])
+def test_few_tokens_with_many_slots_and_many_with_few(
+    device_dtype: tuple[str, torch.dtype], tokens: int, selected: int, dims: tuple[int, int]
+) -> None:
+    """Few tokens are shared by many warps of the GPU, many take one each."""
+    case = Case(tokens, selected, 2, dims[1] // 2, 200, dims[0], activation="gelu", seed=13)
+    check(case, *device_dtype)
+
+
+@pytest.mark.parametrize("dims", VECTOR_ROWS, ids=str)
+def test_a_token_does_not_depend_on_how_many_there_are(
+    device_dtype: tuple[str, torch.dtype], dims: tuple[int, int]
+) -> None:
+    """Not in the last bit."""
+    device, dtype = device_dtype
+    data = Data(14, device)
+    tokens = 900
+    indices = data.integers(200, tokens, 40)
+    scores = data.normal(tokens, 40, 2, requires_grad=True)
+    tables = [data.normal(200, dim, dtype=dtype) for dim in reversed(dims)]
+    pre_input = data.normal(tokens, dims[0], dtype=dtype, scale=dims[0] ** -0.5, requires_grad=True)
+    upstream = data.normal(tokens, dims[1], dtype=dtype)
+
+    def outcome(count: int) -> tuple[Tensor, ...]:
+        out = ops.value_ffn(
+            indices[:count], scores[:count], *tables, pre_input[:count], activation="silu"
+        )
+        grads = torch.autograd.grad(out, (scores, pre_input), upstream[:count])
+        return out, *(grad[:count] for grad in grads)
+
+    of_all = outcome(tokens)
+    for few in (1, 30, 200):
+        for a, b in zip(outcome(few), of_all, strict=True):
+            assert torch.equal(a, b[:few])
+
+
 @pytest.mark.parametrize("shuffle", [None, "feistel", "tensor"])
 @pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32], ids=str)
 def test_slots_are_the_addressings(

@@ -50,37 +50,92 @@ ULTRAMEM_HOST_DEVICE uint64_t mix64(uint64_t z) {
   return z ^ (z >> 31);
 }
 
+// A number to divide by.
+struct Divisor {
+  uint64_t value;
+
+  Divisor() = default;
+  ULTRAMEM_HOST_DEVICE explicit Divisor(int64_t value) : value(static_cast<uint64_t>(value)) {}
+  ULTRAMEM_HOST_DEVICE uint64_t quotient(uint64_t x) const { return x / value; }
+};
+
+// The same by a multiplication on a GPU, which has no instruction that divides.
+struct ReciprocalDivisor {
+  uint64_t value;
+  uint64_t reciprocal;  // floor((2^64 - 1) / value)
+
+  ReciprocalDivisor() = default;
+  ULTRAMEM_HOST_DEVICE explicit ReciprocalDivisor(int64_t value)
+      : value(static_cast<uint64_t>(value)),
+        reciprocal(value > 0 ? UINT64_MAX / static_cast<uint64_t>(value) : 0) {}
+  ULTRAMEM_HOST_DEVICE uint64_t quotient(uint64_t x) const {
+#if defined(__CUDA_ARCH__)
+    // reciprocal >= 2^64 / value - 1, so that the product's upper half is too small by one at most.
+    const uint64_t guess = __umul64hi(x, reciprocal);
+    return x - guess * value < value ? guess : guess + 1;
+#else
+    return x / value;
+#endif
+  }
+};
+
+// What an address is divided by.
+template <typename DivisorT>
+struct AddressDivisors {
+  DivisorT num_keys, window, num_slots;
+
+  AddressDivisors() = default;
+  ULTRAMEM_HOST_DEVICE explicit AddressDivisors(const AddressingParams& params)
+      : num_keys(params.num_keys), window(params.window), num_slots(params.num_slots) {}
+};
+
+template <typename DivisorT>
+ULTRAMEM_HOST_DEVICE int64_t remainder(int64_t x, const DivisorT& by) {
+  const auto dividend = static_cast<uint64_t>(x);
+  return static_cast<int64_t>(dividend - by.quotient(dividend) * by.value);
+}
+
+template <typename DivisorT>
 ULTRAMEM_HOST_DEVICE int64_t feistel_hash(uint64_t mixed_seed, int round, int64_t value,
-                                          int64_t num_keys) {
+                                          const DivisorT& num_keys) {
   const uint64_t counter = 4ull * static_cast<uint64_t>(value) + static_cast<uint64_t>(round) + 1;
-  return static_cast<int64_t>(mix64(mixed_seed + 0x9e3779b97f4a7c15ull * counter) %
-                              static_cast<uint64_t>(num_keys));
+  const uint64_t hash = mix64(mixed_seed + 0x9e3779b97f4a7c15ull * counter);
+  return remainder(static_cast<int64_t>(hash), num_keys);
 }
 
 // Bijective on [0, n^2): every step adds to one coordinate a function of the other.
-ULTRAMEM_HOST_DEVICE int64_t feistel_shuffle(uint64_t mixed_seed, int64_t index, int64_t num_keys) {
-  int64_t row = index / num_keys;
-  int64_t col = index - row * num_keys;
-  row = (row + feistel_hash(mixed_seed, 0, col, num_keys)) % num_keys;
-  col = (col + feistel_hash(mixed_seed, 1, row, num_keys)) % num_keys;
-  row = (row + feistel_hash(mixed_seed, 2, col, num_keys)) % num_keys;
-  col = (col + feistel_hash(mixed_seed, 3, row, num_keys)) % num_keys;
-  return row * num_keys + col;
+template <typename DivisorT>
+ULTRAMEM_HOST_DEVICE int64_t feistel_shuffle(uint64_t mixed_seed, int64_t index,
+                                             const DivisorT& num_keys) {
+  const auto n = static_cast<int64_t>(num_keys.value);
+  auto row = static_cast<int64_t>(num_keys.quotient(static_cast<uint64_t>(index)));
+  int64_t col = index - row * n;
+  row = remainder(row + feistel_hash(mixed_seed, 0, col, num_keys), num_keys);
+  col = remainder(col + feistel_hash(mixed_seed, 1, row, num_keys), num_keys);
+  row = remainder(row + feistel_hash(mixed_seed, 2, col, num_keys), num_keys);
+  col = remainder(col + feistel_hash(mixed_seed, 3, row, num_keys), num_keys);
+  return row * n + col;
 }
 
-ULTRAMEM_HOST_DEVICE SlotAddress resolve_slot(const AddressingParams& params, int64_t index) {
+template <typename DivisorT>
+ULTRAMEM_HOST_DEVICE SlotAddress resolve_slot(const AddressingParams& params,
+                                              const AddressDivisors<DivisorT>& by, int64_t index) {
   if (index < 0 || index >= params.num_indices()) return {-1, 0};
   if (params.window == 0) return {index, 0};
   if (params.shuffle == Shuffle::kFeistel) {
-    index = feistel_shuffle(params.mixed_seed, index, params.num_keys);
+    index = feistel_shuffle(params.mixed_seed, index, by.num_keys);
   } else if (params.shuffle == Shuffle::kPermutation) {
     index = params.permutation[index];
     // The table's contents are the caller's: an entry that is no index must not become an address.
     if (index < 0 || index >= params.num_indices()) return {-1, 0};
   }
-  const int64_t group = index / params.window;
-  const int64_t slot = (index - group * params.window + params.offset) % params.num_slots;
+  const auto group = static_cast<int64_t>(by.window.quotient(static_cast<uint64_t>(index)));
+  const int64_t slot = remainder(index - group * params.window + params.offset, by.num_slots);
   return {slot, group};
+}
+
+ULTRAMEM_HOST_DEVICE SlotAddress resolve_slot(const AddressingParams& params, int64_t index) {
+  return resolve_slot(params, AddressDivisors<Divisor>(params), index);
 }
 
 }  // namespace ultramem
