@@ -73,17 +73,19 @@ struct Layout {
   Layout(const ProductKeyTopkParams& p, int limit) {
     num_slices = static_cast<int>(ceil_div(p.key_dim, kSliceColumns));
     query_planes = p.num_queries;
-    const int least_room = p.axis_topk <= kFewKept ? kRooms[kNumRooms - 1] : kRooms[kNumRooms - 3];
+    const int least_room = p.axis_topk <= kFewKept ? kMinRoom : kEnoughRoom;
     const bool found = fit(p, limit, true, kEnoughStages, least_room) ||
                        fit(p, limit, true, kMinStages, least_room) ||
                        fit(p, limit, false, kEnoughStages, least_room) ||
-                       fit(p, limit, false, kMinStages, 0);
+                       fit(p, limit, false, kMinStages, kMinRoom);
     if (!found) bytes = limit + 1;
   }
 
  private:
-  static constexpr int kNumRooms = 6;
-  static constexpr int kRooms[kNumRooms] = {kMaxStaged, 20, 15, 12, 8, 4};
+  // With these, staged rows of every rank begin in different banks.
+  static constexpr int kRooms[] = {30, 20, 14, 10, 8, 6, 4};
+  static constexpr int kMinRoom = 4, kEnoughRoom = 10;
+  static_assert(kRooms[0] <= kMaxStaged);
 
   // Whether so many stages fit, with as much room for staged candidates as they leave.
   bool fit(const ProductKeyTopkParams& p, int limit, bool resident, int stages, int least_room) {
@@ -92,8 +94,8 @@ struct Layout {
     constexpr int kStates = kLists * kTokens * static_cast<int>(sizeof(RowState));
     constexpr int kBarrier = 16;
     const int left = limit - query_bytes - kStates - kBarrier;
-    for (int i = 0; i < kNumRooms; ++i) {
-      room = kRooms[i];
+    for (const int staged_keys : kRooms) {
+      room = staged_keys;
       const int staged_bytes = kLists * kTokens * staged_row_bytes(p.tucker_rank, room);
       num_stages = std::min((left - staged_bytes) / (kGroups * stage_bytes), kMaxStages);
       if (num_stages < stages || room < least_room) continue;
@@ -329,6 +331,38 @@ __device__ __forceinline__ void multiply_tile(const Layout& layout, Ring<scalar_
   }
 }
 
+// Of rows lane / 4 and eight below, the keys that exist, a bit for each score: none where there is
+// no token.
+template <int kKeys>
+__device__ __forceinline__ void find_existing(int first_token, int num_tokens, int first_key,
+                                              int num_keys, int lane, uint32_t (&exist)[kRows]) {
+  constexpr uint32_t kAll = ~0u >> (32 - num_row_scores(kKeys));
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+    exist[row] = first_token + lane / 4 + 8 * row < num_tokens ? kAll : 0;
+  }
+  if (first_key + kKeys <= num_keys) return;
+#pragma unroll
+  for (int i = 0; i < num_row_scores(kKeys); ++i) {
+    if (first_key + column_of(i, lane) >= num_keys) {
+      exist[0] &= ~(1u << i);
+      exist[1] &= ~(1u << i);
+    }
+  }
+}
+
+// Of a strip's rows, the least of the bounds that all lists have; `states` are of its tokens.
+__device__ __forceinline__ void least_of_bounds(const RowState* states, int lane,
+                                                float (&least)[kRows]) {
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+    const RowState* of_token = states + lane / 4 + 8 * row;
+    least[row] = of_token->bound;
+#pragma unroll
+    for (int i = 1; i < kLists; ++i) least[row] = fminf(least[row], of_token[i * kTokens].bound);
+  }
+}
+
 // Grid: x the tiles of tokens of the chunk, y (head, side).
 template <typename scalar_t, int kPlanes>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -448,37 +482,16 @@ __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_wait(bounds_there, 0);
 #pragma unroll
       for (int strip = 0; strip < kStrips; ++strip) {
-#pragma unroll
-        for (int row = 0; row < kRows; ++row) {
-          const RowState* of_token = states + warp_token + strip * kWarpTokens + lane / 4 + 8 * row;
-          float bound = of_token->bound;
-#pragma unroll
-          for (int i = 1; i < kLists; ++i) bound = fminf(bound, of_token[i * kTokens].bound);
-          least[strip][row] = bound;
-        }
+        least_of_bounds(states + warp_token + strip * kWarpTokens, lane, least[strip]);
       }
       bounded = true;
     }
     const int first_key = tile + half * kWarpKeys;
 #pragma unroll
     for (int strip = 0; strip < kStrips; ++strip) {
-      constexpr uint32_t kAll = ~0u >> (32 - num_row_scores(kWarpKeys));
-      // Rows without a token have no keys.
       uint32_t exist[kRows];
-#pragma unroll
-      for (int row = 0; row < kRows; ++row) {
-        const int token = warp_token + strip * kWarpTokens + lane / 4 + 8 * row;
-        exist[row] = token < operands.num_tokens ? kAll : 0;
-      }
-      if (first_key + kWarpKeys > num_keys) {
-#pragma unroll
-        for (int i = 0; i < num_row_scores(kWarpKeys); ++i) {
-          if (first_key + column_of(i, lane) >= num_keys) {
-            exist[0] &= ~(1u << i);
-            exist[1] &= ~(1u << i);
-          }
-        }
-      }
+      find_existing<kWarpKeys>(warp_token + strip * kWarpTokens, operands.num_tokens, first_key,
+                               num_keys, lane, exist);
       lists[strip].add(scores[strip], first_key, exist, least[strip]);
     }
   }
