@@ -1,9 +1,10 @@
 """product_key_topk over thousands of drawn configurations, all shapes that it offers.
 
-Sizes come from a seeded generator, so that every run has the same: log-uniform over n 1 .. 8192 and
-Kd 8 .. 1024, with the ends and the neighbours of tile sizes drawn more often. The kept sets are
-those of a float64 reference outside the error band, and the scores within their bound; where ties
-are exact (whole numbers, copies of keys) the order is that of the contract, index by index.
+Sizes come from a seeded generator, so that every run has the same: log-uniform over n 1 .. 8192
+(some have more) and Kd 8 .. 1024, with the ends and the neighbours of tile sizes drawn more often.
+The kept sets are those of a float64 reference outside the error band, and the scores within their
+bound; where ties are exact (whole numbers, copies of keys) the order is that of the contract, index
+by index.
 """
 
 from __future__ import annotations
