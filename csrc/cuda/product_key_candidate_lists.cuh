@@ -1,8 +1,9 @@
-// How a warpgroup finds candidates (product_key_candidates.cuh) among the scores of a tile of keys,
-// which are in registers as matrix products leave them.
+// How a warp finds candidates (product_key_candidates.cuh) among the scores of 16 tokens and a tile
+// of keys, which are in registers as matrix products leave them.
 //
-// A thread has two rows, tokens lane / 4 of its warp's 16 and the one eight below, and of each
-// eight columns, which are keys, two neighbours: the four lanes of a quad share their rows.
+// A thread has two rows, tokens lane / 4 of the 16 and the one eight below, and of each eight
+// columns, which are keys, two neighbours: the four lanes of a quad share their rows. A warpgroup's
+// product (wgmma_k16) and a warp's (mma_m16n8k16) are alike in this.
 #pragma once
 
 #include "common.cuh"
@@ -11,34 +12,38 @@
 
 namespace ultramem::cuda::candidate_lists {
 
-inline constexpr int kKeys = 128;          // of a tile
-inline constexpr int kScores = kKeys / 2;  // of a thread and rank; see wgmma_k16
 inline constexpr int kRows = 2;
-inline constexpr int kRowScores = kScores / kRows;
+// Of a thread and rank, in a tile of so many keys; and of one of its rows.
+__host__ __device__ constexpr int num_scores(int keys) { return keys / 2; }
+__host__ __device__ constexpr int num_row_scores(int keys) { return num_scores(keys) / kRows; }
 
-template <int kPlanes>
-using Scores = float[kPlanes][kScores];
+template <int kPlanes, int kKeys>
+using Scores = float[kPlanes][num_scores(kKeys)];
 
 // Candidates on their way from registers to memory: those of a row of a warp, with room for so
-// many.
-inline constexpr int kMinStaged = 8, kMidStaged = 20, kMaxStaged = 31;
+// many, up to a lane's.
+inline constexpr int kMaxStaged = 31;
 static_assert(kMaxStaged <= kWarpSize, "a lane takes one from there");
-inline constexpr int kStagedBytes = 12;  // of one, with two ranks
+// Of one: scores, then its id.
+__host__ __device__ constexpr int staged_id_offset(int planes) {
+  return planes > 2 ? 4 * planes : 8;
+}
+__host__ __device__ constexpr int staged_bytes(int planes) { return staged_id_offset(planes) + 4; }
 // Rows begin in different banks.
-__host__ __device__ constexpr int staged_row_bytes(int staged) {
-  return kStagedBytes * (staged + 1);
+__host__ __device__ constexpr int staged_row_bytes(int planes, int staged) {
+  return staged_bytes(planes) * (staged + 1);
 }
 inline constexpr int kWarpTokens = 16;
 
-// What a warpgroup knows of a token, in shared memory.
+// What is known of a token where a list of it is made, in shared memory.
 struct RowState {
-  float bound;  // (m + 1) / 2 or more of its maxima are above
+  float bound;  // its share of the m best maxima, or more, are above
   // After a list was cut: keys from id after_tie on are out unless their rank is not below `later`.
   int32_t after_tie;
   float later;
 };
 
-// Score i of a row of a thread, of kRowScores, is this one of its scores, and of this column.
+// Score i of a row of a thread is this one of its scores, and of this column.
 __device__ __forceinline__ constexpr int score_of(int row, int i) {
   return i / 2 * 4 + 2 * row + i % 2;
 }
@@ -46,8 +51,8 @@ __device__ __forceinline__ int column_of(int i, int lane) {
   return i / 2 * 8 + lane % 4 * 2 + i % 2;
 }
 
-template <int kPlanes>
-__device__ __forceinline__ float rank_of(const Scores<kPlanes>& scores,
+template <int kPlanes, int kKeys>
+__device__ __forceinline__ float rank_of(const Scores<kPlanes, kKeys>& scores,
                                          const float (&filter)[kPlanes], int row, int i) {
   float of_key[kPlanes];
 #pragma unroll
@@ -67,24 +72,24 @@ __device__ __forceinline__ void forget_ranks(float (&filter)[kPlanes]) {
 template <int kPlanes>
 __device__ __forceinline__ void stage_key_if(uint32_t stored, uint32_t to,
                                              const float (&scores)[kPlanes], uint32_t id) {
-  static_assert(kPlanes == 1 || kPlanes == 2, "");
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
       "setp.ne.u32 p, %0, 0;\n"
       "@p st.shared.f32 [%1], %2;\n"
-      "@p st.shared.u32 [%1 + 8], %3;\n"
+      "@p st.shared.u32 [%1 + %4], %3;\n"
       "}\n" ::"r"(stored),
-      "r"(to), "f"(scores[0]), "r"(id)
+      "r"(to), "f"(scores[0]), "r"(id), "n"(staged_id_offset(kPlanes))
       : "memory");
-  if constexpr (kPlanes == 2) {
+#pragma unroll
+  for (int r = 1; r < kPlanes; ++r) {
     asm volatile(
         "{\n"
         ".reg .pred p;\n"
         "setp.ne.u32 p, %0, 0;\n"
-        "@p st.shared.f32 [%1 + 4], %2;\n"
+        "@p st.shared.f32 [%1], %2;\n"
         "}\n" ::"r"(stored),
-        "r"(to), "f"(scores[1])
+        "r"(to + 4 * r), "f"(scores[r])
         : "memory");
   }
 }
@@ -93,21 +98,23 @@ __device__ __forceinline__ float minus_infinity() {
 }
 
 // The maxima of a thread's columns, two to a word, rounded to bfloat16.
-using Maxima = __nv_bfloat162[kRows][kRowScores / 2];
+template <int kColumns>
+using Maxima = __nv_bfloat162[kRows][num_row_scores(kColumns) / 2];
 
-// Unless kAll keys of the tile exist, none does from id num_keys on.
-template <bool kAll, int kPlanes>
-__device__ __forceinline__ void take_maxima(const Scores<kPlanes>& scores,
-                                            const float (&filter)[kPlanes], Maxima& maxima,
-                                            int first_key, int num_keys, int lane) {
+// Of the first kKeys columns. Unless kAll keys of the tile exist, none does from id num_keys on.
+template <bool kAll, int kPlanes, int kKeys, int kColumns>
+__device__ __forceinline__ void take_maxima(const Scores<kPlanes, kKeys>& scores,
+                                            const float (&filter)[kPlanes],
+                                            Maxima<kColumns>& maxima, int first_key, int num_keys,
+                                            int lane) {
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
 #pragma unroll
-    for (int i = 0; i < kRowScores; i += 2) {
+    for (int i = 0; i < num_row_scores(kKeys); i += 2) {
       float ranks[2];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        ranks[j] = rank_of<kPlanes>(scores, filter, row, i + j);
+        ranks[j] = rank_of<kPlanes, kKeys>(scores, filter, row, i + j);
         if (!kAll && first_key + column_of(i + j, lane) >= num_keys) ranks[j] = minus_infinity();
       }
       // Of a NaN and a number, the number.
@@ -116,12 +123,28 @@ __device__ __forceinline__ void take_maxima(const Scores<kPlanes>& scores,
   }
 }
 
+// Makes columns the first whose turn is next, of a list with more of them than a tile has keys.
+template <int kKeys, int kColumns>
+__device__ __forceinline__ void next_columns(Maxima<kColumns>& maxima) {
+  static_assert(2 * kKeys == kColumns, "");
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+    for (int i = 0; i < num_row_scores(kKeys) / 2; ++i) {
+      const __nv_bfloat162 first = maxima[row][i];
+      maxima[row][i] = maxima[row][i + num_row_scores(kKeys) / 2];
+      maxima[row][i + num_row_scores(kKeys) / 2] = first;
+    }
+  }
+}
+
 // How many of the maxima that a quad holds of a row are above a number; it is in both halves.
-__device__ __forceinline__ uint32_t count_above(const __nv_bfloat162 (&maxima)[kRowScores / 2],
+template <int kWords>
+__device__ __forceinline__ uint32_t count_above(const __nv_bfloat162 (&maxima)[kWords],
                                                 __nv_bfloat162 number) {
   __nv_bfloat162 counts[4];
 #pragma unroll
-  for (int i = 0; i < kRowScores / 2; ++i) {
+  for (int i = 0; i < kWords; ++i) {
     const __nv_bfloat162 above = __hgt2(maxima[i], number);
     counts[i % 4] = i < 4 ? above : __hadd2(counts[i % 4], above);
   }
@@ -132,7 +155,8 @@ __device__ __forceinline__ uint32_t count_above(const __nv_bfloat162 (&maxima)[k
 // Of both rows: a number that at least `least` of the maxima that a quad holds are above, and not
 // many more if one is soon found; minus infinity if none is. The ranks that were rounded to these
 // maxima are above it as well: rounding keeps order, and the number is one of bfloat16.
-__device__ __forceinline__ void find_bounds(const Maxima& maxima, uint32_t least,
+template <int kColumns>
+__device__ __forceinline__ void find_bounds(const Maxima<kColumns>& maxima, uint32_t least,
                                             float (&bounds)[kRows]) {
   constexpr int kMaxSteps = 8;
   // Of normal maxima, where between extremes an eighth to a half of them are above.
@@ -146,7 +170,7 @@ __device__ __forceinline__ void find_bounds(const Maxima& maxima, uint32_t least
     bounds[row] = minus_infinity();
     __nv_bfloat162 lowest = maxima[row][0], highest = lowest;
 #pragma unroll
-    for (int i = 1; i < kRowScores / 2; ++i) {
+    for (int i = 1; i < num_row_scores(kColumns) / 2; ++i) {
       lowest = __hmin2(lowest, maxima[row][i]);
       highest = __hmax2(highest, maxima[row][i]);
     }
@@ -157,7 +181,7 @@ __device__ __forceinline__ void find_bounds(const Maxima& maxima, uint32_t least
       low[row] = fminf(low[row], __shfl_xor_sync(kFullMask, low[row], delta));
       high[row] = fmaxf(high[row], __shfl_xor_sync(kFullMask, high[row], delta));
     }
-    log_low[row] = log2_fast(kKeys);
+    log_low[row] = log2_fast(kColumns);
     log_high[row] = -1.0f;
     share[row] = kFirstShare;
     searching[row] = true;
@@ -200,13 +224,13 @@ __device__ __forceinline__ float least_rank(uint32_t rank) {
   return rank == 0 ? minus_infinity() : value == 0.0f ? -0.0f : value;
 }
 
-// A warp's lists of its 16 tokens.
-template <int kPlanes>
+// A warp's lists of 16 tokens: of each, the one of that number.
+template <int kPlanes, int kKeys, int kLists>
 class Lists {
  public:
-  // `states` are of the warp's tokens.
-  __device__ Lists(const ProductKeyTopkParams& p, const Candidates& candidates, RowState* states,
-                   uint32_t staged, int room, int group, int first_chunk_token,
+  // `states` are of the tokens.
+  __device__ Lists(const ProductKeyTopkParams& p, const Candidates<kLists>& candidates,
+                   RowState* states, uint32_t staged, int room, int number, int first_chunk_token,
                    float (&filter)[kPlanes], int lane)
       : p_(p),
         candidates_(candidates),
@@ -214,13 +238,14 @@ class Lists {
         staged_(staged),
         room_(room),
         filter_(filter),
-        group_(group),
+        number_(number),
         lane_(lane),
         first_row_(
             static_cast<int>(candidates.row(static_cast<int>(blockIdx.y), first_chunk_token))) {}
 
-  // Adds a tile's keys, of those that exist, whose rank is not below `least`, which may rise.
-  __device__ __forceinline__ void add(const Scores<kPlanes>& scores, int first_key,
+  // Adds a tile's keys, of those that exist, whose rank is not below `least`, which may rise. A
+  // row's bits of what exists are as many as its scores.
+  __device__ __forceinline__ void add(const Scores<kPlanes, kKeys>& scores, int first_key,
                                       const uint32_t (&exist)[kRows], float (&least)[kRows]) {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
@@ -256,15 +281,15 @@ class Lists {
  private:
   __device__ __forceinline__ void write_counts() const {
     if (lane_ % 4 == 0) {
-      int32_t* counts =
-          candidates_.counts + int64_t{kCandidateLists} * (first_row_ + lane_ / 4) + group_;
+      int32_t* counts = candidates_.counts + int64_t{kLists} * (first_row_ + lane_ / 4) + number_;
       counts[0] = counts_of_rows_ & 0xffffu;
-      counts[8 * kCandidateLists] = counts_of_rows_ >> 16;
+      counts[8 * kLists] = counts_of_rows_ >> 16;
     }
   }
 
   // Clears the bits of keys whose rank is below `least`.
-  __device__ __forceinline__ void pass(const Scores<kPlanes>& scores, const float (&least)[kRows],
+  __device__ __forceinline__ void pass(const Scores<kPlanes, kKeys>& scores,
+                                       const float (&least)[kRows],
                                        uint32_t (&passes)[kRows]) const {
     forget_ranks(filter_);
 #pragma unroll
@@ -272,8 +297,8 @@ class Lists {
       // The sign of what a rank is above the bound; NaN, which has none, is not below.
       uint32_t below = 0;
 #pragma unroll
-      for (int i = kRowScores - 1; i >= 0; --i) {
-        const float distance = rank_of<kPlanes>(scores, filter_, row, i) - least[row];
+      for (int i = num_row_scores(kKeys) - 1; i >= 0; --i) {
+        const float distance = rank_of<kPlanes, kKeys>(scores, filter_, row, i) - least[row];
         below = __funnelshift_l(__float_as_uint(distance), below, 1);
       }
       passes[row] &= ~below;
@@ -299,22 +324,19 @@ class Lists {
   }
   // From the arguments whenever they are needed: registers are short.
   __device__ __forceinline__ uint32_t axis_topk() const { return p_.axis_topk; }
-  __device__ __forceinline__ uint32_t capacity() const {
-    return group_ == 0 ? candidates_.capacities[0] : candidates_.capacities[1];
-  }
+  __device__ __forceinline__ uint32_t capacity() const { return candidates_.capacity_of(number_); }
   // How many more keys of a row can be staged.
   __device__ __forceinline__ uint32_t room(int row) const {
     return min(room_, capacity() - count(row)) - (staged_counts_ >> 16 * row & 0xffffu);
   }
   // Where the list of a token of the warp begins, in candidates.
   __device__ __forceinline__ uint32_t list(uint32_t warp_token) const {
-    return (first_row_ + warp_token) * candidates_.capacity() +
-           (group_ == 0 ? 0 : candidates_.capacities[0]);
+    return (first_row_ + warp_token) * candidates_.capacity() + candidates_.before(number_);
   }
 
   // Stages as many as there is room for of a tile's keys that `passes` has bits for, and clears
   // those. See count_quads for the others.
-  __device__ __forceinline__ void stage(const Scores<kPlanes>& scores, int first_key,
+  __device__ __forceinline__ void stage(const Scores<kPlanes, kKeys>& scores, int first_key,
                                         uint32_t before, uint32_t all, uint32_t (&passes)[kRows]) {
     uint32_t taken[kRows] = {passes[0], passes[1]};
     const uint32_t first = staged_counts_ + before;
@@ -340,17 +362,17 @@ class Lists {
       constexpr int kBatch = 4;
       // Or all ids would be kept from one row to the next.
       const uint32_t first_id = __shfl_sync(kFullMask, first_key + lane_ % 4 * 2, lane_);
-      uint32_t place = staged_ + (lane_ / 4 + 8 * row) * staged_row_bytes(room_) +
-                       (first >> 16 * row & 0xffffu) * kStagedBytes;
+      uint32_t place = staged_ + (lane_ / 4 + 8 * row) * staged_row_bytes(kPlanes, room_) +
+                       (first >> 16 * row & 0xffffu) * staged_bytes(kPlanes);
 #pragma unroll
-      for (int score = 0; score < kRowScores; score += kBatch) {
+      for (int score = 0; score < num_row_scores(kKeys); score += kBatch) {
         // Where each goes is worked out before any is stored: a store that has not read its address
         // yet would hold up what changes it.
         uint32_t places[kBatch];
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
           places[i] = place;
-          if ((taken[row] >> (score + i) & 1) != 0) place += kStagedBytes;
+          if ((taken[row] >> (score + i) & 1) != 0) place += staged_bytes(kPlanes);
         }
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
@@ -377,13 +399,15 @@ class Lists {
           __shfl_sync(kFullMask, staged_counts_, token % 8 * 4) >> 16 * row & 0xffffu;
       const uint32_t first = __shfl_sync(kFullMask, row == 0 ? to[0] : to[1], token % 8 * 4);
       if (lane_ >= num_staged) continue;
-      const uint32_t from = staged_ + token * staged_row_bytes(room_) + lane_ * kStagedBytes;
+      const uint32_t from =
+          staged_ + token * staged_row_bytes(kPlanes, room_) + lane_ * staged_bytes(kPlanes);
       float of_key[kPlanes];
 #pragma unroll
       for (int r = 0; r < kPlanes; ++r) of_key[r] = __uint_as_float(load_shared_u32(from + 4 * r));
       const uint32_t place = first + lane_;
       store_scores(candidates_.scores + int64_t{place} * kPlanes, of_key);
-      candidates_.ids[place] = static_cast<uint16_t>(load_shared_u32(from + 8));
+      candidates_.ids[place] =
+          static_cast<uint16_t>(load_shared_u32(from + staged_id_offset(kPlanes)));
     }
     __syncwarp();
     counts_of_rows_ += staged_counts_;
@@ -460,12 +484,12 @@ class Lists {
   }
 
   const ProductKeyTopkParams& p_;
-  const Candidates& candidates_;
+  const Candidates<kLists>& candidates_;
   RowState* states_;
   uint32_t staged_;  // shared address
   uint32_t room_;    // there, for a row
   float (&filter_)[kPlanes];
-  int group_, lane_;
+  int number_, lane_;
   int first_row_;
   // Of both rows, in halves of a word: what is in the lists, and what is staged.
   uint32_t counts_of_rows_ = 0, staged_counts_ = 0;

@@ -2,9 +2,12 @@
 // them down, a few times m of a token's n keys, never all scores (product_key_topk_fwd_candidates);
 // another picks the best of them (product_key_topk_fwd_pick).
 //
-// A candidate is a key's scores and its id. A token, head and side has two lists of them, in no
-// order: two warps look for candidates at the same time.
+// A candidate is a key's scores and its id. A token, head and side has as many lists of them, in no
+// order, as warps look for candidates at the same time.
 #pragma once
+
+#include <algorithm>
+#include <cmath>
 
 #include "common.cuh"
 #include "product_key_common.cuh"
@@ -12,20 +15,34 @@
 
 namespace ultramem::cuda {
 
-inline constexpr int kCandidateLists = 2;  // of a row
 // Of a lane of the warp that cuts a list, with its entries in registers.
 inline constexpr int kMaxListEntries = 6;
-static_assert(kTensorCore90MaxKeys <= 0x10000, "ids have 16 bits");
+static_assert(kTensorCore90MaxKeys <= 0x10000 && kTensorCore80MaxKeys <= 0x10000,
+              "ids have 16 bits");
 
-// Of the rows (head and side, token of the chunk), in workspace.
+// Of the rows (head and side, token of the chunk), in workspace, kLists of a row.
+template <int kLists>
 struct Candidates {
   float* scores;    // [rows, capacity(), R], one list behind the other
   uint16_t* ids;    // [rows, capacity()]
-  int32_t* counts;  // [rows, kCandidateLists]
-  int32_t capacities[kCandidateLists];
+  int32_t* counts;  // [rows, kLists]
+  int32_t capacities[kLists];
   int32_t chunk_tokens;  // the last chunk may have fewer
 
-  __host__ __device__ int capacity() const { return capacities[0] + capacities[1]; }
+  __host__ __device__ int capacity() const { return before(kLists - 1) + capacities[kLists - 1]; }
+  __host__ __device__ int capacity_of(int list) const {
+    int of_list = capacities[kLists - 1];
+#pragma unroll
+    for (int i = kLists - 2; i >= 0; --i) of_list = list == i ? capacities[i] : of_list;
+    return of_list;
+  }
+  // Of the lists before this one.
+  __host__ __device__ int before(int list) const {
+    int sum = 0;
+#pragma unroll
+    for (int i = 0; i < kLists - 1; ++i) sum += list > i ? capacities[i] : 0;
+    return sum;
+  }
   __host__ __device__ int64_t row(int head_side, int chunk_token) const {
     return int64_t{head_side} * chunk_tokens + chunk_token;
   }
@@ -34,6 +51,40 @@ struct Candidates {
     return all - first_token < chunk_tokens ? all - first_token : chunk_tokens;
   }
 };
+
+// Room of each list for its share of what is above the bound, of scores in random order, with many
+// standard deviations to spare; and for more than the m that are left when it is cut. A list has
+// the keys of every kLists-th tile, and of each of its `columns` a maximum.
+template <int kLists>
+void set_capacities(const ProductKeyTopkParams& p, int columns, int tile_keys,
+                    Candidates<kLists>* candidates) {
+  constexpr int kSpare = 32;
+  static_assert(kMaxAxisTopk + kSpare <= kMaxListEntries * kWarpSize);
+  const double m = p.axis_topk;
+  const double share = -columns * std::log1p(-m / (kLists * columns + 1));
+  const double room = std::max(share + 8 * std::sqrt(share) + 8, m + kSpare);
+  const double most = ceil_div(p.num_keys, tile_keys * kLists) * tile_keys;
+  for (int32_t& capacity : candidates->capacities) {
+    capacity = static_cast<int32_t>(
+        std::min({room, most, static_cast<double>(kMaxListEntries * kWarpSize)}));
+  }
+}
+
+// Of a chunk's candidates, whose capacities and tokens are known. Places them in the workspace if
+// there is one.
+template <int kLists>
+size_t place_candidates(const ProductKeyTopkParams& p, Candidates<kLists>* candidates) {
+  const auto rows = static_cast<size_t>(candidates->row(2 * p.num_heads, 0));
+  const size_t places = rows * candidates->capacity();
+  const size_t counts = align_up(rows * kLists * sizeof(int32_t));
+  const size_t scores = align_up(places * p.tucker_rank * sizeof(float));
+  if (auto* base = static_cast<char*>(p.workspace); base != nullptr) {
+    candidates->counts = reinterpret_cast<int32_t*>(base);
+    candidates->scores = reinterpret_cast<float*>(base + counts);
+    candidates->ids = reinterpret_cast<uint16_t*>(base + counts + scores);
+  }
+  return counts + scores + align_up(places * sizeof(uint16_t));
+}
 
 inline constexpr uint32_t kNoId = 0xffffffffu;
 
@@ -101,22 +152,31 @@ __device__ __forceinline__ Cut find_cut(const uint32_t (&ranks)[kEntries],
 
 template <int kPlanes>
 __device__ __forceinline__ void load_scores(const float* from, float (&scores)[kPlanes]) {
-  static_assert(kPlanes == 1 || kPlanes == 2, "");
-  if constexpr (kPlanes == 1) {
-    scores[0] = *from;
-  } else {
+  if constexpr (kPlanes == 2) {
     const float2 both = *reinterpret_cast<const float2*>(from);
     scores[0] = both.x;
     scores[1] = both.y;
+  } else if constexpr (kPlanes == 4) {
+    const float4 all = *reinterpret_cast<const float4*>(from);
+    scores[0] = all.x;
+    scores[1] = all.y;
+    scores[2] = all.z;
+    scores[3] = all.w;
+  } else {
+#pragma unroll
+    for (int r = 0; r < kPlanes; ++r) scores[r] = from[r];
   }
 }
 
 template <int kPlanes>
 __device__ __forceinline__ void store_scores(float* to, const float (&scores)[kPlanes]) {
-  if constexpr (kPlanes == 1) {
-    *to = scores[0];
-  } else {
+  if constexpr (kPlanes == 2) {
     *reinterpret_cast<float2*>(to) = make_float2(scores[0], scores[1]);
+  } else if constexpr (kPlanes == 4) {
+    *reinterpret_cast<float4*>(to) = make_float4(scores[0], scores[1], scores[2], scores[3]);
+  } else {
+#pragma unroll
+    for (int r = 0; r < kPlanes; ++r) to[r] = scores[r];
   }
 }
 

@@ -343,10 +343,10 @@ Status launch_axis_generic(const ProductKeyTopkParams& params, Stream stream) {
 
 namespace {
 
-enum class AxisStage { kGeneric, kSmall, kCandidates, kResident, kLists };
+enum class AxisStage { kGeneric, kSmall, kCandidates, kResident, kLists, kMma };
 
 // For sizes that check_product_key_topk lets pass.
-AxisStage axis_stage([[maybe_unused]] const ProductKeyTopkParams& p) {
+AxisStage axis_stage(const ProductKeyTopkParams& p) {
 #if defined(ULTRAMEM_WITH_SM90A)
   if (axis_small_applies(p)) return AxisStage::kSmall;
   if (axis_wgmma_applies(p)) {
@@ -354,7 +354,7 @@ AxisStage axis_stage([[maybe_unused]] const ProductKeyTopkParams& p) {
     return axis_resident_applies(p) ? AxisStage::kResident : AxisStage::kLists;
   }
 #endif
-  return AxisStage::kGeneric;
+  return axis_mma_applies(p) ? AxisStage::kMma : AxisStage::kGeneric;
 }
 
 }  // namespace
@@ -368,6 +368,8 @@ size_t product_key_topk_fwd_workspace(const ProductKeyTopkParams& params) {
     case AxisStage::kResident:
       return axis_resident_workspace(params);
 #endif
+    case AxisStage::kMma:
+      return axis_mma_workspace(params);
     default:
       return 0;
   }
@@ -392,6 +394,9 @@ Status product_key_topk_fwd(const ProductKeyTopkParams& params, Stream stream) {
       ULTRAMEM_RETURN_IF_ERROR(launch_axis_lists(params, stream));
       break;
 #endif
+    case AxisStage::kMma:
+      ULTRAMEM_RETURN_IF_ERROR(launch_axis_mma(params, stream));
+      break;
     default:
       ULTRAMEM_RETURN_IF_ERROR(launch_axis_generic(params, stream));
   }

@@ -26,9 +26,19 @@ size_t axis_candidates_workspace(const ProductKeyTopkParams& params);
 Status launch_axis_candidates(const ProductKeyTopkParams& params, Stream stream);
 
 // Its second half, for the tokens of a chunk.
+template <int kLists>
 struct Candidates;
-Status launch_pick(const ProductKeyTopkParams& params, const Candidates& candidates,
+Status launch_pick(const ProductKeyTopkParams& params, const Candidates<2>& candidates,
                    int64_t first_token, Stream stream);
+// The same for axis_mma.
+Status launch_pick(const ProductKeyTopkParams& params, const Candidates<4>& candidates,
+                   int64_t first_token, Stream stream);
+
+// The same on the tensor cores of sm_80 and later, in builds without code for sm_90a, too, where
+// axis_mma_applies. Needs axis_mma_workspace(params) bytes of workspace.
+bool axis_mma_applies(const ProductKeyTopkParams& params);
+size_t axis_mma_workspace(const ProductKeyTopkParams& params);
+Status launch_axis_mma(const ProductKeyTopkParams& params, Stream stream);
 
 // Of the rest, R = 2, short keys and small m: where axis_resident_applies. Needs
 // axis_resident_workspace(params) bytes of workspace.

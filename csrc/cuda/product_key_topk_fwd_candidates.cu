@@ -12,7 +12,6 @@
 // full is cut down to its best m, and bounds from then on, too: every order of scores comes out
 // right, and only contrived ones are slower, and tokens whose scores are NaN.
 #include <algorithm>
-#include <cmath>
 
 #include "cluster.cuh"
 #include "common.cuh"
@@ -28,6 +27,8 @@ namespace {
 using namespace candidate_lists;
 
 constexpr int kMaxPlanes = 2;  // ranks
+constexpr int kKeys = 128;     // of a tile
+constexpr int kScores = num_scores(kKeys);
 constexpr int kTokens = 64;
 constexpr int kBoxColumns = 64;  // elements of Kd: one 128-byte row
 constexpr int kRowBytes = 2 * kBoxColumns;
@@ -39,7 +40,7 @@ static_assert(kStageBytes == kClusterBlocks * kBoxBytes && kTokens == kBoxRows);
 constexpr int kRounds = 2;
 constexpr int kMinStages = 3;
 constexpr int kMaxStages = 10;
-constexpr int kGroups = kCandidateLists;      // warpgroups that multiply
+constexpr int kGroups = 2;                    // warpgroups that multiply, a list each
 constexpr int kMultipliers = 128 * kGroups;   // threads
 constexpr int kThreads = kMultipliers + 128;  // and one that copies, of a warpgroup of its own
 constexpr int kMultiplierRegisters = 240;
@@ -47,6 +48,7 @@ constexpr int kCopierRegisters = 24;
 constexpr int kGroupWarps = 4;
 constexpr int kMaxSharedBytes = 232448;
 constexpr int kMaxFewKept = 40;  // keys: few, as far as selection goes
+constexpr int kMinStaged = 8, kMidStaged = 20;
 
 // Offsets into shared memory, which begins with barriers and the ring. Made on the host: as an
 // argument it takes no registers.
@@ -79,7 +81,7 @@ struct Layout {
     states = queries + query_bytes;
     staged = states + kStates;
   }
-  int staged_bytes() const { return kGroups * kTokens * staged_row_bytes(room); }
+  int staged_bytes() const { return kGroups * kTokens * staged_row_bytes(kMaxPlanes, room); }
   int bytes() const { return staged + staged_bytes(); }
 };
 
@@ -173,7 +175,8 @@ __device__ __forceinline__ void pass_turn(int group) {
 template <typename scalar_t, int kPlanes>
 __device__ __forceinline__ void multiply_tile(const Layout& layout, const Shared& shared,
                                               uint32_t empty, int group, bool passes_turn,
-                                              StageCursor& at, Scores<kPlanes>& scores, int lane) {
+                                              StageCursor& at, Scores<kPlanes, kKeys>& scores,
+                                              int lane) {
   // Each warp for itself: that its share of a product is complete says nothing of the others'.
   const auto release = [&](int stage) {
     if (lane < kClusterBlocks) mbarrier_arrive_in_block(empty + 8 * stage);
@@ -219,7 +222,7 @@ template <typename scalar_t, int kPlanes>
 __global__ void __launch_bounds__(kThreads, 1)
     product_key_topk_fwd_candidates_kernel(const __grid_constant__ ProductKeyTopkParams p,
                                            const __grid_constant__ Layout layout,
-                                           const __grid_constant__ Candidates candidates,
+                                           const __grid_constant__ Candidates<kGroups> candidates,
                                            int64_t first_chunk_token,
                                            const __grid_constant__ CUtensorMap query_map,
                                            const __grid_constant__ CUtensorMap key_map) {
@@ -268,14 +271,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     RowState* own_states = states + group * kTokens + group_token;
     RowState* other_states = states + (1 - group) * kTokens + group_token;
-    const uint32_t staged =
-        shared.base + layout.staged + warp * kWarpTokens * staged_row_bytes(layout.room);
-    Lists<kPlanes> lists(p, candidates, own_states, staged, layout.room, group,
-                         chunk_token + group_token, filter, lane);
+    const uint32_t staged = shared.base + layout.staged +
+                            warp * kWarpTokens * staged_row_bytes(kMaxPlanes, layout.room);
+    Lists<kPlanes, kKeys, kGroups> lists(p, candidates, own_states, staged, layout.room, group,
+                                         chunk_token + group_token, filter, lane);
     const auto m = static_cast<uint32_t>(p.axis_topk);
     const auto num_keys = static_cast<int>(p.num_keys);
     const int tile_steps = kPlanes * layout.num_boxes;
-    Scores<kPlanes> scores;
+    Scores<kPlanes, kKeys> scores;
 #pragma unroll
     for (int r = 0; r < kPlanes; ++r) {
 #pragma unroll
@@ -300,11 +303,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     float least[kRows];
     {
-      Maxima maxima;
+      Maxima<kKeys> maxima;
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
 #pragma unroll
-        for (int i = 0; i < kRowScores / 2; ++i) {
+        for (int i = 0; i < num_row_scores(kKeys) / 2; ++i) {
           maxima[row][i] = __float2bfloat162_rn(minus_infinity());
         }
       }
@@ -313,13 +316,14 @@ __global__ void __launch_bounds__(kThreads, 1)
         const int first_key = turn * kKeys;
         multiply_next();
         if (first_key + kKeys <= num_keys) {
-          take_maxima<true, kPlanes>(scores, filter, maxima, 0, num_keys, lane);
+          take_maxima<true, kPlanes, kKeys, kKeys>(scores, filter, maxima, 0, num_keys, lane);
         } else {
-          take_maxima<false, kPlanes>(scores, filter, maxima, first_key, num_keys, lane);
+          take_maxima<false, kPlanes, kKeys, kKeys>(scores, filter, maxima, first_key, num_keys,
+                                                    lane);
         }
       }
       float bounds[kRows];
-      find_bounds(maxima, (m + 1) / 2, bounds);
+      find_bounds<kKeys>(maxima, (m + 1) / 2, bounds);
       if (lane % 4 == 0) {
         own_states[lane / 4].bound = bounds[0];
         own_states[lane / 4 + 8].bound = bounds[1];
@@ -344,7 +348,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       if (first_key + kKeys > num_keys) {
 #pragma unroll
-        for (int i = 0; i < kRowScores; ++i) {
+        for (int i = 0; i < num_row_scores(kKeys); ++i) {
           if (first_key + column_of(i, lane) >= num_keys) {
             exist[0] &= ~(1u << i);
             exist[1] &= ~(1u << i);
@@ -387,38 +391,14 @@ int chunk_tokens(const ProductKeyTopkParams& p) {
   return static_cast<int>(kTokens * kClusterBlocks * chunk_pairs);
 }
 
-// Room for the share of a list in what is above the bound, of scores in random order, with many
-// standard deviations to spare; and for more than the m that are left when it is cut.
-void set_capacities(const ProductKeyTopkParams& p, int32_t (&capacities)[kCandidateLists]) {
-  constexpr int kSpare = 32;
-  static_assert(kMaxAxisTopk + kSpare <= kMaxListEntries * kWarpSize);
-  const double m = p.axis_topk;
-  const double share = -kKeys * std::log1p(-m / (kGroups * kKeys + 1));
-  const double room = std::max(share + 8 * std::sqrt(share) + 8, m + kSpare);
-  const double most = ceil_div(p.num_keys, kKeys * kCandidateLists) * kKeys;
-  for (int32_t& capacity : capacities) {
-    capacity = static_cast<int32_t>(
-        std::min({room, most, static_cast<double>(kMaxListEntries * kWarpSize)}));
-  }
-}
-
 struct Workspace {
-  Candidates candidates{};
+  Candidates<kGroups> candidates{};
   size_t bytes;
 
   explicit Workspace(const ProductKeyTopkParams& p) {
-    set_capacities(p, candidates.capacities);
+    set_capacities(p, kKeys, kKeys, &candidates);
     candidates.chunk_tokens = chunk_tokens(p);
-    const auto rows = static_cast<size_t>(candidates.row(2 * p.num_heads, 0));
-    const size_t places = rows * candidates.capacity();
-    const size_t counts = align_up(rows * kCandidateLists * sizeof(int32_t));
-    const size_t scores = align_up(places * p.tucker_rank * sizeof(float));
-    if (auto* base = static_cast<char*>(p.workspace); base != nullptr) {
-      candidates.counts = reinterpret_cast<int32_t*>(base);
-      candidates.scores = reinterpret_cast<float*>(base + counts);
-      candidates.ids = reinterpret_cast<uint16_t*>(base + counts + scores);
-    }
-    bytes = counts + scores + align_up(places * sizeof(uint16_t));
+    bytes = place_candidates(p, &candidates);
   }
 };
 
@@ -435,7 +415,7 @@ Status launch(const ProductKeyTopkParams& p, Stream stream) {
   const auto kernel = product_key_topk_fwd_candidates_kernel<scalar_t, kPlanes>;
   const Layout layout(p);
   const Workspace workspace(p);
-  const Candidates& candidates = workspace.candidates;
+  const Candidates<kGroups>& candidates = workspace.candidates;
   for (int64_t first = 0; first < p.num_tokens; first += candidates.chunk_tokens) {
     const int64_t pairs =
         ceil_div(candidates.tokens_from(first, p.num_tokens), kTokens * kClusterBlocks);

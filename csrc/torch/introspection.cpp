@@ -67,6 +67,8 @@ ULTRAMEM_EXPORT const char* ultramem_product_key_topk_fwd_path(const UltramemRet
       return "tensor cores (sm_90)";
     case ultramem::RetrievalPath::kTensorCore90Small:
       return "tensor cores, few tokens (sm_90)";
+    case ultramem::RetrievalPath::kTensorCore80:
+      return "tensor cores (sm_80)";
   }
   return "unknown";
 }

@@ -9,6 +9,23 @@ from ultramem_cuda import _library, cli
 from ultramem_cuda.bench.shapes import SHAPES
 from ultramem_cuda.cli import retrieval_shape
 
+BASE = "n=1138,Kd=192,M=32"
+
+
+def _has_sm90a() -> bool:
+    """Whether the library has the kernels of sm_90, or is one of those that would not tell."""
+    if not _library.is_loaded():
+        return True
+    shape = _library.RetrievalShape(
+        **{"num_tokens": 8192, "num_keys": 64, "key_dim": 8, "num_heads": 1, "num_queries": 1},
+        **{"tucker_rank": 1, "num_cores": 1, "axis_topk": 8, "topk": 8, "additive": 0, "dtype": 1},
+    )
+    return _library.retrieval_path(shape, 90)[0] == "tensor cores (sm_90)"
+
+
+HAS_SM90A = _has_sm90a()
+needs_sm90a = pytest.mark.skipif(not HAS_SM90A, reason="built without code for sm_90a")
+
 
 def doctor(shape: str, capsys: pytest.CaptureFixture[str]) -> str:
     assert cli.main(["doctor", "--shape", shape]) == 0
@@ -36,10 +53,11 @@ def test_standard_shapes_run_on_tensor_cores(name: str, capsys: pytest.CaptureFi
     lines = doctor(name, capsys).splitlines()
     (hopper,) = [line for line in lines if "forward on sm_90" in line]
     (ampere,) = [line for line in lines if "forward on sm_80" in line]
-    assert "tensor cores (sm_90): " in hopper
-    assert "generic: the tensor-core kernels need compute capability 9.0" in ampere
+    assert f"tensor cores ({'sm_90' if HAS_SM90A else 'sm_80'}): " in hopper
+    assert "tensor cores (sm_80): " in ampere
 
 
+@needs_sm90a
 @pytest.mark.usefixtures("_no_gpu")
 @pytest.mark.parametrize(
     ("sizes", "few"),
@@ -63,33 +81,45 @@ def test_few_tokens_have_a_kernel_of_their_own(
 
 
 LARGEST = "n=8192,Kd=1024,m=128,M=1024,R=4,C=4,H=3,Q=1"
-BASE = "n=1138,Kd=192,M=32"
+GENERIC = "generic"
+SM_80 = "tensor cores (sm_80)"
+SM_90 = "tensor cores (sm_90)"
+FEW_SM_90 = "tensor cores, few tokens (sm_90)"
 
 
 @pytest.mark.parametrize(
-    ("shape", "capability", "reason"),
+    ("shape", "capability", "path", "reason"),
     [
-        (BASE, 90, None),
-        (LARGEST, 90, None),
-        ("n=1,Kd=8,M=1", 90, None),
-        (f"{BASE},dtype=fp16", 90, None),
-        (f"{BASE},mode=additive", 90, None),
-        (f"{LARGEST},T=64", 90, None),
-        (f"{BASE},T=1", 90, None),
-        (BASE, 80, "compute capability"),
-        (f"{BASE},T=1", 80, "compute capability"),
-        (BASE, 89, "compute capability"),
-        (BASE, 100, "compute capability"),
-        (f"{BASE},dtype=fp32", 90, "float32"),
-        ("n=8193,Kd=192,M=32", 90, "n is above 8192"),
-        ("n=1138,Kd=1032,M=32", 90, "Kd is above 1024"),
-        ("n=1138,Kd=196,M=32", 90, "not a multiple of 8"),
+        pytest.param(BASE, 90, SM_90, "allow it", marks=needs_sm90a),
+        pytest.param(LARGEST, 90, SM_90, "allow it", marks=needs_sm90a),
+        pytest.param(f"{BASE},dtype=fp16", 90, SM_90, "allow it", marks=needs_sm90a),
+        pytest.param(f"{BASE},mode=additive", 90, SM_90, "allow it", marks=needs_sm90a),
+        pytest.param("n=1,Kd=8,M=1", 90, SM_90, "allow it", marks=needs_sm90a),
+        pytest.param(f"{LARGEST},T=64", 90, FEW_SM_90, "few tokens", marks=needs_sm90a),
+        pytest.param(f"{BASE},T=1", 90, FEW_SM_90, "few tokens", marks=needs_sm90a),
+        pytest.param("n=8193,Kd=192,M=32", 90, SM_80, "n is above 8192", marks=needs_sm90a),
+        (f"{LARGEST},n=65536", 90, SM_80, "sm_90"),
+        (BASE, 80, SM_80, "sm_90"),
+        (BASE, 89, SM_80, "sm_90"),
+        (BASE, 100, SM_80, "sm_90"),
+        (f"{LARGEST},n=65536", 120, SM_80, "sm_90"),
+        (f"{BASE},mode=additive,T=64", 80, SM_80, "sm_90"),
+        (f"{BASE},T=8,H=8", 80, SM_80, "sm_90"),
+        (f"{BASE},T=1", 80, GENERIC, "fewer than 64 tokens times heads"),
+        (f"{BASE},T=9,H=7", 80, GENERIC, "fewer than 64 tokens times heads"),
+        ("n=8193,Kd=192,M=32,T=63", 90, GENERIC, "fewer than 64 tokens times heads"),
+        (BASE, 75, GENERIC, "compute capability 8.0"),
+        (f"{BASE},dtype=fp32", 90, GENERIC, "float32"),
+        ("n=65537,Kd=192,M=32", 90, GENERIC, "n is above 65536"),
+        ("n=1138,Kd=1032,M=32", 90, GENERIC, "Kd is above 1024"),
+        ("n=1138,Kd=196,M=32", 80, GENERIC, "not a multiple of 8"),
     ],
 )
 def test_the_path_and_its_reason(
     shape: str,
     capability: int,
-    reason: str | None,
+    path: str,
+    reason: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -97,8 +127,8 @@ def test_the_path_and_its_reason(
     monkeypatch.setattr(_library, "retrieval_workspace", lambda shape: (1_000_000, 2_500_000))
     facts = dict(retrieval_shape.facts(retrieval_shape.parse(shape)))
     answer = facts[f"forward on sm_{capability}"]
-    assert answer.startswith("tensor cores" if reason is None else "generic: ")
-    assert reason is None or reason in answer
+    assert answer.startswith(f"{path}: ")
+    assert reason in answer
     assert facts["workspace"] == "forward 1.0 MB, backward 2.5 MB"
 
 

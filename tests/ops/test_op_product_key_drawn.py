@@ -1,9 +1,10 @@
 """product_key_topk over thousands of drawn configurations, all shapes that it offers.
 
-Sizes come from a seeded generator, so that every run has the same: log-uniform over n 1 .. 8192 and
-Kd 8 .. 1024, with the ends and the neighbours of tile sizes drawn more often. The kept sets are
-those of a float64 reference outside the error band, and the scores within their bound; where ties
-are exact (whole numbers, copies of keys) the order is that of the contract, index by index.
+Sizes come from a seeded generator, so that every run has the same: log-uniform over n 1 .. 8192
+(some have more) and Kd 8 .. 1024, with the ends and the neighbours of tile sizes drawn more often.
+The kept sets are those of a float64 reference outside the error band, and the scores within their
+bound; where ties are exact (whole numbers, copies of keys) the order is that of the contract, index
+by index.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from retrieval_reference import (
 )
 from torch import Tensor
 
-from ultramem_cuda import ops
+from ultramem_cuda import _library, ops
 from ultramem_cuda import python_ref as ref
 
 NUM_BATCHES, BATCH = 24, 100
@@ -79,6 +80,22 @@ class Config(NamedTuple):
     @property
     def queries(self) -> int:
         return 1 if self.shared_query else self.rank
+
+    @property
+    def shape(self) -> _library.RetrievalShape:
+        return _library.RetrievalShape(
+            num_tokens=self.tokens,
+            num_keys=self.num_keys,
+            key_dim=self.key_dim,
+            num_heads=self.heads,
+            num_queries=self.queries,
+            tucker_rank=self.rank,
+            num_cores=max(self.cores, 1),
+            axis_topk=self.axis_topk,
+            topk=self.topk,
+            additive=self.cores == 0,
+            dtype=_library.RetrievalShape.DTYPES[self.dtype],
+        )
 
 
 def draw(seed: int, limits: Limits) -> Config:
@@ -386,10 +403,51 @@ def test_drawn_configurations_of_many_tokens(batch: int) -> None:
         run(draw_many_tokens(seed), "cuda")
 
 
+# More than the kernels of sm_90 take: on every GPU the tensor cores of sm_80.
+MANY_KEYS = (8193, 8320, 9000, 12345, 16384, 40000, 65535, 65536)
+
+
+def draw_many_keys(seed: int) -> Config:
+    """Tokens for one block or some, in the dtypes and the multiples of 8 that it takes."""
+    rng = random.Random(seed ^ 0xFACE)
+    config = draw(seed, GPU)
+    heads, rank = rng.choice((1, 1, 2)), config.rank
+    # So many different numbers there are to put in order.
+    ordered = config.kind in ("ascending", "descending")
+    num_keys = rng.choice([keys for keys in MANY_KEYS if not ordered or keys < 2**15])
+    key_dim = min(-(-config.key_dim // 8) * 8, GPU.keys // (heads * 2 * rank * num_keys) // 8 * 8)
+    tokens = rng.choice((64, 65, 127, 128, 130, 200))
+    tokens = max(64 // heads, min(tokens, GPU.scores // (heads * 2 * rank * num_keys)))
+    topk = min(config.topk, config.axis_topk) if config.cores == 0 else config.topk
+    return config._replace(
+        tokens=tokens,
+        heads=heads,
+        num_keys=num_keys,
+        key_dim=key_dim,
+        topk=topk,
+        dtype=rng.choice((torch.bfloat16, torch.float16)),
+    )
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90, 120])
+def test_many_keys_are_for_one_kernel(capability: int) -> None:
+    for seed in range(BATCH):
+        path, _ = _library.retrieval_path(draw_many_keys(seed).shape, capability)
+        assert path == "tensor cores (sm_80)"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", range(4))
+def test_drawn_configurations_of_many_keys(batch: int) -> None:
+    for seed in range(batch * BATCH // 2, (batch + 1) * BATCH // 2):
+        run(draw_many_keys(seed), "cuda")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", range(2))
 def test_a_token_is_the_same_in_any_company(batch: int) -> None:
-    """Bit by bit, among up to 64 tokens."""
+    """Bit by bit, among up to 64 tokens, as long as the same kernels take them."""
+    major, minor = torch.cuda.get_device_capability()
     for seed in range(batch * BATCH // 2, (batch + 1) * BATCH // 2):
         config = draw_few_tokens(seed)._replace(kind="normal")
         inputs = make_inputs(config, "cuda")
@@ -409,6 +467,12 @@ def test_a_token_is_the_same_in_any_company(batch: int) -> None:
         together = results(0, config.tokens)
         middle = config.tokens // 2
         for first, last in ((0, 1), (middle, middle + 1), (0, middle + 1)):
+            paths = {
+                _library.retrieval_path(config._replace(tokens=tokens).shape, 10 * major + minor)
+                for tokens in (config.tokens, last - first)
+            }
+            if len(paths) > 1:
+                continue
             for all_tokens, few in zip(together, results(first, last), strict=True):
                 assert torch.equal(all_tokens[first:last], few), (config, first, last)
 

@@ -140,7 +140,7 @@ def inputs(shape: Shape, device: str, dtype: torch.dtype) -> Inputs:
 
 
 @pytest.mark.parametrize("name", [*SHAPES, *WHOLE_SHAPES])
-def test_the_shapes_reach_both_kernels(name: str, dtype: torch.dtype) -> None:
+def test_the_shapes_reach_all_kernels(name: str, dtype: torch.dtype) -> None:
     shape = (SHAPES | WHOLE_SHAPES)[name]
     fields = _library.RetrievalShape(
         num_tokens=shape.tokens,
@@ -154,13 +154,17 @@ def test_the_shapes_reach_both_kernels(name: str, dtype: torch.dtype) -> None:
         topk=shape.topk,
         dtype=_library.RetrievalShape.DTYPES[dtype],
     )
+    path, _ = _library.retrieval_path(fields, 80)
+    assert path == ("generic" if name.startswith("few") else "tensor cores (sm_80)")
     path, _ = _library.retrieval_path(fields, 90)
-    assert path.startswith("tensor cores")
+    fields.num_tokens = 8192
+    if _library.retrieval_path(fields, 90)[0] == "tensor cores (sm_80)":
+        pytest.skip("built without code for sm_90a")
     if name.startswith("few"):
-        assert "few tokens" in path
+        assert path == "tensor cores, few tokens (sm_90)"
     elif name.startswith("many"):
         assert shape.tokens * shape.heads > 512
-        assert "few tokens" not in path
+        assert path == "tensor cores (sm_90)"
 
 
 @pytest.mark.parametrize("kind", LINES)

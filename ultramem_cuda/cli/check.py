@@ -430,6 +430,18 @@ _OPERATORS: dict[str, Callable[[_Bench], Iterator[Result]]] = {
         key_dim=72,
         topk=40,
     ),
+    # More keys than the kernels of sm_90 take: those of sm_80, on every GPU.
+    "product_key_topk, many keys": partial(
+        _product_key_topk,
+        mode="tucker",
+        heads=1,
+        queries=1,
+        rank=2,
+        cores=1,
+        tokens=70,
+        num_keys=8300,
+        key_dim=24,
+    ),
     "key_balance_loss": _key_balance_loss,
     "value_ffn": _value_ffn,
     "value_ffn, plain values": partial(_value_ffn, pre_values=False),

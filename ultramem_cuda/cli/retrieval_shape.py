@@ -18,8 +18,9 @@ _MODES = ("tucker", "additive")
 _CAPABILITIES = (90, 80)
 
 LIMITS = (
-    "n up to 8192, Kd up to 1024 and a multiple of 8, m up to 128, M up to min(m*m, 1024), "
-    "R and C 1 to 4, bf16 or fp16, query and keys at multiples of 16 bytes"
+    "Kd up to 1024 and a multiple of 8, m up to 128, M up to min(m*m, 1024), R and C 1 to 4, "
+    "bf16 or fp16, query and keys at multiples of 16 bytes; sm_90: n up to 8192; sm_80 and later: "
+    "n up to 65536, T * H from 64"
 )
 OUTSIDE = "the generic kernels run, as for fp32; but other m, M, R and C are refused"
 

@@ -23,18 +23,23 @@ enum class RetrievalPath : int32_t {
   kGeneric = 0,            // scores by FMAs in float32: every shape, and exact for float32 inputs
   kTensorCore90 = 1,       // scores by the tensor cores of compute capability 9.0
   kTensorCore90Small = 2,  // the same for few tokens: the keys shared out over a cluster of blocks
+  kTensorCore80 = 3,       // by tensor cores as compute capability 8.0 and every later one has them
 };
 
-// What the last two take, of bfloat16 and float16; query and keys at addresses that are multiples
-// of 16, too, or else the generic kernels run.
+// What all but kGeneric take, of bfloat16 and float16; query and keys at addresses that are
+// multiples of 16, too, or else the generic kernels run.
+inline constexpr int64_t kTensorCoreMaxKeyDim = 1024;
+inline constexpr int64_t kTensorCoreKeyDimMultiple = 8;  // rows of 16 bytes
 inline constexpr int64_t kTensorCore90MaxKeys = 8192;
-inline constexpr int64_t kTensorCore90MaxKeyDim = 1024;
-inline constexpr int64_t kTensorCore90KeyDimMultiple = 8;  // rows of 16 bytes
 // kTensorCore90Small: a cluster of blocks takes up to 32 tokens of a head, few clusters run at
 // once. Up to so many tokens, or so many tokens times heads; of few heads.
 inline constexpr int64_t kTensorCore90SmallTokens = 64;
 inline constexpr int64_t kTensorCore90SmallTokenHeads = 512;
 inline constexpr int64_t kTensorCore90SmallHeads = 16;
+// kTensorCore80: what those of 9.0 do not take. From so many tokens times heads on: of fewer, each
+// has a block for either side in the generic kernels.
+inline constexpr int64_t kTensorCore80MaxKeys = 65536;
+inline constexpr int64_t kTensorCore80MinTokenHeads = 64;
 
 struct ProductKeyTopkParams {
   int64_t num_tokens = 0;   // T
