@@ -9,6 +9,9 @@
 
 namespace ultramem::cuda {
 
+// Kernels for up to so many kept keys a side, and for more.
+inline constexpr int kSmallRows = 32;
+
 // Pair (i, j) as one number whose order is that of positions.
 inline constexpr int kCodeBits = 7;
 static_assert(kMaxAxisTopk <= 1 << kCodeBits);
@@ -102,6 +105,11 @@ class Token {
     const int R = p.tucker_rank;
     const uint32_t head = p.num_heads == 1 ? 0 : token_head_ % p.num_heads;
     const auto* core = static_cast<const float*>(p.core);
+    const auto* filter = static_cast<const float*>(p.t);
+#pragma unroll
+    for (int s = 0; s < kPlanes; ++s) {
+      if (s < R) filter_[s] = __ldg(filter + int64_t{head} * R + s);
+    }
 #pragma unroll
     for (int i = 0; i < kOwnElements; ++i) {
       const int e = i * kWarpSize + lane;
@@ -181,6 +189,14 @@ class Token {
     for (int s = 0; s < kPlanes; ++s) row[s] = factors[s];
   }
 
+  // The filter of the columns, not in additive mode; zeros beyond the rank.
+  __device__ __forceinline__ void filter(float (&t)[kPlanes]) const {
+#pragma unroll
+    for (int s = 0; s < kPlanes; ++s) t[s] = filter_[s];
+  }
+
+  __device__ __forceinline__ bool additive() const { return p_.mode == ScoreMode::kAdditive; }
+
   __device__ __forceinline__ float rank_of(int code) const {
     float row[kPlanes], col[kPlanes];
 #pragma unroll
@@ -251,12 +267,12 @@ class Token {
     return static_cast<const float*>(p_.axis_scores) +
            int64_t{token_head_} * (2 * p_.tucker_rank * p_.axis_topk);
   }
-  __device__ __forceinline__ bool additive() const { return p_.mode == ScoreMode::kAdditive; }
 
   const ProductKeyTopkParams& p_;
   float* core_;
   uint32_t token_head_;
   float own_core_[kOwnElements] = {};
+  float filter_[kPlanes] = {};
 };
 
 // Sorts `count` codes in place, at most 32 * kItems of them, which the room of `codes` is at least.

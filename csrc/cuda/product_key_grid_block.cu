@@ -21,7 +21,6 @@ namespace {
 
 // A block holds the pairs of kRows rows and columns; a thread so many columns of a row, a bit each.
 constexpr int kRowCells = 4;
-constexpr int kSmallRows = 32;
 
 // About as many blocks as a GPU of today has multiprocessors.
 constexpr int64_t kMaxTokenHeads = 128;

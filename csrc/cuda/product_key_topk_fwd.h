@@ -61,6 +61,10 @@ Status launch_axis_small(const ProductKeyTopkParams& params, Stream stream);
 // ended.
 Status launch_grid(const ProductKeyTopkParams& params, Stream stream, bool overlapping = false);
 
+// The same for few kept keys a side: where grid_small_applies.
+bool grid_small_applies(const ProductKeyTopkParams& params);
+Status launch_grid_small(const ProductKeyTopkParams& params, Stream stream, bool overlapping);
+
 // The same with a block for each token and head, for few of them: where grid_block_applies.
 bool grid_block_applies(const ProductKeyTopkParams& params);
 Status launch_grid_block(const ProductKeyTopkParams& params, Stream stream, bool overlapping);

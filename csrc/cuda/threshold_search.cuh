@@ -25,6 +25,17 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
   return y;
 }
 
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float sqrt_fast(float x) {
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Narrows down a value that between min and max of a set's numbers are above, for a caller who
 // counts. How many scores lie above a value falls about exponentially with it, so a guess is a
 // straight line through the logarithms of two counts; where that does not settle it soon, bisection

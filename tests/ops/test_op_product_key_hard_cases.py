@@ -345,6 +345,43 @@ def test_additive_grid_of_many_tokens(device: str, num_keys: int, topk: int, kin
     )
 
 
+@pytest.mark.parametrize("kind", ["uniform", "equal singular values", "any filter", "no filter"])
+@pytest.mark.parametrize("tucker_rank", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("num_keys", "topk"), [(32, 32), (33, 33), (64, 64), (128, 7), (128, 128), (128, 768)]
+)
+def test_tucker_grid_of_many_tokens(
+    device: str, num_keys: int, topk: int, tucker_rank: int, kind: str
+) -> None:
+    """Against a stable sort of all ranks, which float32 holds without rounding; more tokens and
+    heads than get a block each. Keys are all kept, so the filter is no more than a hint."""
+    data = Data(14, device)
+    tokens, heads, cores = 65, 2, 2
+    keys = (16.0 * data.normal(heads, 2, tucker_rank, num_keys, 1)).clamp(-60, 60).round() / 16
+    query = torch.ldexp(
+        1.0 - 2.0 * data.integers(2, tokens, 2, heads, tucker_rank, 1),
+        data.integers(2, tokens, 2, heads, tucker_rank, 1),
+    )
+    core = data.integers(17, cores, heads, tucker_rank, tucker_rank) / 16.0
+    if kind == "equal singular values":
+        core = torch.eye(tucker_rank).expand(cores, heads, -1, -1).to(core).contiguous()
+    u = t = None
+    if kind in ("any filter", "no filter"):
+        u, t = (data.normal(heads, tucker_rank) * float(kind == "any filter") for _ in range(2))
+    scores, indices = ops.product_key_topk(
+        query, keys, core, topk=topk, axis_topk=num_keys, u=u, t=t
+    )
+
+    axes = array(query[..., 0])[..., None] * array(keys[..., 0]).swapaxes(0, 1)  # [T, 2, H, R, n]
+    pairs = np.einsum("thri,chrs,thsj->thijc", axes[:, 0], array(core), axes[:, 1])
+    pairs = pairs.reshape(tokens, heads, -1, cores)
+    expected = np.argsort(-pairs.sum(-1), axis=-1, kind="stable")[..., :topk]
+    np.testing.assert_array_equal(array(indices), expected)
+    np.testing.assert_array_equal(
+        array(scores), np.take_along_axis(pairs, expected[..., None], axis=-2)
+    )
+
+
 @pytest.mark.parametrize("numbers", [0, 5, 40])
 def test_fewer_numbers_than_wanted(device: str, numbers: int) -> None:
     """A grid that is NaN but for a few rows: first all numbers, then the lowest NaN."""
