@@ -357,7 +357,7 @@ struct Workspace {
 
   explicit Workspace(const ValueFfnBwdParams& params) {
     num_entries = params.num_tokens * params.num_selected;
-    needs_grad_a = params.pre_value_dim > 0 &&
+    needs_grad_a = params.grad_a == nullptr && params.pre_value_dim > 0 &&
                    (params.grad_pre_input != nullptr || params.grad_pre_values != nullptr);
     needs_rows =
         num_entries > 0 && (params.grad_values != nullptr || params.grad_pre_values != nullptr);
@@ -402,9 +402,10 @@ Status check_bwd_params(const ValueFfnBwdParams& params) {
     return Status::invalid_argument("value_ffn_bwd: grad_out must not be null");
   }
   if (params.pre_values == nullptr &&
-      (params.grad_pre_input != nullptr || params.grad_pre_values != nullptr)) {
+      (params.grad_pre_input != nullptr || params.grad_pre_values != nullptr ||
+       params.grad_a != nullptr)) {
     return Status::invalid_argument(
-        "value_ffn_bwd: grad_pre_input and grad_pre_values need pre_values");
+        "value_ffn_bwd: grad_pre_input, grad_pre_values and grad_a need pre_values");
   }
   const Workspace workspace(params);
   if (workspace.needs_rows &&
@@ -489,7 +490,8 @@ Status value_ffn_bwd(const ValueFfnBwdParams& params, Stream stream) {
   ULTRAMEM_RETURN_IF_ERROR(check_bwd_params(params));
   if (params.num_tokens == 0) return {};
   const Workspace workspace(params);
-  float* grad_a = workspace.needs_grad_a ? at<float>(params.workspace, workspace.grad_a) : nullptr;
+  float* grad_a = workspace.needs_grad_a ? at<float>(params.workspace, workspace.grad_a)
+                                         : static_cast<float*>(params.grad_a);
   // An empty grad_scores (S = 0) is a null pointer; grad_pre_input is then still to be zeroed.
   if (params.grad_scores != nullptr || grad_a != nullptr || params.grad_pre_input != nullptr) {
     ULTRAMEM_RETURN_IF_ERROR(launch_tokens(params, grad_a, stream));
