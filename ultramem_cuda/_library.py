@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import os
 from collections.abc import Sequence
@@ -109,6 +110,11 @@ def kernel_attributes() -> list[dict[str, Any]]:
     return extension.kernel_attributes(str(_PATH))
 
 
+@functools.cache
+def _c_functions() -> ctypes.CDLL:
+    return ctypes.CDLL(str(_PATH))
+
+
 # ultramem::DType
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
@@ -128,7 +134,7 @@ def factors_sections(
     require()
     shape = (ctypes.c_int64 * 7)(*sizes, *(DTYPE_CODES[dtype] for dtype in dtypes))
     sections = (ctypes.c_int64 * 7)()
-    ctypes.CDLL(str(_PATH)).ultramem_factors_sections(shape, sections)
+    _c_functions().ultramem_factors_sections(shape, sections)
     return tuple(sections)
 
 
@@ -138,7 +144,8 @@ class FactorsState(NamedTuple):
     Attributes:
         num_tokens: held.
         overflow: tokens that did not fit.
-        captured: a CUDA graph that appends to it has been captured: the two above are not known.
+        captured: a CUDA graph that appends to it or clears it has been captured: the two above are
+            not known.
         strangers: appends of the whole process to memory that is nobody's arena, which may have
             been a compiler's copy of this one; where their number has changed, likewise.
     """
@@ -152,20 +159,23 @@ class FactorsState(NamedTuple):
 def factors_state(address: int) -> FactorsState:
     """Of the arena of factors that begins there."""
     state = (ctypes.c_int64 * 4)()
-    ctypes.CDLL(str(_PATH)).ultramem_factors_state(ctypes.c_void_p(address), state)
+    _c_functions().ultramem_factors_state(ctypes.c_void_p(address), state)
     return FactorsState(state[0], state[1], bool(state[2]), state[3])
 
 
-def set_factors_state(address: int, num_tokens: int, overflow: int) -> None:
-    """Counts of an arena, from now on."""
-    ctypes.CDLL(str(_PATH)).ultramem_factors_set(
-        ctypes.c_void_p(address), ctypes.c_int64(num_tokens), ctypes.c_int64(overflow)
+def set_factors_state(address: int, num_tokens: int, overflow: int, captured: bool) -> None:
+    """Counts of an arena, from now on; captured: that is what a graph will do to it."""
+    _c_functions().ultramem_factors_set(
+        ctypes.c_void_p(address),
+        ctypes.c_int64(num_tokens),
+        ctypes.c_int64(overflow),
+        ctypes.c_int32(captured),
     )
 
 
 def forget_factors_state(address: int) -> None:
     """There is a new arena there, or none any more."""
-    ctypes.CDLL(str(_PATH)).ultramem_factors_forget(ctypes.c_void_p(address))
+    _c_functions().ultramem_factors_forget(ctypes.c_void_p(address))
 
 
 class RetrievalShape(ctypes.Structure):

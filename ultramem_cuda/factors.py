@@ -40,6 +40,15 @@ class FactorShape:
     num_groups: int
     dtype: torch.dtype
 
+    def agrees_with(self, other: FactorShape) -> bool:
+        """Equality that torch.compile can trace where sizes are symbols."""
+        return bool(
+            self.num_selected == other.num_selected
+            and self.num_cores == other.num_cores
+            and self.num_groups == other.num_groups
+            and self.dtype == other.dtype
+        )
+
     def __str__(self) -> str:
         return f"S = {self.num_selected}, C = {self.num_cores}, E = {self.num_groups}, {self.dtype}"
 
@@ -69,7 +78,8 @@ class GradientFactors:
     Appends are counted on the host, too, so that nothing here waits for the GPU; but not those of a
     replayed CUDA graph. From the first capture on, ``num_tokens``, the views, :meth:`check` and
     every eager backward synchronise to read the count, and the buffers cannot grow, for the graph
-    writes to them.
+    writes to them. (Nor may they grow between a forward and a backward that inductor compiled: it
+    asserts their size.)
 
     CUDA streams: appends are ordered by the stream that they run on. In eager mode a backward, and
     whatever is called here, waits for the stream used before it. Compiled code and replayed graphs
@@ -289,7 +299,7 @@ class GradientFactors:
             self._enter_stream()
             # Through `data`: graphs of compiled code have saved the arena, at this version.
             self._arena.data[:_HEADER_BYTES].zero_()
-            self._count(0)
+            self._count(0, captured=is_capturing(self.device))
 
     def release(self) -> None:
         """Give the buffers back, and forget the shape that the first use fixed.
@@ -307,7 +317,7 @@ class GradientFactors:
 
     def _fix_shape(self, shape: FactorShape, op: str) -> None:
         if self._shape is not None:
-            if shape != self._shape:
+            if not shape.agrees_with(self._shape):
                 raise ValueError(
                     f"{op}: factors are those of {self._shape}, fixed by their first use, got "
                     f"{shape}; all layers that share a table must agree (release() starts anew)"
@@ -384,10 +394,10 @@ class GradientFactors:
         held, overflow = self._arena[:16].view(torch.int64).tolist()
         return held, overflow
 
-    def _count(self, num_tokens: int, overflow: int = 0) -> None:
-        """Note what the arena holds from now on."""
+    def _count(self, num_tokens: int, overflow: int = 0, captured: bool = False) -> None:
+        """Note what the arena holds from now on, or from the replays of a graph on."""
         if self._arena.is_cuda:
-            _library.set_factors_state(self._arena.data_ptr(), num_tokens, overflow)
+            _library.set_factors_state(self._arena.data_ptr(), num_tokens, overflow, captured)
             self._strangers = _library.factors_state(self._arena.data_ptr()).strangers
 
     def _enter_stream(self) -> None:
@@ -395,7 +405,11 @@ class GradientFactors:
 
         A stream that is capturing cannot wait for what the capture does not hold.
         """
-        if not self._arena.is_cuda or is_capturing(self.device):
+        if not is_capturing(self.device):
+            self._follow_stream()
+
+    def _follow_stream(self) -> None:
+        if not self._arena.is_cuda:
             return
         stream = torch.cuda.current_stream(self.device)
         if self._stream is not None and stream != self._stream:
@@ -442,7 +456,7 @@ class GradientFactors:
                         "table.reserve(num_tokens) before"
                     )
             else:
-                self._enter_stream()
+                self._follow_stream()
                 needed = self._counts()[0] + num_tokens
                 if needed > self.capacity:
                     self._grow(max(needed, 2 * self.capacity), needed)

@@ -236,7 +236,8 @@ class MemoryTable(nn.Module):
     def _introduce(self, *parameters: nn.Parameter | None) -> None:
         """Have parameters know their table."""
         for parameter in parameters:
-            if parameter is not None:
+            # A shallow copy's are those of the original.
+            if parameter is not None and table_of(parameter) is None:
                 setattr(parameter, _PARAMETER_ATTRIBUTE, _TableReference(self))
 
     def _apply(self, fn: Any, recurse: bool = True) -> MemoryTable:

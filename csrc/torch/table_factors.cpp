@@ -12,7 +12,7 @@ namespace {
 struct ArenaState {
   int64_t num_tokens = 0;
   int64_t overflow = 0;
-  // A captured CUDA graph appends at its replays, which nobody counts.
+  // A captured CUDA graph appends or clears at its replays, which nobody counts.
   bool captured = false;
 };
 
@@ -122,10 +122,12 @@ ULTRAMEM_EXPORT void ultramem_factors_forget(const void* arena) {
   binding::states().arenas.erase(arena);
 }
 
-// It now holds that many tokens.
-ULTRAMEM_EXPORT void ultramem_factors_set(const void* arena, int64_t num_tokens, int64_t overflow) {
+// It now holds that many tokens; `captured`: once a graph that is being captured has run.
+ULTRAMEM_EXPORT void ultramem_factors_set(const void* arena, int64_t num_tokens, int64_t overflow,
+                                          int32_t captured) {
   const std::lock_guard<std::mutex> lock(binding::factors_mutex());
   binding::ArenaState& state = binding::states().arenas[arena];
   state.num_tokens = num_tokens;
   state.overflow = overflow;
+  state.captured |= captured != 0;
 }

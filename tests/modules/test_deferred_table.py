@@ -167,8 +167,10 @@ def test_parameters_know_their_table() -> None:
     model.load_state_dict(state, assign=True)
     assert table_of(model.table.values) is model.table
     assert model.table.values is state["table.values"]
+    shallow = copy.copy(model.table)
+    assert table_of(shallow.values) is model.table
     parameters = list(model.table.parameters())
-    del model, twin
+    del shallow, model, twin
     assert all(table_of(p) is None for p in parameters), "a parameter keeps no table alive"
 
 

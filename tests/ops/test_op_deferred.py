@@ -490,11 +490,12 @@ def test_overflow_in_compiled_code_is_flagged(device: str) -> None:
     layer.check((first, upstream), (second, upstream))
 
 
-def test_compiled_and_eager_layers_share_the_factors(device: str) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_and_eager_layers_share_the_factors(device: str, backend: str) -> None:
     torch._dynamo.reset()
     layer = Layer(device)
     layer.reserve(256)
-    function = compiled_pair(layer, "aot_eager")
+    function = compiled_pair(layer, backend)
     first, second, third = layer.inputs(), layer.inputs(), layer.inputs(500)
     upstream, up_third = layer.upstream(), layer.upstream(500)
     function(first, second).backward(upstream)
@@ -506,7 +507,8 @@ def test_compiled_and_eager_layers_share_the_factors(device: str) -> None:
 
 
 def test_compiled_graph_outlives_growth(device: str) -> None:
-    """A compiled forward, then an eager backward that grows, then the compiled backward."""
+    """A compiled forward, then an eager backward that grows, then the compiled backward. (Inductor
+    raises instead: it asserts the sizes that it was compiled for.)"""
     torch._dynamo.reset()
     layer = Layer(device)
     layer.reserve(256)
@@ -518,6 +520,32 @@ def test_compiled_graph_outlives_growth(device: str) -> None:
     out.backward(upstream)
     layer.factors.check()
     layer.check((third, up_third), (first, upstream), (second, upstream))
+
+
+def test_layers_compiled_apart(device: str) -> None:
+    """Each saves the arena that the other's backward writes to; inductor's do so in place."""
+    torch._dynamo.reset()
+    layer = Layer(device)
+    layer.reserve(256)
+    functions = [torch.compile(lambda *inputs: layer(*inputs), fullgraph=True) for _ in range(2)]
+    steps = [(layer.inputs(), layer.upstream()) for _ in range(4)]
+    outs = [functions[i % 2](*inputs) for i, (inputs, _) in enumerate(steps)]
+    torch.autograd.backward(outs, [upstream for _, upstream in steps])
+    layer.check(*steps)
+
+
+def test_compiled_for_any_number_of_tokens(device: str) -> None:
+    torch._dynamo.reset()
+    layer, steps = Layer(device), []
+    layer.reserve(256)
+    function = torch.compile(
+        lambda *inputs: layer(*inputs), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for tokens in (5, 9, 40):
+        inputs, upstream = layer.inputs(tokens), layer.upstream(tokens)
+        function(*inputs).backward(upstream)
+        steps.append((inputs, upstream))
+    layer.check(*steps)
 
 
 # ---- CUDA ------------------------------------------------------------------------------------
