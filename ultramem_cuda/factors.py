@@ -319,8 +319,9 @@ class GradientFactors:
         if self._shape is not None:
             if not shape.agrees_with(self._shape):
                 raise ValueError(
-                    f"{op}: factors are those of {self._shape}, fixed by their first use, got "
-                    f"{shape}; all layers that share a table must agree (release() starts anew)"
+                    f"{op}: factors are those of {self._shape}, fixed by reserve() or the first "
+                    f"use, got {shape}; all layers that share a table must agree (release() starts "
+                    "anew)"
                 )
             return
         if not 1 <= shape.num_groups <= 256:

@@ -41,7 +41,10 @@ TableFactors table_factors(const OpContext& context, Tensor& arena,
   context.check_shape("factors", arena, "[bytes]", {-1});
   context.check_dtype("factors", arena, ScalarType::Byte);
   context.check(arena.is_contiguous(), "factors must be contiguous");
-  const TableFactors factors = factors_in(shape, arena.mutable_data_ptr(), arena.numel());
+  void* memory = arena.mutable_data_ptr();
+  context.check(reinterpret_cast<uintptr_t>(memory) % 16 == 0,
+                "factors must begin at a multiple of 16 bytes");
+  const TableFactors factors = factors_in(shape, memory, arena.numel());
   context.check(
       factors.header != nullptr,
       "factors must have the size of an arena for S = " + std::to_string(shape.num_selected) +

@@ -767,6 +767,7 @@ def test_the_operator_refuses_other_arenas(device: str) -> None:
         (zeros(256, dtype=torch.int8), r"factors must be"),
         (zeros(1, 256), r"factors must be \[bytes\]"),
         (zeros(512)[::2], r"factors must be contiguous"),
+        (zeros(260)[4:], r"factors must begin at a multiple of 16 bytes"),
     ):
         with pytest.raises(RuntimeError, match=f"value_ffn_bwd_deferred: {message}"):
             backward(arena)
