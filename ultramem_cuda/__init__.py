@@ -13,19 +13,22 @@ The operators are in `ultramem_cuda.ops` (and under `torch.ops.ultramem`); the c
 
 from pathlib import Path as _Path
 
-from . import init, losses, ops, optim, stats, topology
+from . import factors, init, losses, ops, optim, stats, topology
 from ._version import __version__
 from .addressing import SlotAddressing
 from .config import UltraMemConfig
+from .factors import GradientFactors
 from .layer import UltraMemLayer
 from .table import MemoryTable
 
 __all__ = [
+    "GradientFactors",
     "MemoryTable",
     "SlotAddressing",
     "UltraMemConfig",
     "UltraMemLayer",
     "__version__",
+    "factors",
     "init",
     "losses",
     "ops",

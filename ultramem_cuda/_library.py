@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -106,6 +108,74 @@ def kernel_attributes() -> list[dict[str, Any]]:
     except ImportError as error:
         raise RuntimeError(f"ultramem_cuda: the module _C is missing ({error})") from error
     return extension.kernel_attributes(str(_PATH))
+
+
+@functools.cache
+def _c_functions() -> ctypes.CDLL:
+    return ctypes.CDLL(str(_PATH))
+
+
+# ultramem::DType
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+
+def factors_sections(
+    sizes: Sequence[int], dtypes: tuple[torch.dtype, torch.dtype]
+) -> tuple[int, ...]:
+    """Where the sections of an arena of factors begin, in bytes a token, and where the last ends.
+
+    Args:
+        sizes: S, Dv, Dp, C and the number of groups.
+        dtypes: of the table, and of pre_input and out.
+
+    Returns:
+        Of slots, weights, grad_a, groups, grad_outs, pre_inputs, and the end: seven numbers.
+    """
+    require()
+    shape = (ctypes.c_int64 * 7)(*sizes, *(DTYPE_CODES[dtype] for dtype in dtypes))
+    sections = (ctypes.c_int64 * 7)()
+    _c_functions().ultramem_factors_sections(shape, sections)
+    return tuple(sections)
+
+
+class FactorsState(NamedTuple):
+    """What the host knows of an arena on a GPU, without waiting for it.
+
+    Attributes:
+        num_tokens: held.
+        overflow: tokens that did not fit.
+        captured: a CUDA graph that appends to it or clears it has been captured: the two above are
+            not known.
+        strangers: appends of the whole process to memory that is nobody's arena, which may have
+            been a compiler's copy of this one; where their number has changed, likewise.
+    """
+
+    num_tokens: int
+    overflow: int
+    captured: bool
+    strangers: int
+
+
+def factors_state(address: int) -> FactorsState:
+    """Of the arena of factors that begins there."""
+    state = (ctypes.c_int64 * 4)()
+    _c_functions().ultramem_factors_state(ctypes.c_void_p(address), state)
+    return FactorsState(state[0], state[1], bool(state[2]), state[3])
+
+
+def set_factors_state(address: int, num_tokens: int, overflow: int, captured: bool) -> None:
+    """Counts of an arena, from now on; captured: that is what a graph will do to it."""
+    _c_functions().ultramem_factors_set(
+        ctypes.c_void_p(address),
+        ctypes.c_int64(num_tokens),
+        ctypes.c_int64(overflow),
+        ctypes.c_int32(captured),
+    )
+
+
+def forget_factors_state(address: int) -> None:
+    """There is a new arena there, or none any more."""
+    _c_functions().ultramem_factors_forget(ctypes.c_void_p(address))
 
 
 class RetrievalShape(ctypes.Structure):

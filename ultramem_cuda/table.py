@@ -2,13 +2,68 @@
 
 from __future__ import annotations
 
+import collections
 import math
+import weakref
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .config import UltraMemConfig
+from .factors import GradientFactors
 from .init import table_std
+
+_PARAMETER_ATTRIBUTE = "_ultramem_table"
+
+
+class _TableReference:
+    """What a parameter knows its table by. In a pickle it is an empty OrderedDict, which
+    ``torch.load(weights_only=True)`` takes: the table sets it anew."""
+
+    def __init__(self, table: MemoryTable) -> None:
+        self.table = weakref.ref(table)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return collections.OrderedDict, ()
+
+
+def table_of(parameter: Tensor) -> MemoryTable | None:
+    """The table that a parameter belongs to, or None."""
+    reference = getattr(parameter, _PARAMETER_ATTRIBUTE, None)
+    return reference.table() if isinstance(reference, _TableReference) else None
+
+
+class _ForeignOptimizers:
+    """Keeps optimizers that know nothing of factors from passing over deferred tables, whose
+    ``.grad`` is None."""
+
+    def __init__(self) -> None:
+        self._watched = False
+
+    def watch(self) -> None:
+        if not self._watched:
+            register_optimizer_step_pre_hook(self._before_step)
+            self._watched = True
+
+    @staticmethod
+    def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if getattr(optimizer, "handles_deferred", False):
+            return
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                table = table_of(parameter) if parameter.requires_grad else None
+                if table is not None and table.factors is not None:
+                    raise RuntimeError(
+                        f"{type(optimizer).__name__} would skip the parameters of a MemoryTable "
+                        "with grad_mode='deferred', whose gradients are not in .grad: leave them "
+                        "out (their factors: table.factors), freeze the table, or use "
+                        "grad_mode='dense'"
+                    )
+
+
+_foreign_optimizers = _ForeignOptimizers()
 
 
 class MemoryTable(nn.Module):
@@ -21,6 +76,8 @@ class MemoryTable(nn.Module):
     Attributes:
         values: parameter [num_slots, value_dim].
         pre_values: parameter [num_slots, pre_value_dim], or None without pre-values.
+        factors: a :class:`~ultramem_cuda.factors.GradientFactors` with ``grad_mode="deferred"``,
+            else None.
 
     Args:
         num_slots: rows, N; N times the width may pass 2^31.
@@ -28,16 +85,24 @@ class MemoryTable(nn.Module):
         pre_value_dim: Dp; 0 or None for plain values.
         dtype: of both parameters, any that ``ops.value_ffn`` takes.
         grad_mode: "dense", ordinary gradients (accumulated in ``param.main_grad`` where that
-            exists). No other mode is available in this version.
+            exists); or "deferred": ``.grad`` stays None and no gradient as large as the table ever
+            exists, the backward appends its factors to ``factors`` instead, until
+            :meth:`zero_grad` or ``factors.clear()``. An optimizer that does not know of them
+            (class attribute ``handles_deferred``) raises when it is to step such a table;
+            ``torch.nn.utils.clip_grad_norm_`` does not see them.
         init_std: standard deviation of the normal initialisation of both parameters.
+
+    ``zero_grad()`` of a module that holds the table sets ``.grad`` itself and does not call the
+    table's: clear the factors where the step is made. Factors are no part of the state dict; a
+    copy, a pickle and a table moved to another device or dtype have none.
 
     Raises:
         TypeError, ValueError: naming the argument, what it was and what it must be.
-        NotImplementedError: ``grad_mode="deferred"``.
     """
 
     values: nn.Parameter
     pre_values: nn.Parameter | None
+    factors: GradientFactors | None
 
     def __init__(
         self,
@@ -69,13 +134,8 @@ class MemoryTable(nn.Module):
             raise TypeError(f"dtype: must be a torch.dtype or None, got {dtype!r}")
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype: must be a floating-point type, got {dtype}")
-        if grad_mode == "deferred":
-            raise NotImplementedError(
-                "grad_mode: must be 'dense', got 'deferred'; deferred gradients are not available "
-                "in this version"
-            )
-        if grad_mode != "dense":
-            raise ValueError(f"grad_mode: must be 'dense', got {grad_mode!r}")
+        if grad_mode not in ("dense", "deferred"):
+            raise ValueError(f"grad_mode: must be 'dense' or 'deferred', got {grad_mode!r}")
         self.num_slots = num_slots
         self.value_dim = value_dim
         self.pre_value_dim = pre_value_dim or 0
@@ -87,6 +147,17 @@ class MemoryTable(nn.Module):
             self.pre_values = nn.Parameter(pre_values)
         else:
             self.register_parameter("pre_values", None)
+        self._config: UltraMemConfig | None = None
+        self.factors = None
+        if grad_mode == "deferred":
+            self.factors = GradientFactors(
+                num_slots,
+                value_dim,
+                self.pre_value_dim,
+                dtype=self.values.dtype,
+                device=self.values.device,
+            )
+            _foreign_optimizers.watch()
         self.reset_parameters()
 
     @classmethod
@@ -99,7 +170,7 @@ class MemoryTable(nn.Module):
         grad_mode: str = "dense",
     ) -> MemoryTable:
         """The table of ``config``, initialised as ``config.init`` says."""
-        return cls(
+        table = cls(
             config.num_slots,
             config.value_dim,
             config.pre_value_dim,
@@ -108,6 +179,8 @@ class MemoryTable(nn.Module):
             grad_mode=grad_mode,
             init_std=table_std(config),
         )
+        table._config = config
+        return table
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -115,6 +188,71 @@ class MemoryTable(nn.Module):
         self.values.normal_(0.0, self.init_std)
         if self.pre_values is not None:
             self.pre_values.normal_(0.0, self.init_std)
+
+    def reserve(
+        self,
+        num_tokens: int,
+        config: UltraMemConfig | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Have room for the factors of so many tokens before code is compiled or a CUDA graph
+        captured; eager mode grows by itself.
+
+        Args:
+            num_tokens: of a step: those of a batch, times micro-batches, times the layers that
+                share the table.
+            config: of the layers; by default that of :meth:`from_config`. Not needed once a
+                backward has run.
+            dtype: of the layers' activations (under autocast, autocast's); by default the table's.
+
+        Raises:
+            ValueError: the table's grad_mode is "dense"; or see ``GradientFactors.reserve``.
+        """
+        if self.factors is None:
+            raise ValueError("reserve: the table's grad_mode must be 'deferred', got 'dense'")
+        config = config or self._config
+        if config is None or (self.factors.shape is not None and dtype is None):
+            self.factors.reserve(num_tokens)
+            return
+        self.factors.reserve(
+            num_tokens,
+            num_selected=config.num_heads * config.topk,
+            num_cores=config.num_cores,
+            num_groups=config.output_groups,
+            dtype=dtype or self.values.dtype,
+        )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``nn.Module.zero_grad``; deferred gradients are cleared, too."""
+        super().zero_grad(set_to_none)
+        if self.factors is not None:
+            self.factors.clear()
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        self._introduce(param)
+
+    def _introduce(self, *parameters: nn.Parameter | None) -> None:
+        """Have parameters know their table."""
+        for parameter in parameters:
+            # A shallow copy's are those of the original.
+            if parameter is not None and table_of(parameter) is None:
+                setattr(parameter, _PARAMETER_ATTRIBUTE, _TableReference(self))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MemoryTable:
+        super()._apply(fn, recurse)
+        self._introduce(self.values, self.pre_values)
+        if self.factors is not None:
+            self.factors._move(self.values.device, self.values.dtype)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"factors": None, "_config": None, **state})
+        self._introduce(self.values, self.pre_values)
+        if self.factors is not None:
+            self.factors._move(self.values.device, self.values.dtype)
+            _foreign_optimizers.watch()
 
     def check_matches(self, config: UltraMemConfig) -> None:
         """Raise where a layer of ``config`` cannot read this table.

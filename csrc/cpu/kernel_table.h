@@ -7,6 +7,7 @@
 
 #include "ultramem/product_key_topk.h"
 #include "ultramem/rms_norm.h"
+#include "ultramem/table_factors.h"
 #include "ultramem/value_ffn.h"
 
 namespace ultramem::cpu {
@@ -27,6 +28,7 @@ struct KernelTable {
   StatusCode (*value_ffn_fwd)(const ValueFfnParams&, const Executor&);
   size_t (*value_ffn_bwd_workspace)(const ValueFfnBwdParams&, const Executor&);
   StatusCode (*value_ffn_bwd)(const ValueFfnBwdParams&, const Executor&);
+  void (*value_ffn_factors)(const ValueFfnBwdDeferredParams&, int64_t position, const Executor&);
 };
 
 // The table of the best instruction set that was built and that this machine has.

@@ -19,7 +19,7 @@ struct Workspace {
 
   explicit Workspace(const ValueFfnBwdParams& params) {
     const int64_t num_entries = params.num_tokens * params.num_selected;
-    needs_grad_a = params.pre_value_dim > 0 &&
+    needs_grad_a = params.grad_a == nullptr && params.pre_value_dim > 0 &&
                    (params.grad_pre_input != nullptr || params.grad_pre_values != nullptr);
     needs_rows =
         num_entries > 0 && (params.grad_values != nullptr || params.grad_pre_values != nullptr);
@@ -38,9 +38,10 @@ Status check_bwd_params(const ValueFfnBwdParams& params) {
     return Status::invalid_argument("value_ffn_bwd: grad_out must not be null");
   }
   if (params.pre_values == nullptr &&
-      (params.grad_pre_input != nullptr || params.grad_pre_values != nullptr)) {
+      (params.grad_pre_input != nullptr || params.grad_pre_values != nullptr ||
+       params.grad_a != nullptr)) {
     return Status::invalid_argument(
-        "value_ffn_bwd: grad_pre_input and grad_pre_values need pre_values");
+        "value_ffn_bwd: grad_pre_input, grad_pre_values and grad_a need pre_values");
   }
   const Workspace workspace(params);
   if (workspace.needs_rows && (params.num_tokens * params.num_selected >= int64_t{1} << 32 ||
@@ -64,8 +65,8 @@ Status value_ffn_bwd(const ValueFfnBwdParams& params, Stream stream) {
   if (params.num_tokens == 0) return {};
   const Workspace workspace(params);
   auto* base = static_cast<char*>(params.workspace);
-  float* grad_a =
-      workspace.needs_grad_a ? reinterpret_cast<float*>(base + workspace.grad_a) : nullptr;
+  float* grad_a = workspace.needs_grad_a ? reinterpret_cast<float*>(base + workspace.grad_a)
+                                         : static_cast<float*>(params.grad_a);
   // An empty grad_scores (S = 0) is a null pointer; grad_pre_input is then still to be zeroed.
   const bool needs_tokens =
       params.grad_scores != nullptr || grad_a != nullptr || params.grad_pre_input != nullptr;

@@ -25,7 +25,8 @@ STABLE_TORCH_LIBRARY(ultramem, m) {
   m.def(
       "value_ffn(Tensor indices, Tensor scores, Tensor values, Tensor? pre_values,"
       " Tensor? pre_input, Tensor? permutation, Tensor? values_main_grad,"
-      " Tensor? pre_values_main_grad, str activation, int window, int offset, int expand,"
+      " Tensor? pre_values_main_grad, Tensor? factors, str activation, int window, int offset, int "
+      "expand,"
       " str shuffle, int num_keys, int seed, bool sum_groups)"
       " -> (Tensor out, Tensor pre_activation)");
   m.def(
@@ -40,6 +41,11 @@ STABLE_TORCH_LIBRARY(ultramem, m) {
       " str activation, int window, int offset, int expand, str shuffle, int num_keys, int seed,"
       " bool sum_groups, Tensor(a!)? values_main_grad, Tensor(b!)? pre_values_main_grad)"
       " -> (Tensor, Tensor)");
+  m.def(
+      "value_ffn_bwd_deferred(Tensor grad_out, Tensor indices, Tensor scores, Tensor values,"
+      " Tensor? pre_values, Tensor? pre_input, Tensor pre_activation, Tensor? permutation,"
+      " str activation, int window, int offset, int expand, str shuffle, int num_keys, int seed,"
+      " bool sum_groups, Tensor(a!) factors) -> (Tensor, Tensor)");
 }
 
 namespace ultramem::torch_binding {
@@ -57,6 +63,7 @@ void register_all(torch::stable::detail::StableLibrary& m) {
   m.impl("value_ffn", TORCH_BOX(&value_ffn));
   m.impl("value_ffn_bwd", TORCH_BOX(&value_ffn_bwd));
   m.impl("value_ffn_bwd_main_grad", TORCH_BOX(&value_ffn_bwd_main_grad));
+  m.impl("value_ffn_bwd_deferred", TORCH_BOX(&value_ffn_bwd_deferred));
 }
 
 }  // namespace

@@ -32,10 +32,10 @@ std::tuple<Tensor, Tensor, Tensor> product_key_topk_bwd(Tensor grad_scores, Tens
 std::tuple<Tensor, Tensor> value_ffn(Tensor indices, Tensor scores, Tensor values,
                                      OptionalTensor pre_values, OptionalTensor pre_input,
                                      OptionalTensor permutation, OptionalTensor values_main_grad,
-                                     OptionalTensor pre_values_main_grad, std::string activation,
-                                     int64_t window, int64_t offset, int64_t expand,
-                                     std::string shuffle, int64_t num_keys, int64_t seed,
-                                     bool sum_groups);
+                                     OptionalTensor pre_values_main_grad, OptionalTensor factors,
+                                     std::string activation, int64_t window, int64_t offset,
+                                     int64_t expand, std::string shuffle, int64_t num_keys,
+                                     int64_t seed, bool sum_groups);
 std::tuple<Tensor, Tensor, Tensor, Tensor> value_ffn_bwd(
     Tensor grad_out, Tensor indices, Tensor scores, Tensor values, OptionalTensor pre_values,
     OptionalTensor pre_input, Tensor pre_activation, OptionalTensor permutation,
@@ -47,5 +47,10 @@ std::tuple<Tensor, Tensor> value_ffn_bwd_main_grad(
     std::string activation, int64_t window, int64_t offset, int64_t expand, std::string shuffle,
     int64_t num_keys, int64_t seed, bool sum_groups, OptionalTensor values_main_grad,
     OptionalTensor pre_values_main_grad);
+std::tuple<Tensor, Tensor> value_ffn_bwd_deferred(
+    Tensor grad_out, Tensor indices, Tensor scores, Tensor values, OptionalTensor pre_values,
+    OptionalTensor pre_input, Tensor pre_activation, OptionalTensor permutation,
+    std::string activation, int64_t window, int64_t offset, int64_t expand, std::string shuffle,
+    int64_t num_keys, int64_t seed, bool sum_groups, Tensor factors);
 
 }  // namespace ultramem::torch_binding

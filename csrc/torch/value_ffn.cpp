@@ -3,6 +3,7 @@
 #include <cstdlib>
 
 #include "ops.h"
+#include "table_factors.h"
 
 namespace ultramem::torch_binding {
 namespace {
@@ -147,11 +148,13 @@ void check_indices_in_debug(const OpContext& context, const ValueFfnParams& para
 }
 #endif
 
-// The inputs of a backward, made contiguous, and the gradients that both kinds return.
+// The inputs of a backward, made contiguous, and the gradients that all kinds return. Params is
+// ValueFfnBwdParams or extends it.
+template <typename Params = ValueFfnBwdParams>
 struct Backward {
   Tensor grad_out, indices, scores, values, pre_activation;
   OptionalTensor pre_values, pre_input, permutation;
-  ValueFfnBwdParams params;
+  Params params;
   Tensor grad_scores, grad_pre_input;
 
   Backward(const OpContext& context, const Tensor& grad_out_, const Tensor& indices_,
@@ -190,13 +193,13 @@ struct Backward {
       grad_pre_input = context.empty({0}, values.scalar_type());
     }
   }
-
-  void run(const OpContext& context) {
-    Tensor workspace = ULTRAMEM_WORKSPACE(context, value_ffn_bwd_workspace, params);
-    params.workspace = workspace.mutable_data_ptr();
-    context.check(ULTRAMEM_CALL(context, value_ffn_bwd, params));
-  }
 };
+
+void run(const OpContext& context, ValueFfnBwdParams& params) {
+  Tensor workspace = ULTRAMEM_WORKSPACE(context, value_ffn_bwd_workspace, params);
+  params.workspace = workspace.mutable_data_ptr();
+  context.check(ULTRAMEM_CALL(context, value_ffn_bwd, params));
+}
 
 // Which of the indices, on the CPU, is out of range, for the message.
 void check_indices(const OpContext& context, const ValueFfnParams& params) {
@@ -216,8 +219,9 @@ void check_indices(const OpContext& context, const ValueFfnParams& params) {
 std::tuple<Tensor, Tensor> value_ffn(
     Tensor indices, Tensor scores, Tensor values, OptionalTensor pre_values,
     OptionalTensor pre_input, OptionalTensor permutation, OptionalTensor /*values_main_grad*/,
-    OptionalTensor /*pre_values_main_grad*/, std::string activation, int64_t window, int64_t offset,
-    int64_t expand, std::string shuffle, int64_t num_keys, int64_t seed, bool sum_groups) {
+    OptionalTensor /*pre_values_main_grad*/, OptionalTensor /*factors*/, std::string activation,
+    int64_t window, int64_t offset, int64_t expand, std::string shuffle, int64_t num_keys,
+    int64_t seed, bool sum_groups) {
   const OpContext context("value_ffn", "values", values);
   indices = as_contiguous(indices);
   scores = as_contiguous(scores);
@@ -254,9 +258,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> value_ffn_bwd(
     std::string activation, int64_t window, int64_t offset, int64_t expand, std::string shuffle,
     int64_t num_keys, int64_t seed, bool sum_groups, bool need_values, bool need_pre_values) {
   const OpContext context("value_ffn_bwd", "values", values);
-  Backward backward(context, grad_out, indices, scores, values, pre_values, pre_input,
-                    pre_activation, permutation, activation,
-                    {permutation, window, offset, expand, shuffle, num_keys, seed}, sum_groups);
+  Backward<> backward(context, grad_out, indices, scores, values, pre_values, pre_input,
+                      pre_activation, permutation, activation,
+                      {permutation, window, offset, expand, shuffle, num_keys, seed}, sum_groups);
   const ScalarType dtype = values.scalar_type();
   backward.params.grad_table_dtype = backward.params.table_dtype;
   Tensor grad_values = need_values ? context.zeros({values.size(0), values.size(1)}, dtype)
@@ -267,7 +271,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> value_ffn_bwd(
                                ? context.zeros({pre_values->size(0), pre_values->size(1)}, dtype)
                                : context.empty({0}, dtype);
   if (has_pre) backward.params.grad_pre_values = grad_pre_values.mutable_data_ptr();
-  backward.run(context);
+  run(context, backward.params);
   return {backward.grad_scores, backward.grad_pre_input, grad_values, grad_pre_values};
 }
 
@@ -278,9 +282,9 @@ std::tuple<Tensor, Tensor> value_ffn_bwd_main_grad(
     int64_t num_keys, int64_t seed, bool sum_groups, OptionalTensor values_main_grad,
     OptionalTensor pre_values_main_grad) {
   const OpContext context("value_ffn_bwd_main_grad", "values", values);
-  Backward backward(context, grad_out, indices, scores, values, pre_values, pre_input,
-                    pre_activation, permutation, activation,
-                    {permutation, window, offset, expand, shuffle, num_keys, seed}, sum_groups);
+  Backward<> backward(context, grad_out, indices, scores, values, pre_values, pre_input,
+                      pre_activation, permutation, activation,
+                      {permutation, window, offset, expand, shuffle, num_keys, seed}, sum_groups);
   const ScalarType acc = scalar_type(accumulation_dtype(backward.params.table_dtype));
   backward.params.grad_table_dtype = accumulation_dtype(backward.params.table_dtype);
   backward.params.accumulate = true;
@@ -299,7 +303,39 @@ std::tuple<Tensor, Tensor> value_ffn_bwd_main_grad(
     context.check(pre_values_main_grad->is_contiguous(), "pre_values.main_grad must be contiguous");
     backward.params.grad_pre_values = pre_values_main_grad->mutable_data_ptr();
   }
-  backward.run(context);
+  run(context, backward.params);
+  return {backward.grad_scores, backward.grad_pre_input};
+}
+
+std::tuple<Tensor, Tensor> value_ffn_bwd_deferred(
+    Tensor grad_out, Tensor indices, Tensor scores, Tensor values, OptionalTensor pre_values,
+    OptionalTensor pre_input, Tensor pre_activation, OptionalTensor permutation,
+    std::string activation, int64_t window, int64_t offset, int64_t expand, std::string shuffle,
+    int64_t num_keys, int64_t seed, bool sum_groups, Tensor factors) {
+  const OpContext context("value_ffn_bwd_deferred", "values", values);
+  Backward<ValueFfnBwdDeferredParams> backward(
+      context, grad_out, indices, scores, values, pre_values, pre_input, pre_activation,
+      permutation, activation, {permutation, window, offset, expand, shuffle, num_keys, seed},
+      sum_groups);
+  ValueFfnBwdDeferredParams& params = backward.params;
+  TableFactorsShape shape;
+  shape.num_selected = params.num_selected;
+  shape.value_dim = params.value_dim;
+  shape.pre_value_dim = params.pre_value_dim;
+  shape.num_cores = params.num_cores;
+  const int64_t num_groups = sum_groups ? 1 : params.addressing.expand;
+  context.check(
+      num_groups <= kMaxFactorGroups,
+      "expand must be at most 256 with sum_groups=False, got " + std::to_string(num_groups));
+  shape.num_groups = static_cast<int32_t>(num_groups);
+  shape.table_dtype = params.table_dtype;
+  shape.dtype = params.dtype;
+  params.factors = table_factors(context, factors, shape);
+  Tensor workspace = ULTRAMEM_WORKSPACE(context, value_ffn_bwd_deferred_workspace, params);
+  params.workspace = workspace.mutable_data_ptr();
+  const std::lock_guard<std::mutex> lock(factors_mutex());
+  context.check(ULTRAMEM_CALL(context, value_ffn_bwd_deferred, params));
+  note_append(context, params.factors, params.num_tokens);
   return {backward.grad_scores, backward.grad_pre_input};
 }
 

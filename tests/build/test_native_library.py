@@ -78,6 +78,10 @@ def test_exports_only_its_c_entry_points():
     }
     assert exported == {
         "ultramem_cpu_capability",
+        "ultramem_factors_forget",
+        "ultramem_factors_sections",
+        "ultramem_factors_set",
+        "ultramem_factors_state",
         "ultramem_kernel_attributes",
         "ultramem_kernel_count",
         "ultramem_product_key_topk_fwd_path",

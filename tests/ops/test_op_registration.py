@@ -11,7 +11,7 @@ from helpers import Data, accumulation_dtype
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ultramem_cuda import ops
+from ultramem_cuda import GradientFactors, ops
 
 
 def rms_norm_args(data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5) -> tuple[Any, ...]:
@@ -98,21 +98,21 @@ def value_ffn_args(data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5) 
     values = data.normal(12, 6, dtype=dtype, requires_grad=grad)
     pre_values = data.normal(12, 7, dtype=dtype, requires_grad=grad)
     pre_input = data.normal(tokens, 7, dtype=dtype, requires_grad=grad)
-    tensors = indices, scores, values, pre_values, pre_input, None, None, None
+    tensors = indices, scores, values, pre_values, pre_input, None, None, None, None
     return *tensors, *OPTIONS, False
 
 
 def bag_args(data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5) -> tuple[Any, ...]:
     scores = data.normal(tokens, 4, 2, dtype=accumulation_dtype(dtype), requires_grad=grad)
     values = data.normal(12, 6, dtype=dtype, requires_grad=grad)
-    tensors = data.integers(12, tokens, 4, dtype=torch.int32), scores, values, *[None] * 5
+    tensors = data.integers(12, tokens, 4, dtype=torch.int32), scores, values, *[None] * 6
     return *tensors, "identity", 0, 0, 1, "none", 0, 0, True
 
 
 def saved_of_value_ffn(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """grad_out, the inputs, pre_activation, permutation and options, as the backward takes them."""
     out, pre_activation = torch.ops.ultramem.value_ffn(*arguments)
-    tensors, permutation, options = arguments[:5], arguments[5], arguments[8:]
+    tensors, permutation, options = arguments[:5], arguments[5], arguments[9:]
     return torch.ones_like(out), *tensors, pre_activation.detach(), permutation, *options
 
 
@@ -130,6 +130,12 @@ def main_grad_args(data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5) 
     acc = accumulation_dtype(dtype)
     buffers = [torch.zeros(12, width, dtype=acc, device=data.device) for width in (6, 7)]
     return *saved_of_value_ffn(value_ffn_args(data, dtype, False, tokens)), *buffers
+
+
+def deferred_args(data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5) -> tuple[Any, ...]:
+    factors = GradientFactors(12, 6, 7, dtype=dtype, device=data.device)
+    factors.reserve(8, num_selected=4, num_cores=2, num_groups=4)
+    return *saved_of_value_ffn(value_ffn_args(data, dtype, False, tokens)), factors.arena
 
 
 def key_balance_args(
@@ -197,6 +203,7 @@ BACKWARDS: dict[str, tuple[str, MakeArgs]] = {
     "value_ffn_bwd": ("value_ffn_bwd", value_ffn_bwd_args),
     "value_ffn_bwd_bag": ("value_ffn_bwd", bag_bwd_args),
     "value_ffn_bwd_main_grad": ("value_ffn_bwd_main_grad", main_grad_args),
+    "value_ffn_bwd_deferred": ("value_ffn_bwd_deferred", deferred_args),
 }
 ALL = FORWARDS | BACKWARDS
 

@@ -21,6 +21,7 @@ from .. import _library, ops
 from ..addressing import SlotAddressing
 from ..examples.lm.arguments import resolve_device
 from ..examples.lm.errors import UsageError
+from ..factors import GradientFactors
 from ..python_ref.product_key import Mode
 from ..python_ref.value_ffn import Activation
 
@@ -305,6 +306,7 @@ def _value_ffn(
     pre_values: bool = True,
     sum_groups: bool = True,
     main_grad: bool = False,
+    deferred: bool = False,
 ) -> Iterator[Result]:
     tokens, selected, cores, pre_dim, value_dim = 19, 24, 2, 20, 36
     # Four virtual copies of 100 rows of 150, wrapping around the end of the table.
@@ -316,15 +318,26 @@ def _value_ffn(
         leaves += [bench.normal(addressing.num_slots, pre_dim), bench.normal(tokens, pre_dim)]
     for table in leaves[1:3] if main_grad else []:
         table.main_grad = torch.zeros_like(table, dtype=bench.wide)  # type: ignore[attr-defined]
+    table = leaves[1]
+    factors = GradientFactors(
+        addressing.num_slots,
+        value_dim,
+        pre_dim if pre_values else 0,
+        dtype=table.dtype,
+        device=table.device,
+    )
     out = ops.value_ffn(
         indices,
         *leaves,
         activation=activation,
         addressing=addressing,
         sum_groups=sum_groups,
+        factors=factors if deferred else None,
     )
     upstream = bench.upstream(out)
     out.backward(upstream)
+    for table, grad in zip(leaves[1:3], factors.to_dense() if deferred else (), strict=False):
+        table.grad = None if grad is None else grad.to(table.dtype)
     for table in leaves[1:3] if main_grad else []:
         table.grad = table.main_grad.to(table.dtype)  # type: ignore[attr-defined]
 
@@ -449,4 +462,6 @@ _OPERATORS: dict[str, Callable[[_Bench], Iterator[Result]]] = {
     "value_ffn, relu": partial(_value_ffn, activation="relu"),
     "value_ffn, silu": partial(_value_ffn, activation="silu"),
     "value_ffn, main_grad": partial(_value_ffn, main_grad=True),
+    "value_ffn, deferred": partial(_value_ffn, deferred=True),
+    "value_ffn, deferred, groups apart": partial(_value_ffn, deferred=True, sum_groups=False),
 }

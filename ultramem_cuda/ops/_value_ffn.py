@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _library
 from ..addressing import SlotAddressing
+from ..factors import FactorShape, GradientFactors, owner_of
 from ._checks import ArgumentChecks, accumulation_dtype, check_cores
 from ._common import (
     accumulation_cast,
@@ -30,6 +31,7 @@ def value_ffn(
     activation: str = "identity",
     addressing: SlotAddressing | None = None,
     sum_groups: bool = True,
+    factors: GradientFactors | None = None,
 ) -> Tensor:
     """Sums the outputs of the retrieved slots, each an FFN of inner width one.
 
@@ -52,6 +54,8 @@ def value_ffn(
         addressing: how indices become rows of the table; see `SlotAddressing`.
         sum_groups: sum the E groups of implicit value expansion (UltraMemV2); False keeps them
             apart (UltraMem).
+        factors: deferred gradients of the tables: where one of them trains, the backward appends
+            the factors of their gradients there and gives the tables none.
 
     Returns:
         out [T, Dv], or [T, E, Dv] with sum_groups=False; dtype of pre_input, else of values.
@@ -63,7 +67,8 @@ def value_ffn(
     (under torch.compile: by the forward). The buffer is the one that the attribute holds when the
     forward runs; a slice of a table has no such attribute. Any backward through the operator then
     adds to it, one that was asked for other gradients only (``torch.autograd.grad``) too; with
-    ``create_graph=True`` it raises.
+    ``create_graph=True`` it raises. All of this holds for ``factors`` as well, which exclude a
+    main_grad; see :class:`~ultramem_cuda.GradientFactors` for compiled code and CUDA graphs.
 
     Under autocast pre_input is cast; tables and scores never.
 
@@ -87,6 +92,15 @@ def value_ffn(
         else:
             shuffle = addressing.shuffle or "none"
     values_main_grad, pre_values_main_grad = _main_grads(values, pre_values)
+    arena: Tensor | None = None
+    if factors is not None and _tables_train(values, pre_values):
+        if values_main_grad is not None or pre_values_main_grad is not None:
+            raise ValueError("value_ffn: factors and a main_grad of the tables exclude each other")
+        if indices.dim() == 2 and scores.dim() == 3:  # else the operator says so
+            like = values if pre_input is None else pre_input
+            num_groups = 1 if sum_groups else expand
+            shape = FactorShape(indices.shape[1], scores.shape[2], num_groups, like.dtype)
+            arena = factors._for_forward(values, pre_values, shape)
     out, _ = torch.ops.ultramem.value_ffn(
         indices,
         accumulation_cast("value_ffn", "scores", scores, values.dtype),
@@ -96,6 +110,7 @@ def value_ffn(
         permutation,
         values_main_grad,
         pre_values_main_grad,
+        arena,
         activation,
         window,
         offset,
@@ -106,6 +121,11 @@ def value_ffn(
         sum_groups,
     )
     return out
+
+
+def _tables_train(values: Tensor, pre_values: Tensor | None) -> bool:
+    trains = values.requires_grad or (pre_values is not None and pre_values.requires_grad)
+    return trains and torch.is_grad_enabled()
 
 
 def _main_grads(values: Tensor, pre_values: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -181,6 +201,7 @@ def _value_ffn_fake(
     permutation: Tensor | None,
     values_main_grad: Tensor | None,
     pre_values_main_grad: Tensor | None,
+    factors: Tensor | None,
     activation: str,
     window: int,
     offset: int,
@@ -263,12 +284,30 @@ def _value_ffn_bwd_main_grad_fake(
     )
 
 
+def _value_ffn_bwd_deferred_fake(
+    grad_out: Tensor,
+    indices: Tensor,
+    scores: Tensor,
+    values: Tensor,
+    pre_values: Tensor | None,
+    pre_input: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    factors = rest[-1]
+    checks = ArgumentChecks("value_ffn_bwd_deferred", "values", values)
+    checks.shape("factors", factors, "[bytes]", (None,))
+    checks.has_dtype("factors", factors, torch.uint8)
+    return _value_ffn_bwd_main_grad_fake(
+        grad_out, indices, scores, values, pre_values, pre_input, *rest
+    )
+
+
 def _value_ffn_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     indices, scores, values, pre_values, pre_input, permutation = inputs[:6]
     # Not saved tensors: their version counters move between layers that share the table.
-    ctx.values_main_grad, ctx.pre_values_main_grad = inputs[6:8]
+    ctx.values_main_grad, ctx.pre_values_main_grad, ctx.factors = inputs[6:9]
     ctx.tables = (values, pre_values)
-    ctx.options = inputs[8:]
+    ctx.options = inputs[9:]
     _, pre_activation = output
     ctx.mark_non_differentiable(pre_activation)
     optional = (pre_values, pre_input, permutation)
@@ -302,7 +341,9 @@ def _value_ffn_backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Any, ...]:
     _, need_scores, need_values, need_pre_values, need_pre_input = ctx.needs_input_grad[:5]
     grad_values: Tensor | None = None
     grad_pre_values: Tensor | None = None
-    if ctx.values_main_grad is None and ctx.pre_values_main_grad is None:
+    if ctx.factors is not None:
+        grad_scores, grad_pre_input = _append_factors(ctx.factors, arguments)
+    elif ctx.values_main_grad is None and ctx.pre_values_main_grad is None:
         grad_scores, grad_pre_input, grad_values, grad_pre_values = (
             torch.ops.ultramem.value_ffn_bwd(*arguments, need_values, need_pre_values)
         )
@@ -323,12 +364,25 @@ def _value_ffn_backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Any, ...]:
         grad_values if need_values else None,
         grad_pre_values if need_pre_values else None,
         grad_pre_input if need_pre_input else None,
-        *[None] * 11,
+        *[None] * 12,
     )
+
+
+def _append_factors(arena: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """Gradients of scores and pre_input; the factors of the tables' go to the arena."""
+    if torch.is_grad_enabled():
+        raise_double_backward("value_ffn")
+    owner = owner_of(arena)
+    if owner is None:
+        return torch.ops.ultramem.value_ffn_bwd_deferred(*arguments, arena)
+    indices: Tensor = arguments[1]
+    with owner._appending(indices.shape[0]) as grown:
+        return torch.ops.ultramem.value_ffn_bwd_deferred(*arguments, grown)
 
 
 if _library.is_loaded():
     register("value_ffn", _value_ffn_fake, _value_ffn_setup, _value_ffn_backward)
     register("value_ffn_bwd", _value_ffn_bwd_fake)
-    # Mutates its arguments, which register_autograd refuses; _value_ffn_backward guards it.
+    # They mutate their arguments, which register_autograd refuses; _value_ffn_backward guards them.
     torch.library.register_fake("ultramem::value_ffn_bwd_main_grad", _value_ffn_bwd_main_grad_fake)
+    torch.library.register_fake("ultramem::value_ffn_bwd_deferred", _value_ffn_bwd_deferred_fake)

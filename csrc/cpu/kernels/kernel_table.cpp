@@ -19,6 +19,7 @@ const KernelTable& kernel_table() {
       value_ffn_fwd,
       value_ffn_bwd_workspace,
       value_ffn_bwd,
+      value_ffn_factors,
   };
   return kTable;
 }

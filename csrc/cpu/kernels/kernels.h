@@ -20,5 +20,8 @@ size_t value_ffn_fwd_workspace(const ValueFfnParams& params, const Executor& exe
 StatusCode value_ffn_fwd(const ValueFfnParams& params, const Executor& executor);
 size_t value_ffn_bwd_workspace(const ValueFfnBwdParams& params, const Executor& executor);
 StatusCode value_ffn_bwd(const ValueFfnBwdParams& params, const Executor& executor);
+// All of the factors but da, from token `position` of theirs on.
+void value_ffn_factors(const ValueFfnBwdDeferredParams& params, int64_t position,
+                       const Executor& executor);
 
 }  // namespace ultramem::cpu::ULTRAMEM_CPU_CAPABILITY

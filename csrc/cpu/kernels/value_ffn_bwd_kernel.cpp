@@ -50,7 +50,8 @@ Layout<Acc> lay_out(const ValueFfnBwdParams& p, const Executor& executor, Arena*
   layout.slots = arena->take<int64_t>(entries);
   layout.groups_of_slots = arena->take<int64_t>(entries);
   layout.hidden = arena->take<Acc>(pre_entries);
-  layout.grad_pre = arena->take<Acc>(pre_entries);
+  layout.grad_pre =
+      p.grad_a != nullptr ? static_cast<Acc*>(p.grad_a) : arena->take<Acc>(pre_entries);
   layout.scratch =
       arena->take<Acc>(worker_count(executor) * round_up(p.pre_value_dim + p.value_dim, 16));
   layout.grouping = arena->take<char>(static_cast<int64_t>(
@@ -88,7 +89,7 @@ class TokenPass {
     return static_cast<const Table*>(p_.pre_values) + slot * p_.pre_value_dim;
   }
   bool wants_scores() const {
-    return p_.grad_scores != nullptr || p_.grad_pre_input != nullptr ||
+    return p_.grad_scores != nullptr || p_.grad_pre_input != nullptr || p_.grad_a != nullptr ||
            (p_.grad_pre_values != nullptr && has_pre_values(p_));
   }
 

@@ -49,6 +49,7 @@ struct ValueFfnBwdParams : ValueFfnParams {
   void* grad_pre_values = nullptr;
   DType grad_table_dtype = DType::kFloat32;
   bool accumulate = false;
+  void* grad_a = nullptr;  // [T, S] acc: da; null: not wanted (always null without pre-values)
 };
 
 namespace cpu {
