@@ -18,8 +18,8 @@ namespace {
 using namespace value_ffn;
 
 constexpr int kRowThreads = 128;
-// Bounds registers to 96.
-constexpr int kRowBlocks = 5;
+// Blocks that a multiprocessor holds: bounds registers to 96, or 128.
+constexpr int row_blocks(size_t element_bytes) { return element_bytes == 4 ? 4 : 5; }
 constexpr int kRowWarps = kRowThreads / kWarpSize;
 // Entries at which a warp's runs begin. It looks up a window of 32 at once, so that a run of some
 // length is in sight from its beginning.
@@ -265,7 +265,7 @@ __device__ __forceinline__ void sum_tile(const ValueFfnBwdParams& params, const 
 
 // Grid: kRowWarps tiles a block.
 template <typename InputT, typename GradT>
-__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+__global__ void __launch_bounds__(kRowThreads, row_blocks(sizeof(InputT)))
     value_ffn_bwd_rows_kernel(const __grid_constant__ ValueFfnBwdParams params,
                               const __grid_constant__ Rows rows, bool vectors) {
   const int64_t tile = int64_t{blockIdx.x} * kRowWarps + threadIdx.x / kWarpSize;
