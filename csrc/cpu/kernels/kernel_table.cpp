@@ -19,6 +19,10 @@ const KernelTable& kernel_table() {
       value_ffn_fwd,
       value_ffn_bwd_workspace,
       value_ffn_bwd,
+      table_grad_sum_sq_workspace,
+      table_grad_sum_sq,
+      table_update_workspace,
+      table_update,
   };
   return kTable;
 }

@@ -21,4 +21,9 @@ StatusCode value_ffn_fwd(const ValueFfnParams& params, const Executor& executor)
 size_t value_ffn_bwd_workspace(const ValueFfnBwdParams& params, const Executor& executor);
 StatusCode value_ffn_bwd(const ValueFfnBwdParams& params, const Executor& executor);
 
+size_t table_grad_sum_sq_workspace(const TableGradSumSqParams& params, const Executor& executor);
+void table_grad_sum_sq(const TableGradSumSqParams& params, const Executor& executor);
+size_t table_update_workspace(const TableUpdateParams& params, const Executor& executor);
+void table_update(const TableUpdateParams& params, const Executor& executor);
+
 }  // namespace ultramem::cpu::ULTRAMEM_CPU_CAPABILITY
