@@ -10,9 +10,9 @@
 #include "ultramem/table_update.h"
 
 #if defined(__CUDACC__)
-#define ULTRAMEM_HOST_DEVICE __host__ __device__ inline
+#define ULTRAMEM_RUNS_FUNCTION __host__ __device__ inline
 #else
-#define ULTRAMEM_HOST_DEVICE inline
+#define ULTRAMEM_RUNS_FUNCTION inline
 #endif
 
 namespace ultramem {
@@ -22,7 +22,7 @@ constexpr int64_t kMinPieceLength = 256;
 constexpr int64_t kMaxPiecesOfAll = 16384;  // bounds the memory that their sums take
 constexpr uint32_t kPiecesPerGroup = 32;
 
-ULTRAMEM_HOST_DEVICE uint32_t piece_length(int64_t num_entries) {
+ULTRAMEM_RUNS_FUNCTION uint32_t piece_length(int64_t num_entries) {
   int64_t length = kMinPieceLength;
   while (num_entries / length > kMaxPiecesOfAll) length *= 2;
   return static_cast<uint32_t>(length);
@@ -30,10 +30,10 @@ ULTRAMEM_HOST_DEVICE uint32_t piece_length(int64_t num_entries) {
 
 // Where the sum of a piece lies among num_piece_sums(n) rows. A window of piece_length entries has
 // at most one first piece of a long run, and one later piece, beginning in it.
-ULTRAMEM_HOST_DEVICE uint32_t piece_sum_row(uint32_t run_begin, uint32_t piece, uint32_t length) {
+ULTRAMEM_RUNS_FUNCTION uint32_t piece_sum_row(uint32_t run_begin, uint32_t piece, uint32_t length) {
   return 2 * ((run_begin + piece * length) / length) + (piece == 0 ? 1 : 0);
 }
-ULTRAMEM_HOST_DEVICE int64_t num_piece_sums(int64_t num_entries) {
+ULTRAMEM_RUNS_FUNCTION int64_t num_piece_sums(int64_t num_entries) {
   const int64_t length = piece_length(num_entries);
   return num_entries > length ? 2 * ((num_entries + length - 1) / length) : 0;
 }

@@ -103,8 +103,9 @@ ULTRAMEM_UPDATE_FUNCTION UpdateScalars<Acc> prepare_update(const TableUpdatePara
   s.one_minus_beta1 = static_cast<Acc>(add(1.0, -p.beta1));
   s.beta2 = static_cast<Acc>(p.beta2);
   s.one_minus_beta2 = static_cast<Acc>(add(1.0, -p.beta2));
-  s.root_scale = static_cast<Acc>(div(1.0, root(correction2)));
-  s.eps = static_cast<Acc>(p.eps);
+  const double root_scale = div(1.0, root(correction2));
+  s.root_scale = static_cast<Acc>(root_scale);
+  s.eps = static_cast<Acc>(p.eps_before_correction ? mul(p.eps, root_scale) : p.eps);
   return s;
 }
 

@@ -211,6 +211,7 @@ void table_update(std::string optimizer, Tensor weight, OptionalTensor master,
   params.beta1 = beta1;
   params.beta2 = beta2;
   params.eps = eps;
+  params.eps_before_correction = !grad.has_value();
   params.weight_decay = weight_decay;
   params.stochastic_rounding = stochastic_rounding;
   params.seed = static_cast<uint64_t>(seed);

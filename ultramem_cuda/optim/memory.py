@@ -296,8 +296,8 @@ class MemoryAdam(MemoryOptimizer):
         p <- p - lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
 
     With dense gradients this is torch.optim.AdamW. With deferred ones it is torch.optim.SparseAdam:
-    untouched rows keep their moments, the bias correction counts all steps; but eps is added where
-    AdamW adds it, after the correction of v.
+    untouched rows keep their moments, the bias correction counts all steps, and eps is added before
+    the correction of v: sqrt(v / (1 - beta2^step)) + eps / sqrt(1 - beta2^step).
 
     State, per parameter: "step" (float32 scalar), "exp_avg" and "exp_avg_sq" (like the parameter,
     in ``state_dtype``), with ``master_weights`` "master" (float32). A bfloat16 table with

@@ -94,6 +94,7 @@ struct TableUpdateParams {
   double learning_rate = 0;
   double beta1 = 0, beta2 = 0;
   double eps = 0;
+  bool eps_before_correction = false;  // Adam: / ((sqrt(v) + eps) / sqrt(1 - beta2^step))
   double weight_decay = 0;
 
   // bf16 weights and moments, and fp16 weights, are rounded stochastically with random numbers from
