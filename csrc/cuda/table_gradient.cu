@@ -13,6 +13,9 @@ namespace ultramem::cuda {
 namespace table_kernels {
 namespace {
 
+// Blocks a multiprocessor must hold: up to 80 registers, which avoids spills.
+constexpr int kMinBlocks = 6;
+
 // Order of the entries ----------------------------------------------------------------------------
 
 __global__ void __launch_bounds__(kThreads)
@@ -24,14 +27,15 @@ __global__ void __launch_bounds__(kThreads)
   entries[entry] = static_cast<uint32_t>(entry);
 }
 
-struct RunBegins {
-  const uint32_t* keys;
-  uint32_t num_rows;
-  __device__ __forceinline__ bool operator()(uint32_t position) const {
-    const uint32_t key = keys[position];
-    return key != num_rows && (position == 0 || keys[position - 1] != key);
-  }
-};
+// Whether a run of a row begins at a position.
+__global__ void __launch_bounds__(kThreads)
+    table_group_begins_kernel(const uint32_t* keys, int64_t num_entries, uint32_t num_rows,
+                              uint8_t* begins) {
+  const int64_t position = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (position >= num_entries) return;
+  const uint32_t key = keys[position];
+  begins[position] = key != num_rows && (position == 0 || keys[position - 1] != key);
+}
 
 // The end of the last run; and the pieces of runs longer than one, in any order.
 __global__ void __launch_bounds__(kThreads)
@@ -72,7 +76,7 @@ __global__ void __launch_bounds__(kThreads)
 // Sums of pieces ----------------------------------------------------------------------------------
 
 // A warp a piece and tile of columns.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
     table_piece_sums_kernel(const __grid_constant__ GradientArguments arguments,
                             float* piece_sums) {
   const TableGradient& g = arguments.gradient;
@@ -125,7 +129,7 @@ __global__ void __launch_bounds__(kThreads)
 // Norm --------------------------------------------------------------------------------------------
 
 // sums[warp]: of the squares of a warp's runs and columns.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
     table_grad_sum_sq_kernel(const __grid_constant__ GradientArguments arguments, int64_t batch,
                              int64_t num_warps, double* sums) {
   const int64_t warp = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize;
@@ -169,6 +173,8 @@ __global__ void __launch_bounds__(kTotalThreads)
 }
 
 ULTRAMEM_REGISTER_KERNEL(table_group_keys, "table_group_keys", kThreads, table_group_keys_kernel);
+ULTRAMEM_REGISTER_KERNEL(table_group_begins, "table_group_begins", kThreads,
+                         table_group_begins_kernel);
 ULTRAMEM_REGISTER_KERNEL(table_group_pieces, "table_group_pieces", kThreads,
                          table_group_pieces_kernel);
 ULTRAMEM_REGISTER_KERNEL(table_piece_sums, "table_piece_sums", kThreads, table_piece_sums_kernel);
@@ -192,15 +198,15 @@ struct GroupWorkspace {
     sort_bytes = sort_pairs_workspace(params.num_entries, num_bits);
     sort = take(sort_bytes);
     select_bytes = 0;
-    select_run_begins(params, nullptr, &select_bytes, nullptr);
+    select_run_begins(params, nullptr, nullptr, &select_bytes, nullptr);
     select = take(select_bytes);
   }
 
-  static cudaError_t select_run_begins(const TableGroupParams& params, void* workspace,
-                                       size_t* bytes, cudaStream_t stream) {
-    return cub::DeviceSelect::If(
-        workspace, *bytes, thrust::counting_iterator<uint32_t>(0), params.run_begins, params.counts,
-        params.num_entries, RunBegins{params.keys, static_cast<uint32_t>(params.num_rows)}, stream);
+  static cudaError_t select_run_begins(const TableGroupParams& params, const uint8_t* begins,
+                                       void* workspace, size_t* bytes, cudaStream_t stream) {
+    return cub::DeviceSelect::Flagged(workspace, *bytes, thrust::counting_iterator<uint32_t>(0),
+                                      begins, params.run_begins, params.counts,
+                                      static_cast<int>(params.num_entries), stream);
   }
 
  private:
@@ -286,8 +292,12 @@ Status table_group(const TableGroupParams& params, Stream stream) {
   ULTRAMEM_RETURN_IF_ERROR(sort_pairs(keys_in, params.keys, entries_in, params.entries,
                                       params.num_entries, workspace.num_bits, base + workspace.sort,
                                       workspace.sort_bytes, stream));
-  ULTRAMEM_CUDA_RETURN_IF_ERROR(GroupWorkspace::select_run_begins(params, base + workspace.select,
-                                                                  &workspace.select_bytes, stream));
+  auto* begins = reinterpret_cast<uint8_t*>(keys_in);  // which the sort has read
+  table_group_begins_kernel<<<blocks, kThreads, 0, stream>>>(
+      params.keys, params.num_entries, static_cast<uint32_t>(params.num_rows), begins);
+  ULTRAMEM_RETURN_IF_ERROR(launch_status());
+  ULTRAMEM_CUDA_RETURN_IF_ERROR(GroupWorkspace::select_run_begins(
+      params, begins, base + workspace.select, &workspace.select_bytes, stream));
   table_group_pieces_kernel<<<blocks, kThreads, 0, stream>>>(params,
                                                              piece_length(params.num_entries));
   return launch_status();

@@ -189,6 +189,19 @@ def test_zero_grad_clears_factors_and_step_does_not(device: str) -> None:
     assert table.factors.slots.shape[0] == 0
 
 
+def test_factors_written_anew_are_grouped_anew(device: str) -> None:
+    data = Data(9, device)
+    table = deferred_table(data, 30, 16)
+    fill(table, data, 5, 4)
+    optimizer = um.optim.MemorySGD([table.values], lr=1.0)
+    um.optim.clip_grad_norm_(table, 1e-3)
+    table.factors.slots.copy_(data.integers(30, 20))  # into the same buffer, unclipped
+    before = array(table.values).copy()
+    optimizer.step()
+    moved = before - array(table.values)
+    assert abs(moved - dense_gradients(table)["values"]).max() <= 2e-6
+
+
 def test_they_say_that_they_take_deferred_gradients() -> None:
     for kind in OPTIMIZERS.values():
         assert kind.handles_deferred is True

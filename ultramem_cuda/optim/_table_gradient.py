@@ -27,13 +27,14 @@ class StepCache:
     """What clipping leaves for the step, as ``factors.step_cache``; ``factors.clear()`` drops it.
 
     Attributes:
-        num_entries: how many there were.
+        num_entries, version: which entries it belongs to.
         grouping: computed once a step, for both parameters and for norm and update.
         grad_scale: float32 scalar on the device that multiplies the gradients; None for 1.
         unscaled: a :class:`GradScaler` has looked at the factors and put its scale in grad_scale.
     """
 
     num_entries: int
+    version: int
     grouping: Grouping
     grad_scale: Tensor | None = None
     unscaled: bool = False
@@ -72,11 +73,14 @@ def step_cache(table: MemoryTable) -> StepCache:
         RuntimeError: gradients came after it was computed.
     """
     factors = factors_of(table)
-    num_entries = factors.slots.shape[0]
+    slots = factors.slots
+    num_entries = slots.shape[0]
+    # Entries that were written anew tell themselves by their version, where there is one.
+    version = 0 if slots.is_inference() else slots._version
     cache: StepCache | None = getattr(factors, "step_cache", None)
-    if cache is None:
-        grouping = Grouping(*torch.ops.ultramem.table_group(factors.slots, table.num_slots))
-        cache = StepCache(num_entries, grouping)
+    if cache is None or (cache.num_entries == num_entries and cache.version != version):
+        grouping = Grouping(*torch.ops.ultramem.table_group(slots, table.num_slots))
+        cache = StepCache(num_entries, version, grouping)
         factors.step_cache = cache
     elif cache.num_entries != num_entries:
         raise RuntimeError(
