@@ -113,7 +113,11 @@ def test_dense_gradients(
 def sparse(grad: np.ndarray, rows: np.ndarray, device: str) -> Tensor:
     values = torch.from_numpy(grad[rows]).to(device, torch.float32)
     return torch.sparse_coo_tensor(
-        torch.from_numpy(rows)[None].to(device), values, grad.shape, is_coalesced=True
+        torch.from_numpy(rows)[None].to(device),
+        values,
+        grad.shape,
+        is_coalesced=True,
+        check_invariants=True,
     )
 
 
