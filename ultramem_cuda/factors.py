@@ -117,6 +117,8 @@ class GradientFactors:
         self._start_empty(torch.empty(0, device=device).device)
 
     def _start_empty(self, device: torch.device) -> None:
+        # What clipping and steps know of the present factors; see optim.
+        self.step_cache: Any = None
         self._lock = threading.Lock()
         self._stream: torch.cuda.Stream | None = None
         # See _library.FactorsState.
@@ -293,6 +295,7 @@ class GradientFactors:
 
     def clear(self) -> None:
         """Forget all factors; the buffers stay."""
+        self.step_cache = None
         if self.capacity == 0:
             return
         with self._lock:
@@ -311,6 +314,7 @@ class GradientFactors:
             if self._is_captured():
                 raise RuntimeError("factors: a captured CUDA graph writes to the buffers")
             self._enter_stream()
+            self.step_cache = None
             self._shape, self._sections = None, ()
             self._replace(self._allocate(0, self.device))
             self._count(0)
@@ -530,7 +534,7 @@ class GradientFactors:
     # ---- copies --------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = ("_arena", "_lock", "_strangers", "_stream")
+        dropped = ("_arena", "_lock", "_strangers", "_stream", "step_cache")
         return {name: value for name, value in self.__dict__.items() if name not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@
 #include "ultramem/product_key_topk.h"
 #include "ultramem/rms_norm.h"
 #include "ultramem/table_factors.h"
+#include "ultramem/table_update.h"
 #include "ultramem/value_ffn.h"
 
 namespace ultramem::cpu {
@@ -29,6 +30,11 @@ struct KernelTable {
   size_t (*value_ffn_bwd_workspace)(const ValueFfnBwdParams&, const Executor&);
   StatusCode (*value_ffn_bwd)(const ValueFfnBwdParams&, const Executor&);
   void (*value_ffn_factors)(const ValueFfnBwdDeferredParams&, int64_t position, const Executor&);
+
+  size_t (*table_grad_sum_sq_workspace)(const TableGradSumSqParams&, const Executor&);
+  void (*table_grad_sum_sq)(const TableGradSumSqParams&, const Executor&);
+  size_t (*table_update_workspace)(const TableUpdateParams&, const Executor&);
+  void (*table_update)(const TableUpdateParams&, const Executor&);
 };
 
 // The table of the best instruction set that was built and that this machine has.

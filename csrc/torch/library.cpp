@@ -46,6 +46,20 @@ STABLE_TORCH_LIBRARY(ultramem, m) {
       " Tensor? pre_values, Tensor? pre_input, Tensor pre_activation, Tensor? permutation,"
       " str activation, int window, int offset, int expand, str shuffle, int num_keys, int seed,"
       " bool sum_groups, Tensor(a!) factors) -> (Tensor, Tensor)");
+  m.def(
+      "table_group(Tensor slots, int num_rows)"
+      " -> (Tensor keys, Tensor entries, Tensor run_begins, Tensor pieces, Tensor counts)");
+  m.def(
+      "table_grad_sum_sq(Tensor keys, Tensor entries, Tensor run_begins, Tensor pieces,"
+      " Tensor counts, Tensor weights, Tensor? groups, Tensor source, int num_selected,"
+      " int num_rows) -> Tensor");
+  m.def(
+      "table_update(str optimizer, Tensor(a!) weight, Tensor(b!)? master, Tensor(c!)? exp_avg,"
+      " Tensor(d!)? exp_avg_sq, Tensor(e!)? row_sum, Tensor(f!) step, Tensor? grad, Tensor? keys,"
+      " Tensor? entries, Tensor? run_begins, Tensor? pieces, Tensor? counts, Tensor? weights,"
+      " Tensor? groups, Tensor? source, int num_selected, Tensor? lr_factor, Tensor? grad_scale,"
+      " Tensor? loss_scale, Tensor? found_inf, float lr, float beta1, float beta2, float eps,"
+      " float weight_decay, bool stochastic_rounding, int seed, int stream) -> ()");
 }
 
 namespace ultramem::torch_binding {
@@ -64,6 +78,9 @@ void register_all(torch::stable::detail::StableLibrary& m) {
   m.impl("value_ffn_bwd", TORCH_BOX(&value_ffn_bwd));
   m.impl("value_ffn_bwd_main_grad", TORCH_BOX(&value_ffn_bwd_main_grad));
   m.impl("value_ffn_bwd_deferred", TORCH_BOX(&value_ffn_bwd_deferred));
+  m.impl("table_group", TORCH_BOX(&table_group));
+  m.impl("table_grad_sum_sq", TORCH_BOX(&table_grad_sum_sq));
+  m.impl("table_update", TORCH_BOX(&table_update));
 }
 
 }  // namespace

@@ -53,4 +53,18 @@ std::tuple<Tensor, Tensor> value_ffn_bwd_deferred(
     std::string activation, int64_t window, int64_t offset, int64_t expand, std::string shuffle,
     int64_t num_keys, int64_t seed, bool sum_groups, Tensor factors);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> table_group(Tensor slots, int64_t num_rows);
+Tensor table_grad_sum_sq(Tensor keys, Tensor entries, Tensor run_begins, Tensor pieces,
+                         Tensor counts, Tensor weights, OptionalTensor groups, Tensor source,
+                         int64_t num_selected, int64_t num_rows);
+void table_update(std::string optimizer, Tensor weight, OptionalTensor master,
+                  OptionalTensor exp_avg, OptionalTensor exp_avg_sq, OptionalTensor row_sum,
+                  Tensor step, OptionalTensor grad, OptionalTensor keys, OptionalTensor entries,
+                  OptionalTensor run_begins, OptionalTensor pieces, OptionalTensor counts,
+                  OptionalTensor weights, OptionalTensor groups, OptionalTensor source,
+                  int64_t num_selected, OptionalTensor lr_factor, OptionalTensor grad_scale,
+                  OptionalTensor loss_scale, OptionalTensor found_inf, double lr, double beta1,
+                  double beta2, double eps, double weight_decay, bool stochastic_rounding,
+                  int64_t seed, int64_t stream);
+
 }  // namespace ultramem::torch_binding

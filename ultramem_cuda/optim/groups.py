@@ -46,7 +46,8 @@ def param_groups(
     weight_decay: float = 0.1,
     value_weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Groups of all trainable parameters for ``torch.optim.AdamW`` and its like.
+    """Groups of all trainable parameters for :class:`MemoryAdam`, ``torch.optim.AdamW`` and their
+    like.
 
     Args:
         model: holds the network and its tables.
@@ -56,7 +57,7 @@ def param_groups(
         weight_decay: of the network's parameters of two dimensions and more (keys, cores and
             embeddings are among them); gains, biases and other vectors get none.
         value_weight_decay: of the tables. Decay of a dense optimizer touches every row at every
-            step, read or not.
+            step, read or not; with deferred gradients there is none.
 
     Returns:
         Up to three non-empty groups, named ("name") "network", "network_no_decay" and "memory".

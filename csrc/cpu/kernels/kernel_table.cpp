@@ -20,6 +20,10 @@ const KernelTable& kernel_table() {
       value_ffn_bwd_workspace,
       value_ffn_bwd,
       value_ffn_factors,
+      table_grad_sum_sq_workspace,
+      table_grad_sum_sq,
+      table_update_workspace,
+      table_update,
   };
   return kTable;
 }

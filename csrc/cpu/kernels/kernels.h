@@ -24,4 +24,9 @@ StatusCode value_ffn_bwd(const ValueFfnBwdParams& params, const Executor& execut
 void value_ffn_factors(const ValueFfnBwdDeferredParams& params, int64_t position,
                        const Executor& executor);
 
+size_t table_grad_sum_sq_workspace(const TableGradSumSqParams& params, const Executor& executor);
+void table_grad_sum_sq(const TableGradSumSqParams& params, const Executor& executor);
+size_t table_update_workspace(const TableUpdateParams& params, const Executor& executor);
+void table_update(const TableUpdateParams& params, const Executor& executor);
+
 }  // namespace ultramem::cpu::ULTRAMEM_CPU_CAPABILITY

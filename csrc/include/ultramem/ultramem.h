@@ -6,6 +6,7 @@
 #include "ultramem/product_key_topk.h"
 #include "ultramem/rms_norm.h"
 #include "ultramem/table_factors.h"
+#include "ultramem/table_update.h"
 #include "ultramem/tucker_filter.h"
 #include "ultramem/tucker_query.h"
 #include "ultramem/types.h"

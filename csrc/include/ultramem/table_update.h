@@ -1,0 +1,128 @@
+// Optimizer steps on the value tables: each row that a step touched, and its state, is read and
+// written once, and no gradient table exists.
+//
+// The gradient of a table comes as factors (design: deferred gradients). An entry e = t * S + s is
+// a retrieved slot, and
+//   grad[slots[e], slice c] += weights[e, c] * source[t, group_e, slice c].
+// table_group orders the entries by slot, once for both tables of a step; table_grad_sum_sq and
+// table_update then take the terms of a row from a run of neighbours. A dense gradient goes the
+// same way: every row is a run of one term, with weight 1.
+//
+// Arithmetic is fixed to the last bit: terms are added in the order of the entries (a long run in
+// pieces, see common/row_runs.h), nothing is contracted to fused multiply-adds, and random numbers
+// are counter-based. So the result depends on neither the launch, nor the number of threads, nor
+// the backend.
+#pragma once
+
+#include "ultramem/types.h"
+
+namespace ultramem {
+
+struct TableGroupParams {
+  const uint32_t* slots = nullptr;  // [n]; one outside [0, num_rows) contributes nothing
+  int64_t num_entries = 0;          // n < 2^31
+  int64_t num_rows = 0;             // N < 2^32 - 1
+
+  uint32_t* keys = nullptr;        // [n]: slots in ascending order, those out of range as N
+  uint32_t* entries = nullptr;     // [n]: their entries, ascending where slots are equal
+  uint32_t* run_begins = nullptr;  // [min(n, N) + 1]: where runs of equal keys < N begin, and end
+  uint32_t* pieces = nullptr;      // [table_group_max_pieces(n), 2]: (run, piece) of the long runs
+  int32_t* counts = nullptr;       // [kGroupCounts]: runs, pieces
+
+  void* workspace = nullptr;
+};
+
+inline constexpr int kGroupCounts = 2;
+int64_t table_group_max_pieces(int64_t num_entries);
+
+// One table's gradient.
+struct TableGradient {
+  int64_t num_rows = 0;  // N
+  int64_t dim = 0;       // columns of a row
+
+  // The results of table_group; null for a dense gradient.
+  const uint32_t* keys = nullptr;
+  const uint32_t* entries = nullptr;
+  const uint32_t* run_begins = nullptr;
+  const uint32_t* pieces = nullptr;
+  const int32_t* counts = nullptr;
+  int64_t num_entries = 0;
+
+  const void* weights = nullptr;    // [n, C] acc
+  const uint8_t* groups = nullptr;  // [n] or null: group of an entry, below num_groups
+  // [n / num_selected, num_groups, dim]; a dense gradient: [N, dim]
+  const void* source = nullptr;
+  DType source_dtype = DType::kFloat32;
+  int32_t num_cores = 1;     // C divides dim
+  int64_t num_selected = 1;  // S
+  int64_t num_groups = 1;
+};
+
+struct TableGradSumSqParams {
+  TableGradient gradient;
+  DType acc_dtype = DType::kFloat32;  // float64 for float64 tables (CPU)
+  double* sum_sq = nullptr;           // [1]: sum of the squares of all rows of the gradient
+  void* workspace = nullptr;
+};
+
+enum class TableOptimizer : int32_t { kAdam = 0, kAdagrad = 1, kSgd = 2 };
+
+// With g = gradient * grad_scale / loss_scale, p <- p * (1 - lr * weight_decay) and then
+//   Adam     m <- m + (1 - beta1) (g - m);  v <- beta2 v + (1 - beta2) g^2
+//            p <- p - lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
+//   Adagrad  s <- s + mean over the row of g^2;  p <- p - lr * g / (sqrt(s) + eps)
+//   SGD      p <- p - lr * g
+struct TableUpdateParams {
+  TableGradient gradient;
+  TableOptimizer optimizer = TableOptimizer::kSgd;
+
+  DType table_dtype = DType::kFloat32;
+  void* weight = nullptr;               // [N, dim]
+  float* master = nullptr;              // [N, dim] or null: the weights that bf16/fp16 ones round
+  DType state_dtype = DType::kFloat32;  // of the moments: float32, bfloat16 (float64 with float64)
+  void* exp_avg = nullptr;              // [N, dim]: m
+  void* exp_avg_sq = nullptr;           // [N, dim]: v
+  void* row_sum = nullptr;              // [N] acc: s
+  float* step = nullptr;                // [1]: updates done; this one is counted first
+
+  // Scalars on the device, null for 1 (found_inf: 0).
+  const float* lr = nullptr;          // multiplies learning_rate
+  const float* grad_scale = nullptr;  // multiplies the gradient
+  const float* loss_scale = nullptr;  // divides it
+  const float* found_inf = nullptr;   // where it is not 0 nothing changes, step included
+
+  double learning_rate = 0;
+  double beta1 = 0, beta2 = 0;
+  double eps = 0;
+  bool eps_before_correction = false;  // Adam: / ((sqrt(v) + eps) / sqrt(1 - beta2^step))
+  double weight_decay = 0;
+
+  // bf16 weights and moments, and fp16 weights, are rounded stochastically with random numbers from
+  // (seed, stream, step, row, column); else to nearest even. With a master, weights are rounded to
+  // nearest.
+  bool stochastic_rounding = false;
+  uint64_t seed = 0;
+  uint32_t stream = 0;  // a different one for every table
+
+  void* workspace = nullptr;
+};
+
+namespace cpu {
+size_t table_group_workspace(const TableGroupParams& params, const Executor& executor);
+Status table_group(const TableGroupParams& params, const Executor& executor);
+size_t table_grad_sum_sq_workspace(const TableGradSumSqParams& params, const Executor& executor);
+Status table_grad_sum_sq(const TableGradSumSqParams& params, const Executor& executor);
+size_t table_update_workspace(const TableUpdateParams& params, const Executor& executor);
+Status table_update(const TableUpdateParams& params, const Executor& executor);
+}  // namespace cpu
+
+namespace cuda {
+size_t table_group_workspace(const TableGroupParams& params);
+Status table_group(const TableGroupParams& params, Stream stream);
+size_t table_grad_sum_sq_workspace(const TableGradSumSqParams& params);
+Status table_grad_sum_sq(const TableGradSumSqParams& params, Stream stream);
+size_t table_update_workspace(const TableUpdateParams& params);
+Status table_update(const TableUpdateParams& params, Stream stream);
+}  // namespace cuda
+
+}  // namespace ultramem

@@ -1,0 +1,174 @@
+"""The gradients that the optimizers take: dense ones, and the factors that a table keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import _library
+from ..table import MemoryTable, table_of
+
+
+class Grouping(NamedTuple):
+    """Entries in the order of their slots, see csrc/include/ultramem/table_update.h."""
+
+    keys: Tensor  # [n] int32
+    entries: Tensor  # [n] int32
+    run_begins: Tensor  # [min(n, N) + 1] int32
+    pieces: Tensor  # [*, 2] int32
+    counts: Tensor  # [2] int32
+
+
+@dataclasses.dataclass
+class StepCache:
+    """What clipping leaves for the step, as ``factors.step_cache``; ``factors.clear()`` drops it.
+
+    Attributes:
+        num_entries, version: which entries it belongs to.
+        grouping: computed once a step, for both parameters and for norm and update.
+        grad_scale: float32 scalar on the device that multiplies the gradients; None for 1.
+        unscaled: a :class:`GradScaler` has looked at the factors and put its scale in grad_scale.
+    """
+
+    num_entries: int
+    version: int
+    grouping: Grouping
+    grad_scale: Tensor | None = None
+    unscaled: bool = False
+
+    def multiply(self, factor: Tensor) -> None:
+        factor = factor.to(self.grouping.keys.device, torch.float32)
+        self.grad_scale = factor if self.grad_scale is None else self.grad_scale * factor
+
+
+def deferred_table(param: Tensor) -> MemoryTable | None:
+    """The table that keeps this parameter's gradient as factors, or None."""
+    table = table_of(param)
+    return table if table is not None and table.grad_mode == "deferred" else None
+
+
+def dense_gradient(param: Tensor) -> Tensor | None:
+    """``.grad``, or Megatron's ``main_grad`` where there is none."""
+    return param.grad if param.grad is not None else getattr(param, "main_grad", None)
+
+
+def factors_of(table: MemoryTable) -> Any:
+    return table.factors
+
+
+def has_entries(table: MemoryTable) -> bool:
+    factors = factors_of(table)
+    return factors is not None and factors.slots.shape[0] > 0
+
+
+def step_cache(table: MemoryTable) -> StepCache:
+    """That of the table's present factors; entries are sorted at the first call of a step.
+
+    Raises:
+        RuntimeError: gradients came after it was computed.
+    """
+    factors = factors_of(table)
+    slots = factors.slots
+    num_entries = slots.shape[0]
+    # Entries that were written anew tell themselves by their version, where there is one.
+    version = 0 if slots.is_inference() else slots._version
+    cache: StepCache | None = factors.step_cache
+    if cache is None or (cache.num_entries == num_entries and cache.version != version):
+        grouping = Grouping(*torch.ops.ultramem.table_group(slots, table.num_slots))
+        cache = StepCache(num_entries, version, grouping)
+        factors.step_cache = cache
+    elif cache.num_entries != num_entries:
+        raise RuntimeError(
+            f"table: {num_entries} entries where clipping or a step saw {cache.num_entries}; run "
+            "every backward before clip_grad_norm_, and zero_grad() after step()"
+        )
+    return cache
+
+
+class FactoredGradient(NamedTuple):
+    """grad[slots[e], slice c] += weights[e, c] * source[e // num_selected, groups[e], slice c]."""
+
+    weights: Tensor  # [n, C] float32, float64 for float64 tables
+    groups: Tensor | None  # [n] uint8
+    source: Tensor  # [tokens, G, dim]
+    num_selected: int
+
+
+def factored_gradient(table: MemoryTable, param: Tensor) -> FactoredGradient | None:
+    """One parameter's share of the table's factors; None where the backward kept none for it."""
+    factors = factors_of(table)
+    if param is table.values:
+        return FactoredGradient(
+            factors.weights, factors.groups, factors.grad_outs, factors.num_selected
+        )
+    if factors.grad_a is None or factors.pre_inputs is None:
+        return None
+    return FactoredGradient(
+        factors.grad_a[:, None], None, factors.pre_inputs[:, None], factors.num_selected
+    )
+
+
+def sum_of_squares(table: MemoryTable, param: Tensor) -> Tensor:
+    """Of the parameter's gradient, a float64 scalar on the device; step_cache's scale not applied.
+
+    Every row is summed first, in float32 (float64 for float64 tables), so that the result is exact
+    where entries of a slot cancel. A second pass over the factors; no gradient table is made.
+    """
+    gradient = factored_gradient(table, param) if has_entries(table) else None
+    if gradient is None:
+        return torch.zeros((), dtype=torch.float64, device=param.device)
+    weights, groups, source, num_selected = gradient
+    result: Tensor = torch.ops.ultramem.table_grad_sum_sq(
+        *step_cache(table).grouping, weights, groups, source, num_selected, table.num_slots
+    )
+    return result
+
+
+def found_nonfinite(table: MemoryTable) -> Tensor:
+    """float32 scalar on the device: 1 where a factor is NaN or infinite, else 0.
+
+    One pass over the factors, through their largest magnitudes.
+    """
+    factors = factors_of(table)
+    parts = (factors.weights, factors.grad_a, factors.grad_outs, factors.pre_inputs)
+    largest = [
+        torch.linalg.vector_norm(part, float("inf")).float()
+        for part in parts
+        if part is not None and part.numel()
+    ]
+    return (~torch.stack(largest).isfinite().all()).float()
+
+
+def trained_parameters(table: MemoryTable) -> list[nn.Parameter]:
+    return [param for param in table.parameters() if param.requires_grad]
+
+
+def _group_fake(slots: Tensor, num_rows: int) -> tuple[Tensor, ...]:
+    torch._check(
+        slots.dim() == 1 and slots.dtype == torch.int32,
+        lambda: f"table_group: slots must be int32 [n], got {slots.dtype} {list(slots.shape)}",
+    )
+    n = slots.shape[0]
+    length = 256
+    while n // length > 16384:
+        length *= 2
+    sums = 2 * -(-n // length) if n > length else 0
+    shapes: list[tuple[Any, ...]] = [(n,), (n,), (min(n, num_rows) + 1,), (sums, 2), (2,)]
+    return tuple(slots.new_empty(shape) for shape in shapes)
+
+
+def _sum_sq_fake(*arguments: Any) -> Tensor:
+    return arguments[5].new_empty((), dtype=torch.float64)
+
+
+def _update_fake(*_: Any) -> None:
+    return None
+
+
+if _library.is_loaded():
+    torch.library.register_fake("ultramem::table_group", _group_fake)
+    torch.library.register_fake("ultramem::table_grad_sum_sq", _sum_sq_fake)
+    torch.library.register_fake("ultramem::table_update", _update_fake)

@@ -1,0 +1,143 @@
+"""Clipping and loss scaling of network gradients and of tables' factors together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..table import MemoryTable
+from ._table_gradient import (
+    deferred_table,
+    dense_gradient,
+    found_nonfinite,
+    has_entries,
+    step_cache,
+    sum_of_squares,
+    trained_parameters,
+)
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    model_or_params: nn.Module | Tensor | Iterable[Tensor],
+    max_norm: float,
+    *,
+    tables: Iterable[MemoryTable] = (),
+    error_if_nonfinite: bool = False,
+) -> Tensor:
+    """torch.nn.utils.clip_grad_norm_ that counts tables with deferred gradients, too.
+
+    The norm is that of all gradients as one vector, exact: the rows of a deferred gradient are
+    summed before they are squared. Dense gradients (``.grad``, or ``main_grad``) are scaled in
+    place; the coefficient of a table stays on the device, and the next ``step()`` of an optimizer
+    of this package applies it. Nothing waits for the device, but with error_if_nonfinite.
+
+    Call it after the last backward of a step. A further call sees the gradients clipped.
+
+    Args:
+        model_or_params: a module, with its tables, or parameters; those of a table stand for their
+            factors.
+        max_norm: the norm is scaled down to it where it is greater.
+        tables: further tables with deferred gradients.
+        error_if_nonfinite: raise where the norm is NaN or infinite; else such a norm makes the
+            gradients so.
+
+    Returns:
+        The norm before clipping, a float32 scalar on the device of the first gradient (float64
+        where gradients are).
+
+    Raises:
+        RuntimeError: the norm is not finite; or factors came after an earlier call.
+        ValueError: max_norm is negative, or a table's gradients are not deferred.
+    """
+    if not max_norm >= 0.0:
+        raise ValueError(f"max_norm: must not be negative, got {max_norm}")
+    params: list[Tensor]
+    if isinstance(model_or_params, nn.Module):
+        params = list(model_or_params.parameters())
+    elif isinstance(model_or_params, Tensor):
+        params = [model_or_params]
+    else:
+        params = list(model_or_params)
+    for table in tables:
+        if table.grad_mode != "deferred":
+            raise ValueError(
+                "tables: must have grad_mode='deferred'; the parameters of others belong to "
+                "model_or_params"
+            )
+        params += trained_parameters(table)
+    params = list({id(param): param for param in params}.values())
+
+    deferred = [(p, t) for p in params if (t := deferred_table(p)) and p.requires_grad]
+    deferred = [(p, t) for p, t in deferred if has_entries(t)]
+    dense = [p for p in params if deferred_table(p) is None]
+    grads = [grad for p in dense if (grad := dense_gradient(p)) is not None]
+    if not grads and not deferred:
+        return torch.zeros(())
+
+    device = grads[0].device if grads else deferred[0][0].device
+    is_double = any(t.dtype == torch.float64 for t in [*grads, *(p for p, _ in deferred)])
+    squares = [_sum_of_squares(grads).to(device)] if grads else []
+    for param, table in deferred:
+        square = sum_of_squares(table, param)
+        scale = step_cache(table).grad_scale
+        squares.append((square if scale is None else square * scale.double().square()).to(device))
+    total = torch.stack(squares).sum().sqrt().to(torch.float64 if is_double else torch.float32)
+    if error_if_nonfinite and not total.isfinite():
+        raise RuntimeError(
+            f"clip_grad_norm_: the total norm of the gradients is {total.item()}; to clip "
+            "nevertheless, set error_if_nonfinite=False"
+        )
+
+    coefficient = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for group in _by_device_and_dtype(grads):
+        torch._foreach_mul_(group, coefficient.to(group[0].device))
+    for table in {id(table): table for _, table in deferred}.values():
+        step_cache(table).multiply(coefficient)
+    return total
+
+
+def _sum_of_squares(grads: list[Tensor]) -> Tensor:
+    """float64 scalar, from norms in float32 at least."""
+    norms: list[Tensor] = []
+    for group in _by_device_and_dtype(grads):
+        dtype = torch.float64 if group[0].dtype == torch.float64 else torch.float32
+        norms += torch._foreach_norm(group, 2.0, dtype=dtype)
+    return torch.stack([norm.to(grads[0].device, torch.float64) for norm in norms]).square().sum()
+
+
+def _by_device_and_dtype(tensors: list[Tensor]) -> list[list[Tensor]]:
+    groups: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return list(groups.values())
+
+
+class GradScaler(torch.amp.GradScaler):
+    """torch.amp.GradScaler that looks at the factors of tables with deferred gradients, too.
+
+    Needed where all parameters of an optimizer are such tables', and for ``unscale_`` (before
+    clip_grad_norm_). torch's own reaches dense gradients alone; with it, a step of this package's
+    optimizers still scales the factors and skips those that are not finite, but the scaler does
+    not learn of them.
+    """
+
+    def _unscale_grads_(
+        self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        found = super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
+        params = (param for group in optimizer.param_groups for param in group["params"])
+        tables = {id(t): t for param in params if (t := deferred_table(param)) and has_entries(t)}
+        for table in tables.values():
+            cache = step_cache(table)
+            bad = found_nonfinite(table)
+            seen = found.get(bad.device)
+            found[bad.device] = bad if seen is None else torch.maximum(seen, bad)
+            if not cache.unscaled:
+                cache.multiply(inv_scale)
+                cache.unscaled = True
+        return found

@@ -1,0 +1,480 @@
+"""Optimizers for value tables: one fused pass over the rows that a step touched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .. import _library
+from ..table import MemoryTable
+from ._table_gradient import (
+    deferred_table,
+    dense_gradient,
+    factored_gradient,
+    factors_of,
+    found_nonfinite,
+    has_entries,
+    step_cache,
+)
+
+_TABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class MemoryOptimizer(Optimizer):
+    """What MemoryAdam, MemoryAdagrad and MemorySGD share.
+
+    Parameters may be those of tables with deferred gradients, whose factors a step consumes, and
+    any others, with ``.grad`` (or ``main_grad`` where that is None). A row, and its state, is read
+    and written once. With deferred gradients, rows that no token retrieved stay as they are; a
+    dense gradient touches all rows, as in torch.optim.
+
+    ``step()`` leaves the factors to be cleared by ``zero_grad()``, which also zeroes ``main_grad``.
+    Gradients that are scaled (``grad_scale``, ``found_inf``) are taken as torch's fused optimizers
+    do; see :class:`GradScaler`. The same inputs give the same bits in every run, on every device.
+    """
+
+    handles_deferred: ClassVar[bool] = True
+    _step_supports_amp_scaling = True
+    _kind: ClassVar[str]
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        _library.require()
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See torch.optim.Optimizer.
+
+        Raises:
+            TypeError, ValueError: an option, or a parameter that is not of a floating-point dtype
+                or not contiguous.
+            NotImplementedError: weight decay of a table with deferred gradients.
+        """
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            if lr.numel() != 1:
+                raise ValueError(f"lr: a tensor must have one element, got {list(lr.shape)}")
+        else:
+            _check_number("lr", lr)
+        _check_number("weight_decay", group["weight_decay"])
+        if isinstance(group["seed"], bool) or not isinstance(group["seed"], int):
+            raise TypeError(f"seed: must be an int, got {group['seed']!r}")
+        for param in group["params"]:
+            if param.dtype not in _TABLE_DTYPES:
+                raise TypeError(
+                    "params: must be float32, bfloat16, float16 or float64 (CPU), got "
+                    f"{param.dtype}"
+                )
+            if not param.is_contiguous():
+                raise ValueError(
+                    f"params: must be contiguous, got shape {list(param.shape)} with strides "
+                    f"{param.stride()}"
+                )
+            self._check_decay(group, param)
+
+    def _check_decay(self, group: dict[str, Any], param: Tensor) -> None:
+        if group["weight_decay"] != 0.0 and deferred_table(param) is not None:
+            raise NotImplementedError(
+                f"weight_decay: {group['weight_decay']} for a table with grad_mode='deferred', "
+                "whose untouched rows it would not reach; use 0 for that group, or "
+                "grad_mode='dense'"
+            )
+
+    def _init_state(self, state: dict[str, Any], rows: Tensor, group: dict[str, Any]) -> None:
+        """Adds this optimizer's own state; ``rows`` is the parameter as [N, dim]."""
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        """A contiguous tensor as [N, dim]."""
+        return tensor.view(tensor.shape[0], -1) if tensor.dim() > 1 else tensor.view(1, -1)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Raises:
+            RuntimeError: a table's buffers overflowed, a gradient is sparse, a table with deferred
+                gradients has a ``.grad`` too, factors came after clipping, or factors that no
+                :class:`GradScaler` of this package has unscaled. Nothing has then been updated.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        found_inf = getattr(self, "found_inf", None)
+        loss_scale = getattr(self, "grad_scale", None)
+        found_inf = found_inf if isinstance(found_inf, Tensor) else None
+        loss_scale = loss_scale if isinstance(loss_scale, Tensor) else None
+        work = self._collect()
+        if hasattr(self, "found_inf"):  # a GradScaler's step
+            found_inf = self._check_scaled(work, found_inf, loss_scale)
+        for stream, group, param, table in work:
+            self._update(param, table, group, stream, found_inf, loss_scale)
+        return loss
+
+    def _collect(self) -> list[tuple[int, dict[str, Any], Tensor, MemoryTable | None]]:
+        """Parameters to update, with the number of each among all. Everything that can be wrong
+        with them raises here."""
+        work: list[tuple[int, dict[str, Any], Tensor, MemoryTable | None]] = []
+        stream = -1
+        for deferred in self._tables():
+            factors_of(deferred).check()
+            if has_entries(deferred):
+                step_cache(deferred)
+        for group in self.param_groups:
+            for param in group["params"]:
+                stream += 1
+                table = deferred_table(param)
+                if table is not None:
+                    self._check_decay(group, param)
+                    if param.grad is not None:
+                        raise RuntimeError(
+                            "step: a parameter of a table with grad_mode='deferred' has a .grad "
+                            "too; a loss on the parameter itself needs grad_mode='dense'"
+                        )
+                    if not has_entries(table) or factored_gradient(table, param) is None:
+                        continue
+                else:
+                    grad = dense_gradient(param)
+                    if grad is None or param.numel() == 0:
+                        continue
+                    if grad.is_sparse:
+                        raise RuntimeError("step: sparse gradients are not supported")
+                work.append((stream, group, param, table))
+        return work
+
+    def _tables(self) -> list[MemoryTable]:
+        """Those with deferred gradients, each once, in the order of the parameters."""
+        tables = (deferred_table(p) for group in self.param_groups for p in group["params"])
+        return list({id(t): t for t in tables if t is not None}.values())
+
+    def _check_scaled(
+        self,
+        work: list[tuple[int, dict[str, Any], Tensor, MemoryTable | None]],
+        found_inf: Tensor | None,
+        loss_scale: Tensor | None,
+    ) -> Tensor | None:
+        """found_inf, with that of the gradients which torch's GradScaler does not know."""
+        if loss_scale is None and any(t is None and p.grad is None for _, _, p, t in work):
+            raise RuntimeError("step: GradScaler.unscale_ does not reach main_grad")
+        for table in self._tables():
+            if not has_entries(table) or step_cache(table).unscaled:
+                continue
+            if loss_scale is None:
+                raise RuntimeError(
+                    "step: GradScaler.unscale_ does not reach deferred gradients; use "
+                    "ultramem_cuda.optim.GradScaler in place of torch.amp.GradScaler"
+                )
+            found = found_nonfinite(table)
+            found_inf = found if found_inf is None else torch.maximum(found_inf.to(found), found)
+        return found_inf
+
+    def _update(
+        self,
+        param: Tensor,
+        table: MemoryTable | None,
+        group: dict[str, Any],
+        stream: int,
+        found_inf: Tensor | None,
+        loss_scale: Tensor | None,
+    ) -> None:
+        rows = self._rows(param)
+        state = self.state[param]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            self._init_state(state, rows, group)
+            if group["master_weights"] and param.dtype in (torch.bfloat16, torch.float16):
+                state["master"] = param.detach().float()
+
+        grad: Tensor | None = None
+        factored: tuple[Any, ...]
+        if table is None:
+            dense = dense_gradient(param)
+            assert dense is not None
+            grad = self._rows(dense.contiguous())
+            factored = (None,) * 8 + (0,)
+            grad_scale = None
+        else:
+            cache = step_cache(table)
+            gradient = factored_gradient(table, param)
+            assert gradient is not None
+            factored = (*cache.grouping, *gradient)
+            grad_scale = cache.grad_scale
+
+        def on_device(scalar: Tensor | None) -> Tensor | None:
+            return (
+                None
+                if scalar is None
+                else scalar.detach().to(param.device, torch.float32).reshape(())
+            )
+
+        lr = group["lr"]
+        beta1, beta2 = group.get("betas", (0.0, 0.0))
+        optional = {
+            name: self._rows(state[name]) if name in state else None
+            for name in ("master", "exp_avg", "exp_avg_sq")
+        }
+        torch.ops.ultramem.table_update(
+            self._kind,
+            rows,
+            optional["master"],
+            optional["exp_avg"],
+            optional["exp_avg_sq"],
+            state.get("sum"),
+            state["step"],
+            grad,
+            *factored,
+            on_device(lr) if isinstance(lr, Tensor) else None,
+            on_device(grad_scale),
+            on_device(loss_scale),
+            on_device(found_inf),
+            1.0 if isinstance(lr, Tensor) else float(lr),
+            float(beta1),
+            float(beta2),
+            float(group.get("eps", 0.0)),
+            float(group["weight_decay"]),
+            group["stochastic_rounding"],
+            group["seed"],
+            stream,
+        )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears ``.grad``, ``main_grad`` and the factors of tables with deferred gradients."""
+        super().zero_grad(set_to_none)
+        for table in self._tables():
+            factors = factors_of(table)
+            factors.clear()
+            factors.step_cache = None
+        for group in self.param_groups:
+            for param in group["params"]:
+                main_grad = getattr(param, "main_grad", None)
+                if main_grad is not None:
+                    main_grad.zero_()
+                    param.grad_added_to_main_grad = False
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but tensors keep the dtype that they were saved in."""
+        super().load_state_dict(state_dict)
+        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for saved_id, param in zip(saved_ids, params, strict=True):
+            for name, value in state_dict["state"].get(saved_id, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[param][name] = value.to(param.device, copy=True)
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: must be a number, got {value!r}")
+    if not (math.isfinite(value) and value >= 0.0):
+        raise ValueError(f"{name}: must be finite and not negative, got {value}")
+
+
+class MemoryAdam(MemoryOptimizer):
+    """Adam (arXiv 1412.6980), with decoupled weight decay (AdamW, arXiv 1711.05101) for dense
+    gradients.
+
+    For each row that the step touched, g its gradient:
+
+        m <- m + (1 - beta1) (g - m);  v <- beta2 v + (1 - beta2) g^2
+        p <- p - lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
+
+    With dense gradients this is torch.optim.AdamW. With deferred ones it is torch.optim.SparseAdam:
+    untouched rows keep their moments, the bias correction counts all steps, and eps is added before
+    the correction of v: sqrt(v / (1 - beta2^step)) + eps / sqrt(1 - beta2^step).
+
+    State, per parameter: "step" (float32 scalar), "exp_avg" and "exp_avg_sq" (like the parameter,
+    in ``state_dtype``), with ``master_weights`` "master" (float32). A bfloat16 table with
+    bfloat16 states takes 6 bytes an element in all.
+
+    Args:
+        params: parameters or groups, also from :func:`param_groups`.
+        lr: learning rate, a number or a tensor of one element.
+        betas: decay rates of m and v, in [0, 1).
+        eps: added to the root of v.
+        weight_decay: p <- p * (1 - lr * weight_decay) before the update. Not offered for tables
+            with deferred gradients.
+        state_dtype: of m and v: None (float32), torch.float32 or torch.bfloat16. float64
+            parameters have float64 states.
+        master_weights: keep a float32 copy of bfloat16 and float16 parameters, which are then
+            rounded to nearest from it. Set a parameter anew only before the first step.
+        stochastic_rounding: round bfloat16 and float16 parameters, and bfloat16 states, up or down
+            at random, without bias: steps below half a unit in the last place are not lost.
+            (v times 0.999 rounded to nearest bfloat16 would never fall.)
+        seed: of the random numbers, which depend on it, on the position of the parameter among the
+            groups, the step, the row and the column alone.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it was and what it must be.
+        NotImplementedError: weight decay of a table with deferred gradients.
+    """
+
+    _kind = "adam"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "state_dtype": state_dtype,
+            "master_weights": master_weights,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
+        }
+        super().__init__(params, defaults)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        _check_number("eps", group["eps"])
+        if len(group["betas"]) != 2:
+            raise ValueError(f"betas: must be two numbers, got {group['betas']!r}")
+        for beta in group["betas"]:
+            _check_number("betas", beta)
+            if beta >= 1.0:
+                raise ValueError(f"betas: must be in [0, 1), got {group['betas']!r}")
+        if group["state_dtype"] not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(
+                "state_dtype: must be None, torch.float32 or torch.bfloat16, got "
+                f"{group['state_dtype']!r}"
+            )
+
+    def _init_state(self, state: dict[str, Any], rows: Tensor, group: dict[str, Any]) -> None:
+        dtype = group["state_dtype"] or torch.float32
+        if rows.dtype == torch.float64:
+            dtype = torch.float64
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = torch.zeros_like(rows, dtype=dtype)
+
+
+class MemoryAdagrad(MemoryOptimizer):
+    """Row-wise Adagrad: one accumulator a row, as FBGEMM's EXACT_ROWWISE_ADAGRAD keeps for
+    embedding tables (after Duchi, Hazan, Singer, JMLR 2011).
+
+    For each row that the step touched, g its gradient:
+
+        s <- s + mean over the row of g^2
+        p <- p - lr * g / (sqrt(s) + eps)
+
+    A parameter of more than two dimensions has shape[0] rows; one of a single dimension has rows of
+    one element, which makes it torch.optim.Adagrad.
+
+    State, per parameter: "step" (float32 scalar), "sum" (float32 [N], float64 for float64
+    parameters), with ``master_weights`` "master" (float32). A bfloat16 table takes 2 bytes an
+    element and 4 a row.
+
+    Args:
+        params, lr, weight_decay, master_weights, stochastic_rounding, seed: as in
+            :class:`MemoryAdam`.
+        eps: added to the root of s.
+        initial_accumulator_value: s before the first step.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as :class:`MemoryAdam`.
+    """
+
+    _kind = "adagrad"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-2,
+        eps: float = 1e-10,
+        weight_decay: float = 0.0,
+        *,
+        initial_accumulator_value: float = 0.0,
+        master_weights: bool = False,
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "initial_accumulator_value": initial_accumulator_value,
+            "master_weights": master_weights,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
+        }
+        super().__init__(params, defaults)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        _check_number("eps", group["eps"])
+        _check_number("initial_accumulator_value", group["initial_accumulator_value"])
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        return tensor.view(tensor.shape[0], -1) if tensor.dim() > 0 else tensor.view(1, 1)
+
+    def _init_state(self, state: dict[str, Any], rows: Tensor, group: dict[str, Any]) -> None:
+        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        state["sum"] = torch.full(
+            (rows.shape[0],), group["initial_accumulator_value"], dtype=dtype, device=rows.device
+        )
+
+
+class MemorySGD(MemoryOptimizer):
+    """Gradient descent, p <- p - lr * g, for the rows that the step touched.
+
+    There is no momentum: a row's velocity would have to go on moving it, and decay, in steps that
+    do not touch it.
+
+    State, per parameter: "step" (float32 scalar; counts for the random numbers), with
+    ``master_weights`` "master" (float32).
+
+    Args:
+        params, lr, weight_decay, master_weights, stochastic_rounding, seed: as in
+            :class:`MemoryAdam`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as :class:`MemoryAdam`.
+    """
+
+    _kind = "sgd"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.0,
+        *,
+        master_weights: bool = False,
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "master_weights": master_weights,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
+        }
+        super().__init__(params, defaults)
