@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from typing import Any
 
@@ -231,8 +230,6 @@ def test_slots_out_of_range_contribute_nothing(device: str, kind: str) -> None:
     slots = data.integers(20, 24).cpu()
     slots[[0, 7, 23]] = torch.tensor([NOWHERE, 20, 2**31 - 1])
     fill(table, data, 6, 4, slots=slots)
-    twin = copy.deepcopy(table)
-    twin.factors = table.factors
     references = {n: Reference(kind, array(p), lr=LR) for n, p in table.named_parameters()}
     grads, rows = dense_gradients(table), touched_rows(table)
     OPTIMIZERS[kind](table.parameters(), lr=LR).step()
