@@ -199,9 +199,10 @@ class CutGuess {
       if (row_depths[i] <= max_depth) deepest_row = fmaxf(deepest_row, row_depths[i]);
       if (col_depths[i] <= max_depth) deepest_col = fmaxf(deepest_col, col_depths[i]);
     }
-    width_ =
-        fmaxf((warp_max(deepest_row) + warp_max(deepest_col)) * (1.0f / kBuckets), least_width);
-    const float scale = reciprocal_fast(width_);
+    width_ = (warp_max(deepest_row) + warp_max(deepest_col)) * (1.0f / kBuckets);
+    // All alike: no guess would part them.
+    if (!(width_ > least_width)) top_ = __uint_as_float(kNanBits);
+    const float scale = reciprocal_fast(fmaxf(width_, least_width));
     const auto bucket_of = [&](float depth) {
       // NaN is not counted, either.
       return depth <= max_depth ? static_cast<int>(fminf(fmaxf(depth, 0.0f) * scale, kBuckets))
