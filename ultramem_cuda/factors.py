@@ -294,7 +294,14 @@ class GradientFactors:
                 self._grow(num_tokens, num_tokens)
 
     def clear(self) -> None:
-        """Forget all factors; the buffers stay."""
+        """Forget all factors; the buffers stay.
+
+        Raises:
+            RuntimeError: while a CUDA graph is captured. Its replays would forget them behind the
+                back of clipping and steps.
+        """
+        if is_capturing(self.device):
+            raise RuntimeError("clear: must not be called while a CUDA graph is captured")
         self.step_cache = None
         if self.capacity == 0:
             return
@@ -302,7 +309,7 @@ class GradientFactors:
             self._enter_stream()
             # Through `data`: graphs of compiled code have saved the arena, at this version.
             self._arena.data[:_HEADER_BYTES].zero_()
-            self._count(0, captured=is_capturing(self.device))
+            self._count(0)
 
     def release(self) -> None:
         """Give the buffers back, and forget the shape that the first use fixed.

@@ -57,8 +57,9 @@ class _ForeignOptimizers:
                 if table is not None and table.factors is not None:
                     raise RuntimeError(
                         f"{type(optimizer).__name__} would skip the parameters of a MemoryTable "
-                        "with grad_mode='deferred', whose gradients are not in .grad: leave them "
-                        "out (their factors: table.factors), freeze the table, or use "
+                        "with grad_mode='deferred', whose gradients are not in .grad: use "
+                        "ultramem_cuda.optim.MemoryAdam, MemoryAdagrad or MemorySGD for them, leave "
+                        "them out (their factors: table.factors), freeze the table, or use "
                         "grad_mode='dense'"
                     )
 
@@ -87,9 +88,11 @@ class MemoryTable(nn.Module):
         grad_mode: "dense", ordinary gradients (accumulated in ``param.main_grad`` where that
             exists); or "deferred": ``.grad`` stays None and no gradient as large as the table ever
             exists, the backward appends its factors to ``factors`` instead, until
-            :meth:`zero_grad` or ``factors.clear()``. An optimizer that does not know of them
-            (class attribute ``handles_deferred``) raises when it is to step such a table;
-            ``torch.nn.utils.clip_grad_norm_`` does not see them.
+            :meth:`zero_grad`, ``factors.clear()`` or the ``zero_grad()`` of an optimizer of
+            ``ultramem_cuda.optim``, which apply them. One that does not know of them (class
+            attribute ``handles_deferred``) raises when it is to step such a table;
+            ``torch.nn.utils.clip_grad_norm_`` does not see them, ``optim.clip_grad_norm_`` does.
+            Several processes (DDP) do not exchange them: those optimizers refuse to step there.
         init_std: standard deviation of the normal initialisation of both parameters.
 
     ``zero_grad()`` of a module that holds the table sets ``.grad`` itself and does not call the

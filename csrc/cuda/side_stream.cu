@@ -7,9 +7,8 @@
 namespace ultramem::cuda {
 namespace {
 
-// One of the current device for each host thread: two threads that record into the same stream
-// while one of them captures would disturb each other. Never destroyed, for threads end after the
-// driver has.
+// One of the current device for each host thread. Never destroyed, for threads end after the driver
+// has.
 Status side_stream(cudaStream_t* stream) {
   constexpr int kMaxDevices = 64;
   thread_local std::array<cudaStream_t, kMaxDevices> streams{};
@@ -39,13 +38,37 @@ Status order(cudaStream_t first, cudaStream_t then) {
   return status.ok() ? destroyed : status;
 }
 
+// What a stream records into, 0 for none. One thread may run the backward of several streams, of
+// which one is captured: the side stream is then part of that capture until it ends.
+Status capture_of(cudaStream_t stream, unsigned long long* id) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  *id = 0;
+  unsigned long long of_stream = 0;
+  ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaStreamGetCaptureInfo(stream, &status, &of_stream));
+  if (status != cudaStreamCaptureStatusNone) *id = of_stream;
+  return {};
+}
+
 }  // namespace
 
 Status SideStream::fork() {
-  ULTRAMEM_RETURN_IF_ERROR(side_stream(&side_));
+  side_ = main_;
+  cudaStream_t side = nullptr;
+  unsigned long long of_main = 0, of_side = 0;
+  ULTRAMEM_RETURN_IF_ERROR(side_stream(&side));
+  ULTRAMEM_RETURN_IF_ERROR(capture_of(main_, &of_main));
+  ULTRAMEM_RETURN_IF_ERROR(capture_of(side, &of_side));
+  if (of_side != 0 && of_side != of_main) return {};
+  side_ = side;
   return order(main_, side_);
 }
 
-Status SideStream::join() { return order(side_, main_); }
+Status SideStream::join() {
+  if (side_ == main_) return {};
+  const Status status = order(side_, main_);
+  // Whose memory it uses may then not know that it still does.
+  if (!status.ok()) cudaStreamSynchronize(side_);
+  return status;
+}
 
 }  // namespace ultramem::cuda

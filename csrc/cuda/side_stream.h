@@ -8,7 +8,8 @@
 namespace ultramem::cuda {
 
 // Begins behind what `stream` holds when it is made; `join` lets the stream wait for it, and must
-// be called, also where something failed in between. May be captured in a graph together with the
+// be called, also where something failed in between. It is the stream itself where the side's is
+// part of another capture. May be captured in a graph together with the
 // stream. Memory that both use must live until `stream` is behind the join.
 class SideStream {
  public:

@@ -44,11 +44,16 @@ Status check_bwd_params(const ValueFfnBwdParams& params) {
         "value_ffn_bwd: grad_pre_input, grad_pre_values and grad_a need pre_values");
   }
   const Workspace workspace(params);
-  if (workspace.needs_rows && (params.num_tokens * params.num_selected >= int64_t{1} << 32 ||
+  constexpr int64_t kMaxWords = int64_t{1} << 32;
+  const int64_t num_groups = params.sum_groups ? 1 : params.addressing.expand;
+  if (workspace.needs_rows && (params.num_tokens * params.num_selected >= kMaxWords ||
+                               params.num_tokens * num_groups >= kMaxWords ||
+                               params.value_dim + params.pre_value_dim > INT32_MAX ||
                                params.addressing.num_slots >= UINT32_MAX)) {
     return Status::invalid_argument(
         "value_ffn_bwd: CUDA offers gradients of the tables for fewer than 2^32 retrieved slots "
-        "and fewer than 2^32-1 rows");
+        "and rows of grad_out, fewer than 2^32-1 rows, and rows of both tables below 2^31 "
+        "elements");
   }
   if (workspace.total > 0 && params.workspace == nullptr) {
     return Status::invalid_argument("value_ffn_bwd: the workspace must not be null");

@@ -105,6 +105,39 @@ def test_micro_batches_add_up(device: str) -> None:
         torch.testing.assert_close(a - start, b - start, rtol=1e-4, atol=1e-8)
 
 
+def test_a_frozen_half_stays(device: str) -> None:
+    memory = Memory("deferred", device)
+    optimizer = um.optim.MemoryAdam(memory.table.parameters(), lr=1e-2)
+    memory.table.values.requires_grad_(False)
+    before = [p.detach().clone() for p in memory.table.parameters()]
+    (x, target), *_ = batches(device)
+    loss_of(memory, x, target).backward()
+    um.optim.clip_grad_norm_(memory, 1.0)
+    optimizer.step()
+    values, pre_values = memory.table.parameters()
+    assert torch.equal(values, before[0])
+    assert not torch.equal(pre_values, before[1])
+
+
+def test_a_table_is_clipped_as_a_whole() -> None:
+    memory = Memory("deferred", "cpu")
+    (x, target), *_ = batches("cpu")
+    loss_of(memory, x, target).backward()
+    with pytest.raises(ValueError, match="clipped together"):
+        um.optim.clip_grad_norm_(memory.table.values, 1.0)
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory("deferred", "cpu")
+    optimizer = um.optim.MemorySGD(memory.table.parameters(), lr=0.1)
+    (x, target), *_ = batches("cpu")
+    loss_of(memory, x, target).backward()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(NotImplementedError, match="several processes"):
+        optimizer.step()
+
+
 def test_a_backward_after_the_step_is_not_taken_for_new() -> None:
     memory = Memory("deferred", "cpu")
     optimizer = um.optim.MemorySGD(memory.table.parameters(), lr=0.1)

@@ -52,7 +52,8 @@ def clip_grad_norm_(
 
     Raises:
         RuntimeError: the norm is not finite; or factors came after an earlier call.
-        ValueError: max_norm is negative, or a table's gradients are not deferred.
+        ValueError: max_norm is negative, a table's gradients are not deferred, or only one of its
+            trained parameters is among those given.
     """
     if not max_norm >= 0.0:
         raise ValueError(f"max_norm: must not be negative, got {max_norm}")
@@ -74,6 +75,13 @@ def clip_grad_norm_(
 
     deferred = [(p, t) for p in params if (t := deferred_table(p)) and p.requires_grad]
     deferred = [(p, t) for p, t in deferred if has_entries(t)]
+    clipped = {id(p) for p, _ in deferred}
+    for _, table in deferred:
+        if any(id(p) not in clipped for p in trained_parameters(table)):
+            raise ValueError(
+                "clip_grad_norm_: a table's values and pre_values are clipped together, for one "
+                "coefficient serves both; pass both, or the table in tables"
+            )
     dense = [p for p in params if deferred_table(p) is None]
     grads = [grad for p in dense if (grad := dense_gradient(p)) is not None]
     if not grads and not deferred:

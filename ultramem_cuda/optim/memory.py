@@ -23,6 +23,17 @@ from ._table_gradient import (
 )
 
 _TABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Of a row, by the kernels' grid.
+_MAX_CUDA_COLUMNS = 65535 * 256
+
+
+def _several_processes() -> bool:
+    distributed = torch.distributed
+    return (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )
 
 
 class MemoryOptimizer(Optimizer):
@@ -92,12 +103,22 @@ class MemoryOptimizer(Optimizer):
                 "grad_mode='dense'"
             )
 
+    def _check_size(self, param: Tensor) -> None:
+        columns = self._rows(param).shape[1]
+        if param.is_cuda and columns > _MAX_CUDA_COLUMNS:
+            raise ValueError(
+                f"params: on CUDA rows have at most {_MAX_CUDA_COLUMNS} elements, got "
+                f"{list(param.shape)}"
+            )
+        if param.is_cuda and param.dtype == torch.float64:
+            raise TypeError("params: float64 is offered on the CPU only")
+
     def _init_state(self, state: dict[str, Any], rows: Tensor, group: dict[str, Any]) -> None:
         """Adds this optimizer's own state; ``rows`` is the parameter as [N, dim]."""
 
     def _rows(self, tensor: Tensor) -> Tensor:
         """A contiguous tensor as [N, dim]."""
-        return tensor.view(tensor.shape[0], -1) if tensor.dim() > 1 else tensor.view(1, -1)
+        return tensor.view(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.view(1, -1)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -107,6 +128,8 @@ class MemoryOptimizer(Optimizer):
             closure: evaluates the model again and returns the loss.
 
         Raises:
+            NotImplementedError: deferred gradients in a job of several processes.
+            ValueError, TypeError: a parameter that CUDA does not offer.
             RuntimeError: a table's buffers overflowed, a gradient is sparse, a table with deferred
                 gradients has a ``.grad`` too, factors came after clipping, or factors that no
                 :class:`GradScaler` of this package has unscaled. Nothing has then been updated.
@@ -134,11 +157,18 @@ class MemoryOptimizer(Optimizer):
         stream = -1
         for deferred in self._tables():
             factors_of(deferred).check()
+            if _several_processes():
+                raise NotImplementedError(
+                    "step: a table with grad_mode='deferred' in a job of several processes, which "
+                    "would not exchange its factors; use grad_mode='dense' there"
+                )
             if has_entries(deferred):
                 step_cache(deferred)
         for group in self.param_groups:
             for param in group["params"]:
                 stream += 1
+                if not param.requires_grad:
+                    continue  # its factors may be there all the same
                 table = deferred_table(param)
                 if table is not None:
                     self._check_decay(group, param)
@@ -155,6 +185,7 @@ class MemoryOptimizer(Optimizer):
                         continue
                     if grad.is_sparse:
                         raise RuntimeError("step: sparse gradients are not supported")
+                    self._check_size(param)
                 work.append((stream, group, param, table))
         return work
 
