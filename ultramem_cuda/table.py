@@ -58,8 +58,8 @@ class _ForeignOptimizers:
                     raise RuntimeError(
                         f"{type(optimizer).__name__} would skip the parameters of a MemoryTable "
                         "with grad_mode='deferred', whose gradients are not in .grad: use "
-                        "ultramem_cuda.optim.MemoryAdam, MemoryAdagrad or MemorySGD for them, leave "
-                        "them out (their factors: table.factors), freeze the table, or use "
+                        "ultramem_cuda.optim.MemoryAdam, MemoryAdagrad or MemorySGD for them, "
+                        "leave them out (their factors: table.factors), freeze the table, or use "
                         "grad_mode='dense'"
                     )
 
