@@ -43,10 +43,6 @@ __device__ __forceinline__ uint32_t address_in_block(uint32_t shared, uint32_t b
   return remote;
 }
 
-__device__ __forceinline__ void store_in_block(uint32_t remote, float value) {
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
-}
-
 __device__ __forceinline__ float4 load_in_block(uint32_t remote) {
   float4 value;
   asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"

@@ -424,3 +424,17 @@ def test_shapes_and_dtypes_are_checked(device: str) -> None:
     table.factors.num_selected = 3
     with pytest.raises(RuntimeError, match="n must be tokens"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4)], ids=str)
+def test_moments_are_like_the_parameter(device: str, shape: tuple[int, ...]) -> None:
+    param = torch.nn.Parameter(torch.ones(shape, device=device))
+    twin = torch.nn.Parameter(param.detach().clone())
+    mine = um.optim.MemoryAdam([param], lr=0.1)
+    theirs = torch.optim.AdamW([twin], lr=0.1, weight_decay=0.0)
+    for optimizer, p in ((mine, param), (theirs, twin)):
+        p.grad = torch.arange(p.numel(), dtype=p.dtype, device=device).view(shape)
+        optimizer.step()
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert mine.state[param][name].shape == shape
+    torch.testing.assert_close(param, twin)

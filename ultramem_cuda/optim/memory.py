@@ -113,8 +113,8 @@ class MemoryOptimizer(Optimizer):
         if param.is_cuda and param.dtype == torch.float64:
             raise TypeError("params: float64 is offered on the CPU only")
 
-    def _init_state(self, state: dict[str, Any], rows: Tensor, group: dict[str, Any]) -> None:
-        """Adds this optimizer's own state; ``rows`` is the parameter as [N, dim]."""
+    def _init_state(self, state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
+        """Adds this optimizer's own state."""
 
     def _rows(self, tensor: Tensor) -> Tensor:
         """A contiguous tensor as [N, dim]."""
@@ -228,7 +228,7 @@ class MemoryOptimizer(Optimizer):
         state = self.state[param]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            self._init_state(state, rows, group)
+            self._init_state(state, param, group)
             if group["master_weights"] and param.dtype in (torch.bfloat16, torch.float16):
                 state["master"] = param.detach().float()
 
@@ -398,12 +398,12 @@ class MemoryAdam(MemoryOptimizer):
                 f"{group['state_dtype']!r}"
             )
 
-    def _init_state(self, state: dict[str, Any], rows: Tensor, group: dict[str, Any]) -> None:
+    def _init_state(self, state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
         dtype = group["state_dtype"] or torch.float32
-        if rows.dtype == torch.float64:
+        if param.dtype == torch.float64:
             dtype = torch.float64
         for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = torch.zeros_like(rows, dtype=dtype)
+            state[name] = torch.zeros_like(param, dtype=dtype)
 
 
 class MemoryAdagrad(MemoryOptimizer):
@@ -465,10 +465,11 @@ class MemoryAdagrad(MemoryOptimizer):
     def _rows(self, tensor: Tensor) -> Tensor:
         return tensor.view(tensor.shape[0], -1) if tensor.dim() > 0 else tensor.view(1, 1)
 
-    def _init_state(self, state: dict[str, Any], rows: Tensor, group: dict[str, Any]) -> None:
-        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    def _init_state(self, state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
+        dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+        num_rows = self._rows(param).shape[0]
         state["sum"] = torch.full(
-            (rows.shape[0],), group["initial_accumulator_value"], dtype=dtype, device=rows.device
+            (num_rows,), group["initial_accumulator_value"], dtype=dtype, device=param.device
         )
 
 
