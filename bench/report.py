@@ -9,7 +9,7 @@ from typing import Any
 
 from .timing import Timing
 
-__all__ = ["Row", "aligned", "table", "verdict"]
+__all__ = ["Quantity", "Row", "aligned", "quantities", "table", "verdict"]
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,42 @@ class Row:
         }
 
 
+@dataclass(frozen=True)
+class Quantity:
+    """An amount that is no time, such as bytes."""
+
+    shape: str
+    what: str
+    amount: float
+    unit: str
+    target: float | None = None
+    """What it is to be at most."""
+    note: str = ""
+
+    def verdict(self) -> str:
+        return "" if self.target is None else verdict(self.amount <= self.target)
+
+    def record(self) -> dict[str, Any]:
+        return {
+            **dataclasses.asdict(self),
+            "verdict": self.verdict() or None,
+            "note": self.note or None,
+        }
+
+
 def verdict(reached: bool) -> str:
     return "met" if reached else "missed"
+
+
+def quantities(rows: Sequence[Quantity]) -> str:
+    """The amounts as aligned text."""
+    lines = [["shape", "what", "amount", "unit", "target", "", ""]]
+    for row in rows:
+        target = "" if row.target is None else f"<= {row.target:g}"
+        lines.append(
+            [row.shape, row.what, f"{row.amount:.4g}", row.unit, target, row.verdict(), row.note]
+        )
+    return aligned(lines)
 
 
 def table(rows: Sequence[Row]) -> str:

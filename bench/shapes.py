@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ SMOKE = Shape("smoke", 16, 32, 37, 16, 8, 8, 16, 24, 500)
 
 
 def draw_slots(distribution: str, shape: Shape, generator: torch.Generator) -> Tensor:
-    """Independent draws from the layer's window, on the CPU.
+    """Independent draws from the layer's window, on the generator's device.
 
     "zipf": the k-th hottest slot is drawn with probability proportional to 1/k, and the hot slots
     lie anywhere in the window. A hot slot can come twice in one token, as it does when several
@@ -71,12 +72,13 @@ def draw_slots(distribution: str, shape: Shape, generator: torch.Generator) -> T
         [T, S] int64.
     """
     size = (shape.num_tokens, shape.selected)
+    options: dict[str, Any] = {"generator": generator, "device": generator.device}
     if distribution == "uniform":
-        return torch.randint(shape.window, size, generator=generator)
+        return torch.randint(shape.window, size, **options)
     if distribution == "zipf":
-        weights = 1.0 / torch.arange(1, shape.window + 1, dtype=torch.float64)
-        cumulative = weights.cumsum(0)
-        point = torch.rand(size, dtype=torch.float64, generator=generator) * cumulative[-1]
+        ranks = torch.arange(1, shape.window + 1, dtype=torch.float64, device=generator.device)
+        cumulative = (1.0 / ranks).cumsum(0)
+        point = torch.rand(size, dtype=torch.float64, **options) * cumulative[-1]
         order = torch.searchsorted(cumulative, point).clamp_(max=shape.window - 1)
-        return torch.randperm(shape.window, generator=generator)[order]
+        return torch.randperm(shape.window, **options)[order]
     raise ValueError(f"distribution must be one of {DISTRIBUTIONS}, got {distribution!r}")
