@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ultramem_cuda import GradientFactors, MemoryTable, UltraMemConfig, UltraMemLayer, ops
+from ultramem_cuda import GradientFactors, MemoryTable, UltraMemConfig, UltraMemLayer
 from ultramem_cuda.optim import MemoryAdagrad, MemoryAdam, MemorySGD, clip_grad_norm_
 
 from . import eager
@@ -79,9 +79,19 @@ class Problem:
     def arguments(self) -> tuple[Tensor, ...]:
         return self.indices, self.scores, self.values, self.pre_values, self.pre_input
 
+    @property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        return self.values, self.pre_values
+
     def forward(self) -> tuple[Tensor, Tensor]:
         """out, and the pre-activations that the backward needs."""
         return torch.ops.ultramem.value_ffn(*self.arguments, None, None, None, None, *_OPTIONS)
+
+    def backward_dense(self, pre_activation: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of scores, pre_input, values and pre_values."""
+        return torch.ops.ultramem.value_ffn_bwd(
+            self.grad, *self.arguments, pre_activation, None, *_OPTIONS, True, True
+        )
 
     def backward_main_grad(
         self, pre_activation: Tensor, main_grads: Sequence[Tensor]
@@ -192,7 +202,7 @@ def table_rows(settings: Settings, shape: Shape, wrong: list[str]) -> Iterator[R
     for slots in SLOTS[1:]:
         problems[slots] = dataclasses.replace(base, indices=draw(slots, shape, inputs))
     saved = {slots: problem.forward()[1] for slots, problem in problems.items()}
-    main_grads = [torch.zeros_like(t, dtype=torch.float32) for t in (base.values, base.pre_values)]
+    main_grads = [torch.zeros_like(t, dtype=torch.float32) for t in base.tables]
     for slots, problem in problems.items():
         name = f"{shape.name}, {slots}"
         wrong += _disagreements(name, problem, saved[slots], main_grads, factors)
@@ -289,18 +299,22 @@ def best_gather(settings: Settings, problem: Problem, wrong: list[str]) -> Candi
     except ImportError:
         return None
     few = dataclasses.replace(settings, warmup=1, repeats=min(settings.repeats, 5))
-    indices, _, values, pre_values, _ = problem.arguments
     candidates = {
         name: Candidate(run)
-        for name, run in triton_gather.gathers(indices, values, pre_values).items()
+        for name, run in triton_gather.gathers(problem.indices, *problem.tables).items()
     }
-    timings = few.times(candidates)
+    try:
+        timings = few.times(candidates)
+    except Exception as error:  # Triton has many of its own, and needs a C compiler
+        wrong.append(f"gather: {error}")
+        return None
     best = min(timings, key=lambda name: timings[name].median_ms)
     sums = candidates[best].run()
     assert isinstance(sums, tuple)
-    for ours, rows in zip(sums, (values, pre_values), strict=True):
-        tokens = slice(_CHECKED_TOKENS)
-        if not relative_distance(ours[tokens], rows[indices[tokens]].double().sum(1)) <= 1e-4:
+    tokens = slice(_CHECKED_TOKENS)
+    for ours, rows in zip(sums, problem.tables, strict=True):
+        expected = rows[problem.indices[tokens]].double().sum(1)
+        if not relative_distance(ours[tokens], expected) <= 1e-4:
             wrong.append(f"gather, {best}: not the sums of the rows")
     return candidates[best]
 
@@ -456,46 +470,37 @@ def _dense_step(table: MemoryTable) -> Candidate:
 TRAINING_OPTIMIZERS = ("MemoryAdam bf16", "MemoryAdagrad")
 
 
-@dataclass(frozen=True)
-class TrainingLayers:
-    """Tokens of all layers that share a table."""
-
-    problems: tuple[Problem, ...]
-    """Their scores and pre_inputs train."""
-
-    def forward_backward(
-        self, values: Tensor, pre_values: Tensor, factors: GradientFactors | None = None
-    ) -> None:
-        outs = [
-            ops.value_ffn(p.indices, p.scores, values, pre_values, p.pre_input, factors=factors)
-            for p in self.problems
-        ]
-        for out, problem in zip(reversed(outs), reversed(self.problems), strict=True):
-            out.backward(problem.grad)
-            problem.scores.grad = problem.pre_input.grad = None
+def forward_backward(
+    problems: Sequence[Problem], backward: Callable[[Problem, Tensor], object]
+) -> None:
+    """All layers' forwards, then their backwards in reverse."""
+    saved = [problem.forward()[1] for problem in problems]
+    for problem, pre_activation in zip(reversed(problems), reversed(saved), strict=True):
+        backward(problem, pre_activation)
 
 
 def training_rows(settings: Settings, shape: Shape, wrong: list[str]) -> Iterator[Row]:
-    """Forwards, backwards and step, a layer's share, deferred against dense."""
+    """Forwards, backwards and step, a layer's share, deferred against dense.
+
+    Raw operators: where the host takes longer than the GPU is what the section "layer" shows.
+    """
     inputs = settings.inputs()
     layers = num_layers(shape)
     table = make_table(shape, settings, layers)
-    problems = []
-    for indices in layer_slots("uniform", shape, inputs):
-        problem = make_problem(shape, table, "uniform", inputs)
-        problem.scores.requires_grad_()
-        problem.pre_input.requires_grad_()
-        problems.append(dataclasses.replace(problem, indices=indices))
-    run = TrainingLayers(tuple(problems))
+    problem = make_problem(shape, table, "uniform", inputs)
+    problems = [
+        dataclasses.replace(problem, indices=indices)
+        for indices in layer_slots("uniform", shape, inputs)
+    ]
     peers = {
-        "main_grad + AdamW": partial(_train_main_grad, run, table),
-        ".grad + AdamW": partial(_train_grad, run, table),
+        "main_grad + AdamW": partial(_train_main_grad, problems),
+        ".grad + AdamW": partial(_train_grad, problems),
     }
     dense: dict[str, Timing] = {}
     for name, make in peers.items():
         dense |= alone(settings, name, make, layers)
     for name in TRAINING_OPTIMIZERS:
-        ours = alone(settings, "ours", partial(_train_deferred, run, table, name), layers)
+        ours = alone(settings, "ours", partial(_train_deferred, problems, table, name), layers)
         yield Row(
             shape.name,
             f"{name}, a layer of {layers}",
@@ -505,35 +510,27 @@ def training_rows(settings: Settings, shape: Shape, wrong: list[str]) -> Iterato
         )
 
 
-def _train_deferred(run: TrainingLayers, table: MemoryTable, name: str) -> Candidate:
+def _train_deferred(problems: Sequence[Problem], table: MemoryTable, name: str) -> Candidate:
     optimizer = OPTIMIZERS[name].make(table.parameters())
-    assert table.pre_values is not None
-    tables = table.values, table.pre_values
+    factors = factors_of(table)
 
     def step() -> None:
-        run.forward_backward(*tables, table.factors)
+        forward_backward(problems, lambda p, a: p.backward_deferred(a, factors))
         optimizer.step()
         optimizer.zero_grad()
 
     return Candidate(step)
 
 
-def _dense_parameters(table: MemoryTable) -> list[nn.Parameter]:
-    """Parameters on the table's memory whose gradients are dense."""
-    return [nn.Parameter(parameter.detach()) for parameter in table.parameters()]
-
-
-def _train_main_grad(run: TrainingLayers, table: MemoryTable) -> Candidate:
+def _train_main_grad(problems: Sequence[Problem]) -> Candidate:
     """Gradients in float32 main_grads; AdamW takes them in the table's dtype."""
-    parameters = _dense_parameters(table)
-    main_grads = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
-    for parameter, main_grad in zip(parameters, main_grads, strict=True):
-        parameter.main_grad = main_grad  # type: ignore[attr-defined]
-    grads = [torch.empty_like(p) for p in parameters]
-    optimizer = DenseAdamW(parameters)
+    tables = problems[0].tables
+    main_grads = [torch.zeros_like(t, dtype=torch.float32) for t in tables]
+    grads = [torch.empty_like(t) for t in tables]
+    optimizer = DenseAdamW(tables)
 
     def step() -> None:
-        run.forward_backward(parameters[0], parameters[1])
+        forward_backward(problems, lambda p, a: p.backward_main_grad(a, main_grads))
         for grad, main_grad in zip(grads, main_grads, strict=True):
             grad.copy_(main_grad)
             main_grad.zero_()
@@ -542,16 +539,23 @@ def _train_main_grad(run: TrainingLayers, table: MemoryTable) -> Candidate:
     return Candidate(step)
 
 
-def _train_grad(run: TrainingLayers, table: MemoryTable) -> Candidate:
-    """What autograd does: a new dense gradient a layer, all of which are added."""
-    parameters = _dense_parameters(table)
-    optimizer = DenseAdamW(parameters)
+def _train_grad(problems: Sequence[Problem]) -> Candidate:
+    """What autograd does without a main_grad: a new dense gradient a layer, all of them added."""
+    optimizer = DenseAdamW(problems[0].tables)
 
     def step() -> None:
-        run.forward_backward(parameters[0], parameters[1])
-        optimizer.step([p.grad for p in parameters if p.grad is not None])
-        for parameter in parameters:
-            parameter.grad = None
+        grads: list[Tensor] = []
+
+        def backward(problem: Problem, pre_activation: Tensor) -> None:
+            new = problem.backward_dense(pre_activation)[2:]
+            if grads:
+                for grad, addend in zip(grads, new, strict=True):
+                    grad.add_(addend)
+            else:
+                grads.extend(new)
+
+        forward_backward(problems, backward)
+        optimizer.step(grads)
 
     return Candidate(step)
 

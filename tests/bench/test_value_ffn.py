@@ -149,6 +149,49 @@ def test_slots_drawn_on_the_gpu() -> None:
     assert counts["zipf"] < counts["uniform"]
 
 
+@pytest.mark.gpu
+def test_gathers_read_the_rows() -> None:
+    pytest.importorskip("triton")
+    from ultramem_cuda.bench import triton_gather
+
+    indices = torch.randint(999, (100, 24), device="cuda")
+    tables = [torch.randn(999, dim, device="cuda").bfloat16() for dim in (48, 40)]
+    runs = triton_gather.gathers(indices, *tables)
+    assert list(runs) == [
+        "4 rows, 1 warps",
+        "8 rows, 1 warps",
+        "8 rows, 2 warps",
+        "8 rows, 4 warps",
+    ]
+    for run in runs.values():
+        for ours, table in zip(run(), tables, strict=True):
+            torch.testing.assert_close(ours, table[indices].float().sum(1))
+
+
+def test_dense_training_is_the_same_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """main_grad and .grad differ in roundings alone."""
+    inputs = SETTINGS.inputs()
+    table = cases.make_table(SMOKE, SETTINGS, 2)
+    problem = cases.make_problem(SMOKE, table, "zipf", inputs)
+    problems = [
+        dataclasses.replace(problem, indices=indices)
+        for indices in cases.layer_slots("zipf", SMOKE, inputs)
+    ]
+    taken: list[list[torch.Tensor]] = []
+    monkeypatch.setattr(
+        cases.DenseAdamW, "step", lambda _, grads: taken.append([g.clone() for g in grads])
+    )
+    for make in (cases._train_main_grad, cases._train_grad):
+        candidate = make(problems)
+        candidate.run()
+        candidate.run()  # the first has left nothing behind
+    assert len(taken) == 4
+    for grads in taken[1:]:
+        for ours, theirs in zip(grads, taken[0], strict=True):
+            assert theirs.any()
+            assert cases.relative_distance(ours, theirs) < 1e-2
+
+
 def test_dense_adamw_is_torchs_over_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "_PART_ELEMENTS", 20)
     torch.manual_seed(0)
