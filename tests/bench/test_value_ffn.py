@@ -260,6 +260,27 @@ def test_bytes_a_parameter() -> None:
     assert amounts["MemoryAdam fp32, weights and states"] == pytest.approx(10 + steps)
 
 
+def test_activation_memory_leaves_out_what_is_handed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """y and, in the backward, gradients; the larger peak counts."""
+    x, weight = torch.randn(1000, 50, requires_grad=True), torch.randn(50, 50, requires_grad=True)
+    allocated, peaks = 5_000_000, iter([0, 0, 6_200_000, 6_600_000])  # the first step warms up
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: allocated)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(peaks))
+    table = cases.make_table(SMOKE, SETTINGS)
+    layer: Any = lambda tokens, _: tokens @ weight  # noqa: E731
+    shape = SHAPES["S"]
+    peak, bound = cases._activation_memory(shape, layer, table, (x, weight), torch.ones(1000, 50))
+    y_bytes, gradient_bytes = 200_000, 200_000 + 10_000
+    assert peak.amount * 1e6 == pytest.approx(1_600_000 - y_bytes - gradient_bytes)
+    assert peak.note == "forward 1.0, backward 1.2"
+    assert (peak.target, peak.verdict()) == (60.0, "met")
+    assert bound.amount * 1e6 == pytest.approx(1_600_000 - y_bytes)
+    assert bound.target is None
+
+
 def test_a_wrong_forward_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = cases.eager.value_ffn
     monkeypatch.setattr(cases.eager, "value_ffn", lambda *a: right(*a) * 1.1)
