@@ -21,6 +21,7 @@ from .retrieval_cases import Settings
 from .shapes import SHAPES, SMOKE, Shape
 from .timing import machine, write_json
 from .value_ffn_large import large_rows, large_shape
+from .value_ffn_layer import layer_measures
 
 Measure = Callable[[Settings, Shape, list[str]], Iterator[Any]]
 
@@ -35,7 +36,7 @@ SECTIONS = {
     "table": Section("value_ffn forward, backward dense and deferred", "SBM", cases.table_rows),
     "step": Section("optimizer steps after all layers' backwards", "SM", cases.step_rows),
     "training": Section("value_ffn and step, a layer's share", "SM", cases.training_rows),
-    "layer": Section("UltraMemLayer, deferred table, CUDA graph", "SBM", cases.layer_measures),
+    "layer": Section("UltraMemLayer, deferred table, CUDA graph", "SBM", layer_measures),
     "state": Section("bytes of weights and optimizer states", "SM", cases.state_quantities),
     "large": Section("a table of 20e9 elements", "", large_rows),
 }

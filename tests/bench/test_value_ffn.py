@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from ultramem_cuda.bench import report, retrieval_cases, timing, value_ffn, value_ffn_large
+from ultramem_cuda.bench import (
+    report,
+    retrieval_cases,
+    timing,
+    value_ffn,
+    value_ffn_large,
+    value_ffn_layer,
+)
 from ultramem_cuda.bench import value_ffn_cases as cases
 from ultramem_cuda.bench.shapes import SHAPES, SMOKE, draw_slots
 
@@ -59,8 +66,8 @@ def test_targets_are_the_issues() -> None:
         for slots in cases.SLOTS:
             found = tuple(cases.table_row(SHAPES[s], what, slots, {}).target_us for s in "SBM")
             assert found == expected.get((what, slots), (None, None, None))
-    assert cases.LAYER_US == {"S": 600, "B": 1450, "M": 3200}
-    assert cases.ACTIVATION_MB == {"S": 60, "M": 180}
+    assert value_ffn_layer.FORWARD_BACKWARD_US == {"S": 600, "B": 1450, "M": 3200}
+    assert value_ffn_layer.ACTIVATION_MB == {"S": 60, "M": 180}
     assert {n: c.bytes_target for n, c in cases.OPTIMIZERS.items() if c.bytes_target} == {
         "MemoryAdagrad": 2.1,
         "MemoryAdam bf16": 6.1,
@@ -272,7 +279,9 @@ def test_activation_memory_leaves_out_what_is_handed_over(
     table = cases.make_table(SMOKE, SETTINGS)
     layer: Any = lambda tokens, _: tokens @ weight  # noqa: E731
     shape = SHAPES["S"]
-    peak, bound = cases._activation_memory(shape, layer, table, (x, weight), torch.ones(1000, 50))
+    peak, bound = value_ffn_layer._activation_memory(
+        shape, layer, table, (x, weight), torch.ones(1000, 50)
+    )
     y_bytes, gradient_bytes = 200_000, 200_000 + 10_000
     assert peak.amount * 1e6 == pytest.approx(1_600_000 - y_bytes - gradient_bytes)
     assert peak.note == "forward 1.0, backward 1.2"
