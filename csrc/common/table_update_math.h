@@ -112,18 +112,29 @@ ULTRAMEM_UPDATE_FUNCTION UpdateScalars<Acc> prepare_update(const TableUpdatePara
 // --- one weight; g is scaled already
 
 template <typename Acc>
-ULTRAMEM_UPDATE_FUNCTION void adam_update(const UpdateScalars<Acc>& s, Acc g, Acc* weight,
-                                          Acc* exp_avg, Acc* exp_avg_sq) {
+ULTRAMEM_UPDATE_FUNCTION void adam_moments(const UpdateScalars<Acc>& s, Acc g, Acc* exp_avg,
+                                           Acc* exp_avg_sq) {
   *exp_avg = add(*exp_avg, mul(s.one_minus_beta1, add(g, -*exp_avg)));
   *exp_avg_sq = add(mul(s.beta2, *exp_avg_sq), mul(mul(s.one_minus_beta2, g), g));
-  const Acc size = add(mul(root(*exp_avg_sq), s.root_scale), s.eps);
-  *weight = add(mul(*weight, s.keep), -mul(s.step_size, div(*exp_avg, size)));
 }
 
-// Also Adagrad's, with the row's step size.
+// What exp_avg is divided by.
 template <typename Acc>
-ULTRAMEM_UPDATE_FUNCTION void descend(Acc keep, Acc step_size, Acc g, Acc* weight) {
-  *weight = add(mul(*weight, keep), -mul(step_size, g));
+ULTRAMEM_UPDATE_FUNCTION Acc adam_size(const UpdateScalars<Acc>& s, Acc root_of_exp_avg_sq) {
+  return add(mul(root_of_exp_avg_sq, s.root_scale), s.eps);
+}
+
+template <typename Acc>
+ULTRAMEM_UPDATE_FUNCTION void descend(Acc keep, Acc step_size, Acc direction, Acc* weight) {
+  *weight = add(mul(*weight, keep), -mul(step_size, direction));
+}
+
+template <typename Acc>
+ULTRAMEM_UPDATE_FUNCTION void adam_update(const UpdateScalars<Acc>& s, Acc g, Acc* weight,
+                                          Acc* exp_avg, Acc* exp_avg_sq) {
+  adam_moments(s, g, exp_avg, exp_avg_sq);
+  const Acc size = adam_size(s, root(*exp_avg_sq));
+  descend(s.keep, s.step_size, div(*exp_avg, size), weight);
 }
 
 // The row's new sum becomes *row_sum.
@@ -134,10 +145,19 @@ ULTRAMEM_UPDATE_FUNCTION Acc adagrad_step_size(const UpdateScalars<Acc>& s, Acc 
   return div(s.step_size, add(root(*row_sum), s.eps));
 }
 
-// The columns of a row belong to 32 lanes, 8 neighbours each, again and again. A lane adds the
-// squares of its columns from left to right; then neighbours at distance 16, 8, 4, 2, 1 are added.
-constexpr int kRowLanes = 32;
+// The columns of a row belong to row_lanes lanes, 8 neighbours each, again and again. A lane adds
+// the squares of its columns from left to right; then neighbours at distance row_lanes / 2, .., 1
+// are added.
 constexpr int kLaneColumns = 8;
+constexpr int kMaxRowLanes = 32;
+// 8 neighbours of which a GPU's lane holds at once.
+constexpr int kLaneChunks = 3;
+
+ULTRAMEM_UPDATE_FUNCTION int row_lanes(int64_t dim) {
+  int lanes = 8;
+  while (lanes < kMaxRowLanes && lanes * kLaneChunks * kLaneColumns < dim) lanes *= 2;
+  return lanes;
+}
 
 // --- random numbers
 

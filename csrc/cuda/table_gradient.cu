@@ -75,85 +75,110 @@ __global__ void __launch_bounds__(kThreads)
 
 // Sums of pieces ----------------------------------------------------------------------------------
 
-// A warp a piece and tile of columns.
+// A warp a piece, or, without vectors, a thread one of its columns.
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     table_piece_sums_kernel(const __grid_constant__ GradientArguments arguments,
                             float* piece_sums) {
+  __shared__ EntryWindow windows[kWarps];
   const TableGradient& g = arguments.gradient;
-  const RowColumns<1> columns{static_cast<int>(blockIdx.y) * kTileColumns, static_cast<int>(g.dim)};
-  for (int64_t i = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize; i < g.counts[1];
+  const int dim = static_cast<int>(g.dim);
+  const int warp = threadIdx.x / kWarpSize;
+  const RowLane lane(g, kWarpSize);
+  for (int64_t i = int64_t{blockIdx.x} * kWarps + warp; i < g.counts[1];
        i += int64_t{gridDim.x} * kWarps) {
     const uint32_t run = g.pieces[2 * i], piece = g.pieces[2 * i + 1];
     const uint32_t run_begin = g.run_begins[run];
     const uint32_t begin = run_begin + piece * arguments.piece_length;
     const uint32_t end = min(begin + arguments.piece_length, g.run_begins[run + 1]);
-    EntryWindow window;
-    RowSum<1> sum;
-    sum_entries<1>(arguments, columns, begin, end, &window, sum);
     float* to =
         piece_sums +
         static_cast<int64_t>(piece_sum_row(run_begin, piece, arguments.piece_length)) * g.dim;
-#pragma unroll
-    for (int j = 0; j < kLaneColumns; ++j) {
-      if (columns.column(0) + j < g.dim) to[columns.column(0) + j] = sum[0][j];
+    if (!arguments.vectors) {
+      for (int column = lane.lane; column < dim; column += kWarpSize) {
+        to[column] = sum_column(g, column, begin, end);
+      }
+      continue;
+    }
+    for (int stretch = 0; stretch < dim; stretch += lane.stretch_columns()) {
+      WindowPlace place;
+      Chunk sum;
+      sum_entries<8>(g, lane, stretch, begin, end, end, windows[warp], place, sum);
+      if (lane.column(stretch) >= dim) continue;
+      PackedChunk<float> packed;
+      packed.set_nearest(sum);
+      packed.store(to, lane.column(stretch));
     }
   }
 }
 
 // Of more than kPiecesPerGroup pieces, the first of a group becomes the group's sum. A thread a
-// column.
+// column, and further ones.
 __global__ void __launch_bounds__(kThreads)
     table_piece_groups_kernel(const __grid_constant__ GradientArguments arguments,
                               float* piece_sums) {
   const TableGradient& g = arguments.gradient;
-  const int64_t column = int64_t{blockIdx.y} * kThreads + threadIdx.x;
-  if (column >= g.dim) return;
   const uint32_t length = arguments.piece_length;
   for (int64_t i = blockIdx.x; i < g.counts[1]; i += gridDim.x) {
     const uint32_t run = g.pieces[2 * i], first = g.pieces[2 * i + 1];
     const uint32_t begin = g.run_begins[run];
     const uint32_t pieces = (g.run_begins[run + 1] - begin - 1) / length + 1;
     if (first % kPiecesPerGroup != 0 || pieces <= kPiecesPerGroup) continue;
-    const auto at = [&](uint32_t piece) -> float& {
-      return piece_sums[static_cast<int64_t>(piece_sum_row(begin, piece, length)) * g.dim + column];
-    };
-    float sum = at(first);
+    const uint32_t last = min(first + kPiecesPerGroup, pieces);
+    for (int64_t column = int64_t{blockIdx.y} * kThreads + threadIdx.x; column < g.dim;
+         column += int64_t{gridDim.y} * kThreads) {
+      const auto at = [&](uint32_t piece) -> float& {
+        return piece_sums[static_cast<int64_t>(piece_sum_row(begin, piece, length)) * g.dim +
+                          column];
+      };
+      float sum = at(first);
 #pragma unroll 8
-    for (uint32_t piece = first + 1; piece < min(first + kPiecesPerGroup, pieces); ++piece) {
-      sum = add(sum, at(piece));
+      for (uint32_t piece = first + 1; piece < last; ++piece) sum = add(sum, at(piece));
+      at(first) = sum;
     }
-    at(first) = sum;
   }
 }
 
 // Norm --------------------------------------------------------------------------------------------
 
-// sums[warp]: of the squares of a warp's runs and columns.
+// sums[warp]: of the squares of the rows of a warp's runs.
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    table_grad_sum_sq_kernel(const __grid_constant__ GradientArguments arguments, int64_t batch,
-                             int64_t num_warps, double* sums) {
+    table_grad_sum_sq_kernel(const __grid_constant__ GradientArguments arguments, int64_t num_warps,
+                             double* sums) {
+  __shared__ EntryWindow windows[kWarps];
   const int64_t warp = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize;
   if (warp >= num_warps) return;
+  EntryWindow& window = windows[threadIdx.x / kWarpSize];
   const TableGradient& g = arguments.gradient;
-  const RowColumns<1> columns{static_cast<int>(blockIdx.y) * kTileColumns, static_cast<int>(g.dim)};
-  const RunBatch runs(g, warp * batch, batch);
-  EntryWindow window;
+  const int dim = static_cast<int>(g.dim);
+  const RowLane lane(g, row_lanes(dim));
+  const RunBatch runs(g, warp, num_warps);
+  const uint32_t limit = runs.end();
   double total = 0;
-  for (int i = 0; i < runs.count; ++i) {
-    RowSum<1> sum;
-    row_gradient<1>(arguments, columns, __shfl_sync(kFullMask, runs.row, i),
-                    __shfl_sync(kFullMask, runs.begin, i), __shfl_sync(kFullMask, runs.end, i),
-                    &window, sum);
+  const auto add_square = [&](float x) {
+    total += static_cast<double>(x) * static_cast<double>(x);
+  };
+  WindowPlace place;
+  for (int i = 0; i < runs.count(); i += lane.groups) {
+    const Run run = runs[i + lane.group];
+    if (!arguments.vectors) {
+      for (int column = lane.lane; run.exists && column < dim; column += lane.lanes) {
+        add_square(column_gradient(arguments, run, column));
+      }
+      continue;
+    }
+    for (int stretch = 0; stretch < dim; stretch += lane.stretch_columns()) {
+      Chunk sum;
+      row_gradient(arguments, lane, stretch, run, limit, window, place, sum);
+      if (!run.exists || lane.column(stretch) >= dim) continue;
 #pragma unroll
-    for (int j = 0; j < kLaneColumns; ++j) {
-      total += static_cast<double>(sum[0][j]) * static_cast<double>(sum[0][j]);
+      for (int j = 0; j < kLaneColumns; ++j) add_square(sum[j]);
     }
   }
 #pragma unroll
   for (int delta = kWarpSize / 2; delta > 0; delta /= 2) {
     total += __shfl_xor_sync(kFullMask, total, delta);
   }
-  if (threadIdx.x % kWarpSize == 0) sums[blockIdx.y * num_warps + warp] = total;
+  if (threadIdx.x % kWarpSize == 0) sums[warp] = total;
 }
 
 constexpr int kTotalThreads = 1024;
@@ -217,20 +242,13 @@ struct GroupWorkspace {
   }
 };
 
-unsigned tiles(const TableGradient& g) {
-  return static_cast<unsigned>(ceil_div(g.dim, kTileColumns));
-}
-
-// A grid's second dimension.
-constexpr int64_t kMaxTiles = 65535;
-
 Status check_gradient(const TableGradient& gradient, DType dtype) {
   ULTRAMEM_RETURN_IF_ERROR(check_table_gradient(gradient, dtype));
   if (dtype == DType::kFloat64) {
     return Status::invalid_argument("table_update: float64 is offered on the CPU only");
   }
-  if (gradient.dim > kMaxTiles * kThreads) {
-    return Status::invalid_argument("table_update: CUDA offers rows of up to 2^24 - 256 columns");
+  if (gradient.dim > kMaxCudaColumns) {
+    return Status::invalid_argument("table_update: CUDA offers rows of up to 2^29 columns");
   }
   return {};
 }
@@ -252,12 +270,11 @@ Status launch_piece_sums(const GradientArguments& arguments, float* piece_sums,
   const auto blocks = [&](int64_t wanted) {
     return static_cast<unsigned>(wanted < kMaxBlocks ? wanted : kMaxBlocks);
   };
-  table_piece_sums_kernel<<<dim3(blocks(ceil_div(pieces, kWarps)), tiles(g)), kThreads, 0,
-                            stream>>>(arguments, piece_sums);
+  table_piece_sums_kernel<<<blocks(ceil_div(pieces, kWarps)), kThreads, 0, stream>>>(arguments,
+                                                                                     piece_sums);
   ULTRAMEM_RETURN_IF_ERROR(launch_status());
-  const auto column_blocks = static_cast<unsigned>(ceil_div(g.dim, kThreads));
-  table_piece_groups_kernel<<<dim3(blocks(pieces), column_blocks), kThreads, 0, stream>>>(
-      arguments, piece_sums);
+  table_piece_groups_kernel<<<dim3(blocks(pieces), blocks(ceil_div(g.dim, kThreads))), kThreads, 0,
+                              stream>>>(arguments, piece_sums);
   return launch_status();
 }
 
@@ -306,8 +323,7 @@ Status table_group(const TableGroupParams& params, Stream stream) {
 size_t table_grad_sum_sq_workspace(const TableGradSumSqParams& params) {
   const TableGradient& g = params.gradient;
   if (!check_gradient(g, params.acc_dtype).ok()) return 0;
-  const int64_t warps = ceil_div(max_runs(g), runs_per_warp(max_runs(g)));
-  return piece_sums_bytes(g) + align_up(warps * tiles(g) * sizeof(double));
+  return piece_sums_bytes(g) + align_up(num_run_warps(max_runs(g)) * sizeof(double));
 }
 
 Status table_grad_sum_sq(const TableGradSumSqParams& params, Stream stream) {
@@ -323,11 +339,11 @@ Status table_grad_sum_sq(const TableGradSumSqParams& params, Stream stream) {
                                          piece_sums_bytes(g));
   const GradientArguments arguments = gradient_arguments(g, piece_sums, /*vectors=*/true);
   ULTRAMEM_RETURN_IF_ERROR(launch_piece_sums(arguments, piece_sums, stream));
-  const int64_t batch = runs_per_warp(runs), warps = ceil_div(runs, batch);
-  const dim3 grid(static_cast<unsigned>(ceil_div(warps, kWarps)), tiles(g));
-  table_grad_sum_sq_kernel<<<grid, kThreads, 0, stream>>>(arguments, batch, warps, sums);
+  const int64_t warps = num_run_warps(runs);
+  table_grad_sum_sq_kernel<<<static_cast<unsigned>(ceil_div(warps, kWarps)), kThreads, 0, stream>>>(
+      arguments, warps, sums);
   ULTRAMEM_RETURN_IF_ERROR(launch_status());
-  table_grad_total_kernel<<<1, kTotalThreads, 0, stream>>>(sums, warps * tiles(g), params.sum_sq);
+  table_grad_total_kernel<<<1, kTotalThreads, 0, stream>>>(sums, warps, params.sum_sq);
   return launch_status();
 }
 

@@ -1,33 +1,23 @@
-// Optimizer steps on the value tables: a warp sums the gradient of a row, in registers, and updates
-// the row's columns there. Weights and states are read and written once.
+// Optimizer steps on the value tables: lanes that share a row sum its gradient, in registers, and
+// update its columns there. Weights and states are read and written once.
 //
-// Rows of up to kTileColumns columns are a warp's. Longer ones are cut into tiles, which Adam and
-// SGD take by themselves; Adagrad needs the squares of the whole row first: up to kAdagradTiles
-// tiles stay in one warp's registers, for longer rows table_row_steps_kernel goes through the
-// gradient before.
+// Rows that are longer than their lanes can hold are taken in stretches. Adagrad needs the squares
+// of the whole row first, and goes through the gradient of such a row twice.
 #include "common/table_update_checks.h"
 #include "kernel_registry.h"
-#include "table_gradient.cuh"
+#include "table_update_chunk.cuh"
 
 namespace ultramem::cuda {
 namespace table_kernels {
 namespace {
 
-constexpr int kAdagradTiles = 4;
-// Blocks a multiprocessor must hold: as many as there are registers for without spills.
-template <typename TableT>
-constexpr int min_blocks(TableOptimizer optimizer, int tiles) {
-  if (tiles > 1) return 4;
-  if (optimizer != TableOptimizer::kAdam) return 6;
-  return std::is_same_v<TableT, __nv_bfloat16> ? 5 : 4;
-}
-
 struct UpdateArguments {
   GradientArguments gradient;
   TableUpdateParams update;
   const UpdateScalars<float>* scalars;
-  const float* row_steps;  // [runs]: Adagrad's step sizes of rows that no warp holds; or null
-  int64_t batch;           // runs of a warp
+  void* weight;       // what is updated: the master copy where there is one
+  void* rounded;      // its weights, rounded to nearest; or null
+  int64_t num_warps;  // that share the runs
 };
 
 __global__ void table_prepare_kernel(const __grid_constant__ TableUpdateParams params,
@@ -35,300 +25,265 @@ __global__ void table_prepare_kernel(const __grid_constant__ TableUpdateParams p
   *scalars = prepare_update<float>(params);
 }
 
-// 8 neighbouring elements, as they are in memory: float ("wide") or of 16 bits.
-struct Columns {
-  uint4 words[2];
-
-  // Streaming: nothing is used again in this step.
-  __device__ __forceinline__ void load(const void* from, bool wide, int64_t index, int valid,
-                                       bool vectors) {
-    if (vectors) {
-      if (wide) {
-        const auto* at = reinterpret_cast<const uint4*>(static_cast<const float*>(from) + index);
-        words[0] = __ldcs(at);
-        words[1] = __ldcs(at + 1);
-      } else {
-        words[0] =
-            __ldcs(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(from) + index));
-      }
-      return;
-    }
-#pragma unroll
-    for (int j = 0; j < kLaneColumns; ++j) {
-      if (j >= valid) break;
-      if (wide) {
-        reinterpret_cast<uint32_t*>(words)[j] = static_cast<const uint32_t*>(from)[index + j];
-      } else {
-        reinterpret_cast<uint16_t*>(words)[j] = static_cast<const uint16_t*>(from)[index + j];
-      }
-    }
-  }
-
-  __device__ __forceinline__ void store(void* to, bool wide, int64_t index, int valid,
-                                        bool vectors) const {
-    if (vectors) {
-      if (wide) {
-        auto* at = reinterpret_cast<uint4*>(static_cast<float*>(to) + index);
-        __stcs(at, words[0]);
-        __stcs(at + 1, words[1]);
-      } else {
-        __stcs(reinterpret_cast<uint4*>(static_cast<uint16_t*>(to) + index), words[0]);
-      }
-      return;
-    }
-#pragma unroll
-    for (int j = 0; j < kLaneColumns; ++j) {
-      if (j >= valid) break;
-      if (wide) {
-        static_cast<uint32_t*>(to)[index + j] = reinterpret_cast<const uint32_t*>(words)[j];
-      } else {
-        static_cast<uint16_t*>(to)[index + j] = reinterpret_cast<const uint16_t*>(words)[j];
-      }
-    }
-  }
-
-  // Narrow: __nv_bfloat16 or __half, of what is not wide.
-  template <typename Narrow>
-  __device__ __forceinline__ void get(bool wide, float (&x)[kLaneColumns]) const {
-#pragma unroll
-    for (int j = 0; j < kLaneColumns; ++j) {
-      x[j] = wide ? reinterpret_cast<const float*>(words)[j]
-                  : to_float(reinterpret_cast<const Narrow*>(words)[j]);
-    }
-  }
-
-  __device__ __forceinline__ void set_wide(const float (&x)[kLaneColumns]) {
-#pragma unroll
-    for (int j = 0; j < kLaneColumns; ++j) reinterpret_cast<float*>(words)[j] = x[j];
-  }
-  template <typename Narrow>
-  __device__ __forceinline__ void set_nearest(const float (&x)[kLaneColumns]) {
-#pragma unroll
-    for (int j = 0; j < kLaneColumns; ++j) {
-      reinterpret_cast<Narrow*>(words)[j] = from_float<Narrow>(x[j]);
-    }
-  }
-  template <typename Narrow>
-  __device__ __forceinline__ void set_stochastic(const float (&x)[kLaneColumns],
-                                                 const RandomBits& random) {
-#pragma unroll
-    for (int j = 0; j < kLaneColumns; ++j) {
-      reinterpret_cast<uint16_t*>(words)[j] = std::is_same_v<Narrow, __half>
-                                                  ? round_to_float16(x[j], random[j])
-                                                  : round_to_bfloat16(x[j], random[j]);
-    }
-  }
-};
-
-// Where a lane's columns lie, of weights and moments alike.
-struct LaneColumns {
-  uint32_t row;
-  int column, valid;
-  int64_t index;
-  bool vectors;
-};
-
-// A float for each column, rounded as its tensor is.
-template <typename Narrow>
-__device__ __forceinline__ void store_rounded(const TableUpdateParams& p, uint32_t step,
-                                              RoundedTensor tensor, bool stochastic, void* to,
-                                              bool wide, const LaneColumns& at,
-                                              const float (&x)[kLaneColumns]) {
-  Columns columns;
-  if (wide) {
-    columns.set_wide(x);
-  } else if (stochastic) {
-    columns.set_stochastic<Narrow>(
-        x, random_bits(p.seed, p.stream, tensor, step, at.row, static_cast<uint32_t>(at.column)));
-  } else {
-    columns.set_nearest<Narrow>(x);
-  }
-  columns.store(to, wide, at.index, at.valid, at.vectors);
+// The row's accumulator and, from it, its step size; for all lanes of the warp.
+__device__ __forceinline__ float advance_row(const TableUpdateParams& p,
+                                             const UpdateScalars<float>& s, const RowLane& lane,
+                                             const Run& run, float lane_squares) {
+  auto* row_sums = static_cast<float*>(p.row_sum);
+  const float squares = lane.row_sum(lane_squares);
+  float row_sum = row_sums[run.row];
+  const float step_size = adagrad_step_size(s, squares, p.gradient.dim, &row_sum);
+  __syncwarp();  // all have read it
+  if (run.exists && lane.lane == 0) row_sums[run.row] = row_sum;
+  return step_size;
 }
 
-// A lane's columns of one row and its states.
-template <typename TableT, TableOptimizer kOptimizer>
-struct LaneState {
-  // Of a float table nothing is narrow.
-  using Narrow = std::conditional_t<std::is_same_v<TableT, float>, __nv_bfloat16, TableT>;
+// With vectors ------------------------------------------------------------------------------------
 
-  Columns weight, exp_avg, exp_avg_sq;
-
-  static __device__ __forceinline__ bool weight_is_wide(const TableUpdateParams& p) {
-    return std::is_same_v<TableT, float> || p.master != nullptr;
+// 16-bit values are rounded stochastically where the step says so; they take `usual` as
+// round_stochastically does.
+template <typename T>
+__device__ __forceinline__ void store_chunk(const TableUpdateParams& p, uint32_t step,
+                                            RoundedTensor tensor, uint32_t row, int column,
+                                            const Chunk& x, bool usual, void* to, int64_t index) {
+  PackedChunk<T> packed;
+  if (sizeof(T) == 2 && p.stochastic_rounding) {
+    const RandomBits random =
+        random_bits(p.seed, p.stream, tensor, step, row, static_cast<uint32_t>(column));
+    round_stochastically(x, random, usual, packed);
+  } else {
+    packed.set_nearest(x);
   }
+  packed.store(to, index);
+}
 
-  __device__ __forceinline__ void load(const TableUpdateParams& p, const LaneColumns& at) {
-    const void* from = p.master != nullptr ? p.master : p.weight;
-    weight.load(from, weight_is_wide(p), at.index, at.valid, at.vectors);
+// A lane's columns of a stretch of a row, and their states.
+template <TableOptimizer kOptimizer, typename WeightT, typename StateT>
+struct LaneState {
+  PackedChunk<WeightT> weight;
+  PackedChunk<StateT> exp_avg, exp_avg_sq;
+
+  __device__ __forceinline__ void load(const UpdateArguments& arguments, int64_t index) {
+    weight.load(arguments.weight, index);
     if constexpr (kOptimizer == TableOptimizer::kAdam) {
-      const bool wide = p.state_dtype == DType::kFloat32;
-      exp_avg.load(p.exp_avg, wide, at.index, at.valid, at.vectors);
-      exp_avg_sq.load(p.exp_avg_sq, wide, at.index, at.valid, at.vectors);
+      exp_avg.load(arguments.update.exp_avg, index);
+      exp_avg_sq.load(arguments.update.exp_avg_sq, index);
     }
   }
 
   // g is scaled; step_size is that of the row.
-  __device__ __forceinline__ void update(const TableUpdateParams& p, const UpdateScalars<float>& s,
-                                         const LaneColumns& at, const float (&g)[kLaneColumns],
-                                         float step_size) {
-    float w[kLaneColumns];
-    weight.get<Narrow>(weight_is_wide(p), w);
+  __device__ __forceinline__ void update(const UpdateArguments& arguments,
+                                         const UpdateScalars<float>& s, uint32_t row, int column,
+                                         int64_t index, const Chunk& g, float step_size) const {
+    const TableUpdateParams& p = arguments.update;
+    Chunk w;
+    weight.get(w);
     if constexpr (kOptimizer == TableOptimizer::kAdam) {
-      const bool wide = p.state_dtype == DType::kFloat32;
-      float m[kLaneColumns], v[kLaneColumns];
-      exp_avg.get<__nv_bfloat16>(wide, m);
-      exp_avg_sq.get<__nv_bfloat16>(wide, v);
-#pragma unroll
-      for (int j = 0; j < kLaneColumns; ++j) adam_update(s, g[j], &w[j], &m[j], &v[j]);
-      store_rounded<__nv_bfloat16>(p, s.step, RoundedTensor::kExpAvg, p.stochastic_rounding,
-                                   p.exp_avg, wide, at, m);
-      store_rounded<__nv_bfloat16>(p, s.step, RoundedTensor::kExpAvgSq, p.stochastic_rounding,
-                                   p.exp_avg_sq, wide, at, v);
+      Chunk m, v;
+      exp_avg.get(m);
+      exp_avg_sq.get(v);
+      const bool usual = adam_update(s, g, w, m, v);
+      store_chunk<StateT>(p, s.step, RoundedTensor::kExpAvg, row, column, m, usual, p.exp_avg,
+                          index);
+      store_chunk<StateT>(p, s.step, RoundedTensor::kExpAvgSq, row, column, v, usual, p.exp_avg_sq,
+                          index);
     } else {
 #pragma unroll
       for (int j = 0; j < kLaneColumns; ++j) descend(s.keep, step_size, g[j], &w[j]);
     }
-    if (p.master != nullptr) {
-      weight.set_wide(w);
-      weight.store(p.master, true, at.index, at.valid, at.vectors);
+    store_chunk<WeightT>(p, s.step, RoundedTensor::kWeight, row, column, w,
+                         rounds_usually(bound(w)), arguments.weight, index);
+    if (std::is_same_v<WeightT, float> && arguments.rounded != nullptr) {
+      value_ffn::store_elements<kLaneColumns>(arguments.rounded, p.table_dtype, index, w);
     }
-    store_rounded<Narrow>(p, s.step, RoundedTensor::kWeight,
-                          p.stochastic_rounding && p.master == nullptr, p.weight,
-                          std::is_same_v<TableT, float>, at, w);
   }
 };
 
-// This lane's squares of a row's scaled gradient, after `sum`.
-template <int kTiles>
-__device__ __forceinline__ float add_squares(const RowSum<kTiles>& g, float sum) {
-#pragma unroll
-  for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-    for (int j = 0; j < kLaneColumns; ++j) sum = add(sum, mul(g[t][j], g[t][j]));
+// Gradients of the first stretches of a warp's rows, a lane's columns each: Adagrad needs the
+// squares of a whole row first.
+struct KeptGradients {
+  float4 halves[kLaneChunks][2][kWarpSize];
+
+  __device__ __forceinline__ void keep(int k, const Chunk& g) {
+    const int lane = threadIdx.x % kWarpSize;
+    halves[k][0][lane] = {g[0], g[1], g[2], g[3]};
+    halves[k][1][lane] = {g[4], g[5], g[6], g[7]};
   }
-  return sum;
-}
-
-template <int kTiles>
-__device__ __forceinline__ void scale_gradient(RowSum<kTiles>& g, float scale) {
-#pragma unroll
-  for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-    for (int j = 0; j < kLaneColumns; ++j) g[t][j] = mul(g[t][j], scale);
+  // Each lane reads its own.
+  __device__ __forceinline__ void get(int k, Chunk& g) const {
+    const int lane = threadIdx.x % kWarpSize;
+    const float4 low = halves[k][0][lane], high = halves[k][1][lane];
+    g[0] = low.x, g[1] = low.y, g[2] = low.z, g[3] = low.w;
+    g[4] = high.x, g[5] = high.y, g[6] = high.z, g[7] = high.w;
   }
-}
+};
 
-// The row's accumulator and, from it, its step size; for all lanes.
-__device__ __forceinline__ float advance_row(const TableUpdateParams& p,
-                                             const UpdateScalars<float>& s, uint32_t row,
-                                             float lane_squares) {
-  auto* row_sums = static_cast<float*>(p.row_sum);
-  float row_sum = row_sums[row];
-  const float step_size = adagrad_step_size(s, warp_sum(lane_squares), p.gradient.dim, &row_sum);
-  if (threadIdx.x % kWarpSize == 0) row_sums[row] = row_sum;
-  return step_size;
-}
-
-// A warp a batch of runs, blockIdx.y a stretch of kTiles tiles of their rows.
-template <typename TableT, TableOptimizer kOptimizer, int kTiles>
-__global__ void __launch_bounds__(kThreads, min_blocks<TableT>(kOptimizer, kTiles))
+// Grid: num_warps; blockIdx.y shares the stretches of Adam and SGD, which need no others.
+template <TableOptimizer kOptimizer, typename WeightT, typename StateT>
+__global__ void __launch_bounds__(kThreads, kOptimizer == TableOptimizer::kAdam ? 5 : 6)
     table_update_kernel(const __grid_constant__ UpdateArguments arguments) {
+  constexpr bool kAdagrad = kOptimizer == TableOptimizer::kAdagrad;
+  __shared__ EntryWindow windows[kWarps];
+  __shared__ KeptGradients kept_gradients[kAdagrad ? kWarps : 1];
   const UpdateScalars<float> s = *arguments.scalars;
-  if (s.skip) return;
+  const int64_t warp = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize;
+  if (s.skip || warp >= arguments.num_warps) return;
+  EntryWindow& window = windows[threadIdx.x / kWarpSize];
+  KeptGradients& kept = kept_gradients[kAdagrad ? threadIdx.x / kWarpSize : 0];
   const TableUpdateParams& p = arguments.update;
-  const int dim = static_cast<int>(p.gradient.dim);
-  const RowColumns<kTiles> columns{static_cast<int>(blockIdx.y) * kTiles * kTileColumns, dim};
-  const int64_t first = (int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize) * arguments.batch;
-  const RunBatch runs(p.gradient, first, arguments.batch);
-  EntryWindow window;
-  for (int i = 0; i < runs.count; ++i) {
-    const uint32_t row = __shfl_sync(kFullMask, runs.row, i);
-    const uint32_t begin = __shfl_sync(kFullMask, runs.begin, i);
-    const uint32_t end = __shfl_sync(kFullMask, runs.end, i);
-    const auto lane_columns = [&](int tile) {
-      const int column = columns.column(tile);
-      return LaneColumns{row, column, dim - column, int64_t{row} * dim + column,
-                         arguments.gradient.vectors};
-    };
-    LaneState<TableT, kOptimizer> state;
-    RowSum<kTiles> g;
-    // A single tile's weights and states are on their way while the gradient is summed.
-    if (kTiles == 1 && columns.column(0) < dim) state.load(p, lane_columns(0));
-    row_gradient<kTiles>(arguments.gradient, columns, row, begin, end, &window, g);
-    scale_gradient<kTiles>(g, s.grad_scale);
-    float step_size = s.step_size;
-    if constexpr (kOptimizer == TableOptimizer::kAdagrad) {
-      step_size = arguments.row_steps != nullptr
-                      ? arguments.row_steps[first + i]
-                      : advance_row(p, s, row, add_squares<kTiles>(g, 0.0f));
-    }
+  const RowLane lane(p.gradient, row_lanes(p.gradient.dim));
+  const RunBatch runs(p.gradient, warp, arguments.num_warps);
+  if (runs.count() == 0) return;
+  const uint32_t limit = runs.end();
+  WindowPlace place;
+  for (int i = 0; i < runs.count(); i += lane.groups) {
+    const Run run = runs[i + lane.group];
+    const auto scaled_gradient = [&](int stretch, Chunk& g) {
+      row_gradient(arguments.gradient, lane, stretch, run, limit, window, place, g);
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-      if (columns.column(t) >= dim) break;
-      const LaneColumns at = lane_columns(t);
-      if (kTiles > 1) state.load(p, at);
-      state.update(p, s, at, g[t], step_size);
+      for (int j = 0; j < kLaneColumns; ++j) g[j] = mul(g[j], s.grad_scale);
+    };
+    float step_size = s.step_size;
+    if constexpr (kAdagrad) {
+      float squares = 0;
+      int k = 0;
+      for (int stretch = 0; stretch < lane.dim; stretch += lane.stretch_columns(), ++k) {
+        Chunk g;
+        scaled_gradient(stretch, g);
+        if (k < kLaneChunks) kept.keep(k, g);
+        if (lane.column(stretch) >= lane.dim) continue;
+#pragma unroll
+        for (int j = 0; j < kLaneColumns; ++j) squares = add(squares, mul(g[j], g[j]));
+      }
+      step_size = advance_row(p, s, lane, run, squares);
+    }
+    int k = 0;
+    for (int stretch = static_cast<int>(blockIdx.y) * lane.stretch_columns(); stretch < lane.dim;
+         stretch += static_cast<int>(gridDim.y) * lane.stretch_columns(), ++k) {
+      const int64_t index = lane.offset(run.row) + lane.column_in_row(stretch);
+      LaneState<kOptimizer, WeightT, StateT> state;
+      // On their way while the gradient is summed.
+      state.load(arguments, index);
+      Chunk g;
+      if (kAdagrad && k < kLaneChunks) {
+        kept.get(k, g);
+      } else {
+        scaled_gradient(stretch, g);
+      }
+      if (run.exists && lane.column(stretch) < lane.dim) {
+        state.update(arguments, s, run.row, lane.column(stretch), index, g, step_size);
+      }
     }
   }
 }
 
-// Adagrad's step sizes of rows that are too long for one warp's registers.
-__global__ void __launch_bounds__(kThreads, min_blocks<float>(TableOptimizer::kSgd, 1))
-    table_row_steps_kernel(const __grid_constant__ UpdateArguments arguments, float* row_steps) {
+// Any shape ---------------------------------------------------------------------------------------
+
+// The 16 bits of one column.
+__device__ __forceinline__ uint32_t random_column(const TableUpdateParams& p, uint32_t step,
+                                                  RoundedTensor tensor, uint32_t row, int column) {
+  const RandomBits bits =
+      random_bits(p.seed, p.stream, tensor, step, row, static_cast<uint32_t>(column));
+  const int pair = column % kLaneColumns / 2;
+  const uint32_t word = pair < 2 ? (pair == 0 ? bits.words[0] : bits.words[1])
+                                 : (pair == 2 ? bits.words[2] : bits.words[3]);
+  return word >> (16 * (column % 2)) & 0xffffu;
+}
+
+__device__ __forceinline__ void store_column(const TableUpdateParams& p, uint32_t step,
+                                             RoundedTensor tensor, uint32_t row, int column,
+                                             float x, void* to, DType dtype) {
+  const int64_t index = int64_t{row} * p.gradient.dim + column;
+  if (dtype == DType::kFloat32 || !p.stochastic_rounding) {
+    store_element(to, dtype, index, x);
+    return;
+  }
+  const uint32_t random = random_column(p, step, tensor, row, column);
+  static_cast<uint16_t*>(to)[index] =
+      dtype == DType::kFloat16 ? round_to_float16(x, random) : round_to_bfloat16(x, random);
+}
+
+// The same steps, a column at a time.
+__global__ void __launch_bounds__(kThreads, 8)
+    table_update_columns_kernel(const __grid_constant__ UpdateArguments arguments) {
   const UpdateScalars<float> s = *arguments.scalars;
-  if (s.skip) return;
+  const int64_t warp = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize;
+  if (s.skip || warp >= arguments.num_warps) return;
   const TableUpdateParams& p = arguments.update;
   const int dim = static_cast<int>(p.gradient.dim);
-  const int64_t first = (int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize) * arguments.batch;
-  const RunBatch runs(p.gradient, first, arguments.batch);
-  EntryWindow window;
-  for (int i = 0; i < runs.count; ++i) {
-    const uint32_t row = __shfl_sync(kFullMask, runs.row, i);
-    const uint32_t begin = __shfl_sync(kFullMask, runs.begin, i);
-    const uint32_t end = __shfl_sync(kFullMask, runs.end, i);
-    float squares = 0;
-    for (int column = 0; column < dim; column += kTileColumns) {
-      RowSum<1> g;
-      row_gradient<1>(arguments.gradient, {column, dim}, row, begin, end, &window, g);
-      scale_gradient<1>(g, s.grad_scale);
-      squares = add_squares<1>(g, squares);
+  const DType weight_dtype = p.master != nullptr ? DType::kFloat32 : p.table_dtype;
+  const RowLane lane(p.gradient, row_lanes(dim));
+  const RunBatch runs(p.gradient, warp, arguments.num_warps);
+  for (int i = 0; i < runs.count(); i += lane.groups) {
+    const Run run = runs[i + lane.group];
+    const auto gradient = [&](int column) {
+      return mul(column_gradient(arguments.gradient, run, column), s.grad_scale);
+    };
+    float step_size = s.step_size;
+    if (p.optimizer == TableOptimizer::kAdagrad) {
+      float squares = 0;
+      for (int chunk = lane.column(0); run.exists && chunk < dim; chunk += lane.stretch_columns()) {
+        for (int column = chunk; column < min(chunk + kLaneColumns, dim); ++column) {
+          const float g = gradient(column);
+          squares = add(squares, mul(g, g));
+        }
+      }
+      step_size = advance_row(p, s, lane, run, squares);
     }
-    const float step_size = advance_row(p, s, row, squares);
-    if (threadIdx.x % kWarpSize == 0) row_steps[first + i] = step_size;
+    const int stride = static_cast<int>(gridDim.y) * lane.stretch_columns();
+    for (int chunk = lane.column(0) + static_cast<int>(blockIdx.y) * lane.stretch_columns();
+         run.exists && chunk < dim; chunk += stride) {
+      for (int column = chunk; column < min(chunk + kLaneColumns, dim); ++column) {
+        const int64_t index = int64_t{run.row} * dim + column;
+        const auto load = [&](const void* from, DType dtype) {
+          return bits_to_float(load_bits(from, dtype, index), dtype);
+        };
+        float w = load(arguments.weight, weight_dtype);
+        if (p.optimizer == TableOptimizer::kAdam) {
+          float m = load(p.exp_avg, p.state_dtype), v = load(p.exp_avg_sq, p.state_dtype);
+          adam_update(s, gradient(column), &w, &m, &v);
+          store_column(p, s.step, RoundedTensor::kExpAvg, run.row, column, m, p.exp_avg,
+                       p.state_dtype);
+          store_column(p, s.step, RoundedTensor::kExpAvgSq, run.row, column, v, p.exp_avg_sq,
+                       p.state_dtype);
+        } else {
+          descend(s.keep, step_size, gradient(column), &w);
+        }
+        store_column(p, s.step, RoundedTensor::kWeight, run.row, column, w, arguments.weight,
+                     weight_dtype);
+        if (arguments.rounded != nullptr) {
+          store_element(arguments.rounded, p.table_dtype, index, w);
+        }
+      }
+    }
   }
 }
 
 // Host --------------------------------------------------------------------------------------------
 
-#define ULTRAMEM_REGISTER_TABLE_UPDATE(id, name, TableT, optimizer, tiles)        \
+#define ULTRAMEM_REGISTER_TABLE_UPDATE(id, name, optimizer, WeightT, StateT)      \
   ULTRAMEM_REGISTER_KERNEL(table_update_##id, "table_update<" name ">", kThreads, \
-                           table_update_kernel<TableT, TableOptimizer::optimizer, tiles>)
-#define ULTRAMEM_REGISTER_TABLE_UPDATES(id, name, TableT)                                      \
-  ULTRAMEM_REGISTER_TABLE_UPDATE(adam_##id, "adam," name, TableT, kAdam, 1);                   \
-  ULTRAMEM_REGISTER_TABLE_UPDATE(adagrad_##id, "adagrad," name, TableT, kAdagrad, 1);          \
-  ULTRAMEM_REGISTER_TABLE_UPDATE(adagrad_long_##id, "adagrad," name ",long", TableT, kAdagrad, \
-                                 kAdagradTiles);                                               \
-  ULTRAMEM_REGISTER_TABLE_UPDATE(sgd_##id, "sgd," name, TableT, kSgd, 1)
+                           table_update_kernel<TableOptimizer::optimizer, WeightT, StateT>)
+#define ULTRAMEM_REGISTER_TABLE_UPDATES(id, name, WeightT)                                     \
+  ULTRAMEM_REGISTER_TABLE_UPDATE(adam_##id##_f32, "adam," name ",f32", kAdam, WeightT, float); \
+  ULTRAMEM_REGISTER_TABLE_UPDATE(adam_##id##_bf16, "adam," name ",bf16", kAdam, WeightT,       \
+                                 __nv_bfloat16);                                               \
+  ULTRAMEM_REGISTER_TABLE_UPDATE(adagrad_##id, "adagrad," name, kAdagrad, WeightT, float);     \
+  ULTRAMEM_REGISTER_TABLE_UPDATE(sgd_##id, "sgd," name, kSgd, WeightT, float)
 ULTRAMEM_REGISTER_TABLE_UPDATES(f32, "f32", float);
 ULTRAMEM_REGISTER_TABLE_UPDATES(bf16, "bf16", __nv_bfloat16);
 ULTRAMEM_REGISTER_TABLE_UPDATES(f16, "f16", __half);
+ULTRAMEM_REGISTER_KERNEL(table_update_columns, "table_update_columns", kThreads,
+                         table_update_columns_kernel);
 ULTRAMEM_REGISTER_KERNEL(table_prepare, "table_prepare", 1, table_prepare_kernel);
-ULTRAMEM_REGISTER_KERNEL(table_row_steps, "table_row_steps", kThreads, table_row_steps_kernel);
-
-bool needs_row_steps(const TableUpdateParams& params) {
-  return params.optimizer == TableOptimizer::kAdagrad &&
-         params.gradient.dim > kAdagradTiles * kTileColumns;
-}
 
 // Where things lie in the workspace, in bytes from its beginning.
 struct Workspace {
-  size_t scalars, piece_sums, row_steps, total = 0;
+  size_t scalars, piece_sums, total = 0;
 
   explicit Workspace(const TableUpdateParams& params) {
     scalars = take(sizeof(UpdateScalars<float>));
     piece_sums = take(piece_sums_bytes(params.gradient));
-    row_steps = take(needs_row_steps(params) ? max_runs(params.gradient) * sizeof(float) : 0);
   }
 
  private:
@@ -344,41 +299,45 @@ Status check(const TableUpdateParams& params) {
   if (params.table_dtype == DType::kFloat64) {
     return Status::invalid_argument("table_update: float64 is offered on the CPU only");
   }
-  constexpr int64_t kMaxTiles = 65535;  // a grid's second dimension
-  if (params.gradient.dim > kMaxTiles * kTileColumns) {
-    return Status::invalid_argument("table_update: CUDA offers rows of up to 2^24 - 256 columns");
+  if (params.gradient.dim > kMaxCudaColumns) {
+    return Status::invalid_argument("table_update: CUDA offers rows of up to 2^29 columns");
   }
   return {};
-}
-
-template <typename TableT, TableOptimizer kOptimizer, int kTiles>
-Status launch_tiles(const UpdateArguments& arguments, unsigned blocks, cudaStream_t stream) {
-  const auto stretches =
-      static_cast<unsigned>(ceil_div(arguments.update.gradient.dim, kTiles * kTileColumns));
-  table_update_kernel<TableT, kOptimizer, kTiles>
-      <<<dim3(blocks, stretches), kThreads, 0, stream>>>(arguments);
-  return launch_status();
-}
-
-template <typename TableT>
-Status launch(const UpdateArguments& arguments, unsigned blocks, cudaStream_t stream) {
-  switch (arguments.update.optimizer) {
-    case TableOptimizer::kAdam:
-      return launch_tiles<TableT, TableOptimizer::kAdam, 1>(arguments, blocks, stream);
-    case TableOptimizer::kSgd:
-      return launch_tiles<TableT, TableOptimizer::kSgd, 1>(arguments, blocks, stream);
-    case TableOptimizer::kAdagrad:
-      break;
-  }
-  if (arguments.row_steps != nullptr || arguments.update.gradient.dim <= kTileColumns) {
-    return launch_tiles<TableT, TableOptimizer::kAdagrad, 1>(arguments, blocks, stream);
-  }
-  return launch_tiles<TableT, TableOptimizer::kAdagrad, kAdagradTiles>(arguments, blocks, stream);
 }
 
 bool update_is_vectors(const TableUpdateParams& params) {
   return params.gradient.dim % kLaneColumns == 0 && is_aligned(params.weight) &&
          is_aligned(params.master) && is_aligned(params.exp_avg) && is_aligned(params.exp_avg_sq);
+}
+
+dim3 grid(const UpdateArguments& arguments) {
+  constexpr int64_t kMaxGridY = 65535;
+  const TableUpdateParams& p = arguments.update;
+  // Of what lanes hold at once of a row; Adagrad's need the whole.
+  const int64_t columns = int64_t{row_lanes(p.gradient.dim)} * kLaneChunks * kLaneColumns;
+  const int64_t stretches =
+      p.optimizer == TableOptimizer::kAdagrad ? 1 : ceil_div(p.gradient.dim, columns);
+  return dim3(static_cast<unsigned>(ceil_div(arguments.num_warps, kWarps)),
+              static_cast<unsigned>(stretches < kMaxGridY ? stretches : kMaxGridY));
+}
+
+template <typename WeightT>
+Status launch(const UpdateArguments& arguments, cudaStream_t stream) {
+  const auto start = [&](auto kernel) {
+    kernel<<<grid(arguments), kThreads, 0, stream>>>(arguments);
+    return launch_status();
+  };
+  switch (arguments.update.optimizer) {
+    case TableOptimizer::kAdam:
+      return arguments.update.state_dtype == DType::kFloat32
+                 ? start(table_update_kernel<TableOptimizer::kAdam, WeightT, float>)
+                 : start(table_update_kernel<TableOptimizer::kAdam, WeightT, __nv_bfloat16>);
+    case TableOptimizer::kAdagrad:
+      return start(table_update_kernel<TableOptimizer::kAdagrad, WeightT, float>);
+    case TableOptimizer::kSgd:
+      break;
+  }
+  return start(table_update_kernel<TableOptimizer::kSgd, WeightT, float>);
 }
 
 }  // namespace
@@ -405,18 +364,20 @@ Status table_update(const TableUpdateParams& params, Stream stream) {
 
   auto* piece_sums = reinterpret_cast<float*>(base + workspace.piece_sums);
   UpdateArguments arguments{
-      gradient_arguments(params.gradient, piece_sums, update_is_vectors(params)), params, scalars,
-      nullptr, runs_per_warp(runs)};
+      gradient_arguments(params.gradient, piece_sums, update_is_vectors(params)),
+      params,
+      scalars,
+      params.master != nullptr ? params.master : params.weight,
+      params.master != nullptr ? params.weight : nullptr,
+      num_run_warps(runs)};
   ULTRAMEM_RETURN_IF_ERROR(launch_piece_sums(arguments.gradient, piece_sums, stream));
-  const auto blocks = static_cast<unsigned>(ceil_div(ceil_div(runs, arguments.batch), kWarps));
-  if (needs_row_steps(params)) {
-    auto* row_steps = reinterpret_cast<float*>(base + workspace.row_steps);
-    table_row_steps_kernel<<<blocks, kThreads, 0, stream>>>(arguments, row_steps);
-    ULTRAMEM_RETURN_IF_ERROR(launch_status());
-    arguments.row_steps = row_steps;
+  if (!arguments.gradient.vectors) {
+    table_update_columns_kernel<<<grid(arguments), kThreads, 0, stream>>>(arguments);
+    return launch_status();
   }
-  return ULTRAMEM_DISPATCH_DTYPE(params.table_dtype, TableT,
-                                 [&] { return launch<TableT>(arguments, blocks, stream); });
+  if (params.master != nullptr) return launch<float>(arguments, stream);
+  return ULTRAMEM_DISPATCH_DTYPE(params.table_dtype, WeightT,
+                                 [&] { return launch<WeightT>(arguments, stream); });
 }
 
 }  // namespace ultramem::cuda

@@ -23,8 +23,7 @@ from ._table_gradient import (
 )
 
 _TABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Of a row, by the kernels' grid.
-_MAX_CUDA_COLUMNS = 65535 * 256
+_MAX_CUDA_COLUMNS = 1 << 29
 
 
 def _several_processes() -> bool:

@@ -213,16 +213,17 @@ class RowBlocks {
   int64_t row_;
 };
 
-// Adds the squares as kRowLanes lanes would.
+// Adds the squares as row_lanes lanes would.
 template <typename Acc>
 Acc sum_row_squares(const Acc* row, Acc scale, int64_t dim) {
-  Acc lanes[kRowLanes] = {};
+  const int num_lanes = row_lanes(dim);
+  Acc lanes[kMaxRowLanes] = {};
   for (int64_t column = 0; column < dim; ++column) {
     const Acc g = mul(row[column], scale);
-    Acc& lane = lanes[column / kLaneColumns % kRowLanes];
+    Acc& lane = lanes[column / kLaneColumns % num_lanes];
     lane = add(lane, mul(g, g));
   }
-  for (int distance = kRowLanes / 2; distance > 0; distance /= 2) {
+  for (int distance = num_lanes / 2; distance > 0; distance /= 2) {
     for (int i = 0; i < distance; ++i) lanes[i] = add(lanes[i], lanes[i + distance]);
   }
   return lanes[0];
