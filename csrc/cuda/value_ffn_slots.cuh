@@ -44,13 +44,15 @@ static_assert(kStages * kWarpSize / 8 <= kBatch, "two batches are enough for tea
 // What the kernel has beside the operator's parameters: the two tables by their role, rows in
 // vectors, and how a token's slots are shared out.
 struct SlotArguments {
-  const void* input;      // [T, dot row]
-  const void* dot_table;  // [N, dot row]
-  const void* sum_table;  // [N, sum row]
-  void* output;           // [T, sum row]
-  int dot_vectors;        // of a row; 0 where there are no dot products
-  int sum_vectors;        // 0 where no sum is wanted
-  int slice_vectors;      // of a core's slice of a value
+  const void* input;        // [T, dot row]
+  const void* dot_table;    // [N, dot row]
+  const void* sum_table;    // [N, sum row]
+  void* output;             // [T, sum row]
+  const double* dot_scale;  // of the tables; null for 1
+  const double* sum_scale;
+  int dot_vectors;    // of a row; 0 where there are no dot products
+  int sum_vectors;    // 0 where no sum is wanted
+  int slice_vectors;  // of a core's slice of a value
   int num_selected, num_cores;
   AddressDivisors<ReciprocalDivisor> divisors;
 
@@ -160,6 +162,7 @@ __device__ __forceinline__ void store_sum(const SlotArguments& arguments, const 
   const int num_parts = arguments.keeps_parts ? arguments.num_parts : 1;
   const int num_quads = arguments.sum_vectors * kQuads;
   const int num_blocks = arguments.token_blocks;
+  const float scale = load_scale(arguments.sum_scale);
   for (int quad = threadIdx.x * num_blocks + block; quad < num_quads;
        quad += blockDim.x * num_blocks) {
     const int vector = quad / kQuads;
@@ -194,6 +197,8 @@ __device__ __forceinline__ void store_sum(const SlotArguments& arguments, const 
         for (int j = 0; j < 4; ++j) total[team][j] += total[team + delta][j];
       }
     }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) total[0][j] *= scale;
     store_elements(arguments.output, dtype, (token * num_quads + quad) * 4, total[0]);
   }
 }
@@ -247,6 +252,7 @@ __device__ __forceinline__ void pass_over_slots(const Pass& pass, const SlotArgu
   wait_for_prerequisite_grid();
   release_dependent_grid();
   auto request = pass.request(first_entry + lane, static_cast<unsigned>(lane) < num_slots);
+  const float dot_scale = load_scale(arguments.dot_scale);
   float input[kVectors][kElements] = {};
   int cores[kVectors];
 #pragma unroll
@@ -255,6 +261,8 @@ __device__ __forceinline__ void pass_over_slots(const Pass& pass, const SlotArgu
     if (vector < arguments.dot_vectors) {
       load_elements(arguments.input, dtype, (token * arguments.dot_vectors + vector) * kElements,
                     input[v]);
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) input[v][j] *= dot_scale;
     }
     cores[v] = 0;  // that of the last slice beyond the row's end, where nothing is added
 #pragma unroll
