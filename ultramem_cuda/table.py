@@ -90,8 +90,10 @@ class MemoryTable(nn.Module):
         scale: with ``grad_mode="deferred"`` a buffer, float64 [2], else None. The layers take
             ``values * scale[0]`` and ``pre_values * scale[1]``: these products, the effective
             weights, are what is trained. Weight decay is a step's multiplication of the scale,
-            exact for every row whether read or not; it is one until there is some. Whoever reads,
-            writes or averages the parameters themselves must heed it; see :meth:`fold_scale`.
+            exact for every row whether read or not; it is one until there is some and then between
+            2^-8 and 1, so that effective weights of float16 tables must stay below 255. Whoever
+            reads, writes or averages the parameters themselves, or steps them with an optimizer of
+            their own, must heed it; see :meth:`fold_scale`.
         factors: a :class:`~ultramem_cuda.factors.GradientFactors` with ``grad_mode="deferred"``,
             else None. Its gradients are those of the effective weights.
 
@@ -115,9 +117,10 @@ class MemoryTable(nn.Module):
     copy, a pickle and a table moved to another device or dtype have none.
 
     The scale is part of the state dict and stays float64 when the table is moved to another dtype.
-    Either kind of table loads the state dict of the other: without a scale it is that of a scale of
-    one, and a dense table loads the effective weights. (``master_weights`` in the state of a
-    deferred table's optimizer are in units of its scale: no dense table can go on from them.)
+    Either kind of table loads the state dict of the other: weights without a scale are taken for
+    those of a scale of one, and a dense table loads the effective weights. (``master_weights`` in
+    the state of a deferred table's optimizer are in units of its scale: no dense table can go on
+    from them.)
 
     Raises:
         TypeError, ValueError: naming the argument, what it was and what it must be.

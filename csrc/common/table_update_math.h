@@ -86,8 +86,9 @@ ULTRAMEM_UPDATE_FUNCTION double power(double x, uint32_t n) {
   return result;
 }
 
-// Multiplies the table's scale by `keep` and brings it back where it has become small; returns what
-// all weights are to be multiplied by for that, which few subnormal numbers aside is exact.
+// Multiplies the table's scale by `keep` and brings it back where it has become small. Returns what
+// all weights are to be multiplied by in turn: a power of two, so that only subnormal numbers
+// round.
 ULTRAMEM_UPDATE_FUNCTION double decay_scale(double keep, double* table_scale) {
   double scale = mul(*table_scale, keep), rescale = 1;
   for (; scale > 0 && scale < kMinTableScale; scale = div(scale, kMinTableScale)) {

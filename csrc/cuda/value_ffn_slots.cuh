@@ -162,7 +162,6 @@ __device__ __forceinline__ void store_sum(const SlotArguments& arguments, const 
   const int num_parts = arguments.keeps_parts ? arguments.num_parts : 1;
   const int num_quads = arguments.sum_vectors * kQuads;
   const int num_blocks = arguments.token_blocks;
-  const float scale = load_scale(arguments.sum_scale);
   for (int quad = threadIdx.x * num_blocks + block; quad < num_quads;
        quad += blockDim.x * num_blocks) {
     const int vector = quad / kQuads;
@@ -197,8 +196,11 @@ __device__ __forceinline__ void store_sum(const SlotArguments& arguments, const 
         for (int j = 0; j < 4; ++j) total[team][j] += total[team + delta][j];
       }
     }
+    if (arguments.sum_scale != nullptr) {
+      const auto scale = static_cast<float>(*arguments.sum_scale);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) total[0][j] *= scale;
+      for (int j = 0; j < 4; ++j) total[0][j] *= scale;
+    }
     store_elements(arguments.output, dtype, (token * num_quads + quad) * 4, total[0]);
   }
 }
@@ -252,7 +254,6 @@ __device__ __forceinline__ void pass_over_slots(const Pass& pass, const SlotArgu
   wait_for_prerequisite_grid();
   release_dependent_grid();
   auto request = pass.request(first_entry + lane, static_cast<unsigned>(lane) < num_slots);
-  const float dot_scale = load_scale(arguments.dot_scale);
   float input[kVectors][kElements] = {};
   int cores[kVectors];
 #pragma unroll
@@ -261,13 +262,19 @@ __device__ __forceinline__ void pass_over_slots(const Pass& pass, const SlotArgu
     if (vector < arguments.dot_vectors) {
       load_elements(arguments.input, dtype, (token * arguments.dot_vectors + vector) * kElements,
                     input[v]);
-#pragma unroll
-      for (int j = 0; j < kElements; ++j) input[v][j] *= dot_scale;
     }
     cores[v] = 0;  // that of the last slice beyond the row's end, where nothing is added
 #pragma unroll
     for (int c = 1; c < kMaxNumCores; ++c) {
       if (c < arguments.num_cores && vector >= c * arguments.slice_vectors) cores[v] = c;
+    }
+  }
+  if (arguments.dot_scale != nullptr) {
+    const auto scale = static_cast<float>(*arguments.dot_scale);
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) input[v][j] *= scale;
     }
   }
 

@@ -108,6 +108,27 @@ def test_decay_is_that_of_every_row(device: str) -> None:
         assert (a - b).abs().max() <= 2e-6 * b.abs().max()
 
 
+def test_compiled_layers_follow_the_scale(device: str) -> None:
+    torch._dynamo.reset()
+    eager, traced = Memory("deferred", device), Memory("deferred", device)
+    traced.load_state_dict(eager.state_dict())
+    traced.table.reserve(2 * 7, config())
+    forwards = (eager, torch.compile(traced, fullgraph=True, backend="aot_eager"))
+    optimizers = [
+        um.optim.MemoryAdam(memory.table.parameters(), lr=1e-2, weight_decay=30.0)
+        for memory in (eager, traced)
+    ]
+    for x, target in batches(device)[:6]:
+        for forward, optimizer in zip(forwards, optimizers, strict=True):
+            (forward(x) - target).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert eager.table.scale is not None
+    assert eager.table.scale.max() < 0.2
+    for mine, theirs in zip(traced.state_dict().values(), eager.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_micro_batches_add_up(device: str) -> None:
     whole, parts = Memory("deferred", device), Memory("deferred", device)
     parts.load_state_dict(whole.state_dict())
