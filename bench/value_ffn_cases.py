@@ -78,12 +78,12 @@ class Problem:
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """out, and the pre-activations that the backward needs."""
-        return torch.ops.ultramem.value_ffn(*self.arguments, None, None, None, None, *_OPTIONS)
+        return torch.ops.ultramem.value_ffn(*self.arguments, *[None] * 5, *_OPTIONS)
 
     def backward_dense(self, pre_activation: Tensor) -> tuple[Tensor, ...]:
         """Gradients of scores, pre_input, values and pre_values."""
         return torch.ops.ultramem.value_ffn_bwd(
-            self.grad, *self.arguments, pre_activation, None, *_OPTIONS, True, True
+            self.grad, *self.arguments, pre_activation, None, None, *_OPTIONS, True, True
         )
 
     def backward_main_grad(
@@ -99,7 +99,7 @@ class Problem:
     ) -> tuple[Tensor, Tensor]:
         """Gradients of scores and pre_input; the factors of the tables' are appended."""
         return torch.ops.ultramem.value_ffn_bwd_deferred(
-            self.grad, *self.arguments, pre_activation, None, *_OPTIONS, factors.arena
+            self.grad, *self.arguments, pre_activation, None, None, *_OPTIONS, factors.arena
         )
 
 

@@ -48,6 +48,7 @@ def value_ffn(
     activation: Activation = "identity",
     addressing: Addressing | None = None,
     sum_groups: bool = True,
+    table_scale: npt.ArrayLike | None = None,
     out_of_range: OutOfRange = "raise",
 ) -> FloatArray:
     """out = sum_s concat_c(h_s g_{s,c} V[slot_s, slice c]), h_s = act(<pre_input, P[slot_s]>).
@@ -55,11 +56,13 @@ def value_ffn(
     indices [T, S]; scores [T, S, C]; values [N, Dv], C divides Dv; pre_values [N, Dp] and pre_input
     [T, Dp], both or neither (h = 1). Without addressing an index is a row of the table; with it
     slots() gives the row and one of E groups. Returns [T, Dv], or with sum_groups=False [T, E, Dv],
-    a sum a group, which the first UltraMem projects each by its own W_p (equation 9).
+    a sum a group, which the first UltraMem projects each by its own W_p (equation 9). With
+    table_scale [2], V is values * table_scale[0] and P pre_values * table_scale[1].
 
     Raises ValueError where shapes do not fit. An index out of range raises IndexError, or
     contributes zero with out_of_range="zero".
     """
+    values, pre_values = _scaled(values, pre_values, table_scale)
     a = _Arguments.checked(
         indices, scores, values, pre_values, pre_input, activation, addressing, out_of_range
     )
@@ -84,6 +87,7 @@ def value_ffn_bwd(
     activation: Activation = "identity",
     addressing: Addressing | None = None,
     sum_groups: bool = True,
+    table_scale: npt.ArrayLike | None = None,
     out_of_range: OutOfRange = "raise",
 ) -> ValueFFNGrads:
     """Gradients of value_ffn, tables dense: (scores, pre_input, values, pre_values).
@@ -97,7 +101,10 @@ def value_ffn_bwd(
         dpre_input         = sum_s da P[slot]
         dP[slot]          += da pre_input
         dV[slot, slice c] += w_c G_s[slice c]
+
+    With table_scale, V and P, and the gradients of the tables, are those of the scaled tables.
     """
+    values, pre_values = _scaled(values, pre_values, table_scale)
     a = _Arguments.checked(
         indices, scores, values, pre_values, pre_input, activation, addressing, out_of_range
     )
@@ -125,6 +132,17 @@ def value_ffn_bwd(
     pushed = grad_pre[..., None] * a.pre_input[:, None, :]  # [T, S, Dp]
     grad_pre_values = scatter_add_rows(a.pre_values.shape[0], rows, pushed[a.valid])
     return ValueFFNGrads(grad_scores, pulled.sum(axis=1), grad_values, grad_pre_values)
+
+
+def _scaled(
+    values: npt.ArrayLike, pre_values: npt.ArrayLike | None, table_scale: npt.ArrayLike | None
+) -> tuple[npt.ArrayLike, npt.ArrayLike | None]:
+    if table_scale is None:
+        return values, pre_values
+    scale = f64(table_scale)
+    if scale.shape != (2,):
+        raise ValueError(f"value_ffn: table_scale {scale.shape} must be [2]")
+    return f64(values) * scale[0], None if pre_values is None else f64(pre_values) * scale[1]
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,8 @@ class GradientFactors:
     for every entry e, a slot that a token retrieved in a layer: token_e = e // num_selected. Each
     backward of ``ops.value_ffn(..., factors=...)`` appends its tokens; layers and micro-batches add
     up until :meth:`clear`. A ``MemoryTable`` with ``grad_mode="deferred"`` has one as ``factors``.
+    Where the table has a scale, the gradients are those of the effective weights, parameters times
+    scale.
 
     Memory: a token takes ``bytes_per_token``, which is ``num_selected * (4 + a*C + a)`` (a: bytes
     of the accumulation dtype, 4; without pre-values the last a is not there; with
@@ -487,8 +489,9 @@ class GradientFactors:
     # ---- as gradients --------------------------------------------------------------------------
 
     def to_dense(self) -> tuple[Tensor, Tensor | None]:
-        """The gradients (of values [N, Dv], of pre_values [N, Dp] or None) in the accumulation
-        dtype. As large as the table: for tests and small tables.
+        """The gradients (of values [N, Dv], of pre_values [N, Dp] or None; with a scale, of the
+        effective ones) in the accumulation dtype. As large as the table: for tests and small
+        tables.
 
         Whether a table trains (``requires_grad``) is not looked at.
         """

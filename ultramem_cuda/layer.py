@@ -187,6 +187,7 @@ class UltraMemLayer(nn.Module):
             activation=config.activation,
             addressing=self.addressing,
             sum_groups=config.sum_groups,
+            table_scale=table.scale,
             factors=table.factors,
         )
         # Without pre-values the rows' dtype comes out, which need not be that of the network.

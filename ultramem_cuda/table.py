@@ -16,6 +16,8 @@ from .factors import GradientFactors
 from .init import table_std
 
 _PARAMETER_ATTRIBUTE = "_ultramem_table"
+# Rows that are scaled in float64 at once.
+_ROWS_AT_ONCE = 1 << 16
 
 
 class _TableReference:
@@ -33,6 +35,14 @@ def table_of(parameter: Tensor) -> MemoryTable | None:
     """The table that a parameter belongs to, or None."""
     reference = getattr(parameter, _PARAMETER_ATTRIBUTE, None)
     return reference.table() if isinstance(reference, _TableReference) else None
+
+
+@torch.no_grad()
+def _write_scaled(to: Tensor, rows: Tensor, scale: Tensor) -> None:
+    """to = rows * scale, rounded once from float64, of which there is never a whole table."""
+    scale = scale.to(rows.device, torch.float64)
+    for out, part in zip(to.split(_ROWS_AT_ONCE), rows.split(_ROWS_AT_ONCE), strict=True):
+        out.copy_(part.double() * scale)
 
 
 class _ForeignOptimizers:
@@ -77,8 +87,15 @@ class MemoryTable(nn.Module):
     Attributes:
         values: parameter [num_slots, value_dim].
         pre_values: parameter [num_slots, pre_value_dim], or None without pre-values.
+        scale: with ``grad_mode="deferred"`` a buffer, float64 [2], else None. The layers take
+            ``values * scale[0]`` and ``pre_values * scale[1]``: these products, the effective
+            weights, are what is trained. Weight decay is a step's multiplication of the scale,
+            exact for every row whether read or not; it is one until there is some and then between
+            2^-8 and 1, so that effective weights of float16 tables must stay below 255. Whoever
+            reads, writes or averages the parameters themselves, or steps them with an optimizer of
+            their own, must heed it; see :meth:`fold_scale`.
         factors: a :class:`~ultramem_cuda.factors.GradientFactors` with ``grad_mode="deferred"``,
-            else None.
+            else None. Its gradients are those of the effective weights.
 
     Args:
         num_slots: rows, N; N times the width may pass 2^31.
@@ -99,12 +116,19 @@ class MemoryTable(nn.Module):
     table's: clear the factors where the step is made. Factors are no part of the state dict; a
     copy, a pickle and a table moved to another device or dtype have none.
 
+    The scale is part of the state dict and stays float64 when the table is moved to another dtype.
+    Either kind of table loads the state dict of the other: weights without a scale are taken for
+    those of a scale of one, and a dense table loads the effective weights. (``master_weights`` in
+    the state of a deferred table's optimizer are in units of its scale: no dense table can go on
+    from them.)
+
     Raises:
         TypeError, ValueError: naming the argument, what it was and what it must be.
     """
 
     values: nn.Parameter
     pre_values: nn.Parameter | None
+    scale: Tensor | None
     factors: GradientFactors | None
 
     def __init__(
@@ -151,6 +175,9 @@ class MemoryTable(nn.Module):
         else:
             self.register_parameter("pre_values", None)
         self._config: UltraMemConfig | None = None
+        # An optimizer keeps float32 copies of the parameters, which stand for the same products.
+        self.has_master = False
+        self._register_scale()
         self.factors = None
         if grad_mode == "deferred":
             self.factors = GradientFactors(
@@ -185,12 +212,43 @@ class MemoryTable(nn.Module):
         table._config = config
         return table
 
+    def _register_scale(self) -> None:
+        scale = None
+        if self.grad_mode == "deferred":
+            scale = torch.ones(2, dtype=torch.float64, device=self.values.device)
+        self.register_buffer("scale", scale)
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw both parameters from N(0, init_std^2) with torch's default generator."""
         self.values.normal_(0.0, self.init_std)
         if self.pre_values is not None:
             self.pre_values.normal_(0.0, self.init_std)
+        if self.scale is not None:
+            self.scale.fill_(1.0)
+
+    @torch.no_grad()
+    def fold_scale(self) -> None:
+        """Multiply the parameters by the scale, rounded once to nearest, and make the scale one.
+
+        For those who read the parameters themselves. A dense table has nothing to fold.
+
+        Raises:
+            RuntimeError: an optimizer keeps float32 copies of the parameters (``master_weights``),
+                which would not follow: fold a ``copy.deepcopy`` of the table.
+        """
+        if self.scale is None:
+            return
+        if self.has_master:
+            raise RuntimeError(
+                "fold_scale: the master_weights of an optimizer would not follow; fold a "
+                "copy.deepcopy of the table, or load its state dict into a table with "
+                "grad_mode='dense'"
+            )
+        for parameter, scale in zip((self.values, self.pre_values), self.scale, strict=True):
+            if parameter is not None:
+                _write_scaled(parameter, parameter, scale)
+        self.scale.fill_(1.0)
 
     def reserve(
         self,
@@ -244,18 +302,61 @@ class MemoryTable(nn.Module):
                 setattr(parameter, _PARAMETER_ATTRIBUTE, _TableReference(self))
 
     def _apply(self, fn: Any, recurse: bool = True) -> MemoryTable:
+        before = self.scale
         super()._apply(fn, recurse)
+        if before is not None and self.scale is not None and self.scale.dtype != torch.float64:
+            self.scale = before.to(self.scale.device)
         self._introduce(self.values, self.pre_values)
         if self.factors is not None:
             self.factors._move(self.values.device, self.values.dtype)
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"factors": None, "_config": None, **state})
+        super().__setstate__({"factors": None, "_config": None, **state, "has_master": False})
+        if "scale" not in self._buffers:  # of an older version
+            self._register_scale()
         self._introduce(self.values, self.pre_values)
         if self.factors is not None:
             self.factors._move(self.values.device, self.values.dtype)
             _foreign_optimizers.watch()
+
+    def _loaded_scale(self, weights: list[Tensor | None]) -> Tensor:
+        """One for weights that come without a scale; those that do not come keep theirs."""
+        assert self.scale is not None
+        device = next((rows.device for rows in weights if rows is not None), self.scale.device)
+        scale = torch.ones(2, dtype=torch.float64, device=device)
+        mine = (self.values, self.pre_values)
+        for i, (parameter, rows) in enumerate(zip(mine, weights, strict=True)):
+            if parameter is not None and rows is None and not self.scale.is_meta:
+                scale[i] = self.scale[i]
+        return scale
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any
+    ) -> None:
+        state_dict = dict(state_dict)
+        key = prefix + "scale"
+        names = (prefix + "values", prefix + "pre_values")
+        weights = [state_dict.get(name) for name in names]
+        if self.scale is not None:
+            scale = state_dict.get(key)
+            state_dict[key] = (
+                self._loaded_scale(weights) if scale is None else scale.detach().double()
+            )
+        elif (scale := state_dict.pop(key, None)) is not None:
+            assign = local_metadata.get("assign_to_params_buffers", False)
+            for name, rows, factor in zip(names, weights, scale, strict=True):
+                if rows is not None:
+                    dtype = rows.dtype if assign else self.values.dtype
+                    state_dict[name] = torch.empty_like(rows, dtype=dtype, requires_grad=False)
+                    _write_scaled(state_dict[name], rows, factor)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def scale_of(self, parameter: Tensor) -> Tensor | None:
+        """That of one of the parameters, a scalar view."""
+        if self.scale is None:
+            return None
+        return self.scale[0 if parameter is self.values else 1]
 
     def check_matches(self, config: UltraMemConfig) -> None:
         """Raise where a layer of ``config`` cannot read this table.

@@ -61,14 +61,20 @@ ULTRAMEM_UPDATE_FUNCTION uint32_t float_bits(float x) {
 template <typename Acc>
 struct UpdateScalars {
   Acc grad_scale;  // of the gradient
-  Acc keep;        // of the weight: 1 - lr * weight_decay
-  Acc step_size;   // Adam: lr / (1 - beta1^step); else lr
+  Acc rescale;     // of all weights, before the step: a power of two, or 1
+  Acc keep;        // of the weight: 1 - lr * weight_decay; 1 where a scale decays
+  Acc step_size;   // Adam: lr / (1 - beta1^step); else lr; of a scaled table, over the scale
   Acc one_minus_beta1, beta2, one_minus_beta2;
   Acc root_scale;  // 1 / sqrt(1 - beta2^step)
   Acc eps;
   uint32_t step;  // counter of the random numbers
   uint32_t skip;  // nothing is to change
 };
+
+// Without decay a scale stays as it is, and no kernel need look at it.
+ULTRAMEM_UPDATE_FUNCTION bool decays_scale(const TableUpdateParams& p) {
+  return p.scale != nullptr && p.weight_decay != 0;
+}
 
 // x^n by squaring: products alone, so that every backend gets the same bits.
 ULTRAMEM_UPDATE_FUNCTION double power(double x, uint32_t n) {
@@ -80,7 +86,19 @@ ULTRAMEM_UPDATE_FUNCTION double power(double x, uint32_t n) {
   return result;
 }
 
-// Counts the step, unless found_inf says that there is none.
+// Multiplies the table's scale by `keep` and brings it back where it has become small. Returns what
+// all weights are to be multiplied by in turn: a power of two, so that only subnormal numbers
+// round.
+ULTRAMEM_UPDATE_FUNCTION double decay_scale(double keep, double* table_scale) {
+  double scale = mul(*table_scale, keep), rescale = 1;
+  for (; scale > 0 && scale < kMinTableScale; scale = div(scale, kMinTableScale)) {
+    rescale = mul(rescale, kMinTableScale);
+  }
+  *table_scale = scale;
+  return rescale;
+}
+
+// Counts the step and decays the table's scale, unless found_inf says that there is no step.
 template <typename Acc>
 ULTRAMEM_UPDATE_FUNCTION UpdateScalars<Acc> prepare_update(const TableUpdateParams& p) {
   UpdateScalars<Acc> s;
@@ -97,9 +115,16 @@ ULTRAMEM_UPDATE_FUNCTION UpdateScalars<Acc> prepare_update(const TableUpdatePara
   const bool adam = p.optimizer == TableOptimizer::kAdam;
   const double correction1 = adam ? add(1.0, -power(p.beta1, s.step)) : 1.0;
   const double correction2 = adam ? add(1.0, -power(p.beta2, s.step)) : 1.0;
+  double keep = add(1.0, -mul(lr, p.weight_decay)), step_size = div(lr, correction1), rescale = 1;
+  if (p.scale != nullptr) {
+    if (decays_scale(p) && !s.skip) rescale = decay_scale(keep, p.scale);
+    step_size = div(step_size, *p.scale);
+    keep = 1;
+  }
   s.grad_scale = static_cast<Acc>(scale);
-  s.keep = static_cast<Acc>(add(1.0, -mul(lr, p.weight_decay)));
-  s.step_size = static_cast<Acc>(div(lr, correction1));
+  s.rescale = static_cast<Acc>(rescale);
+  s.keep = static_cast<Acc>(keep);
+  s.step_size = static_cast<Acc>(step_size);
   s.one_minus_beta1 = static_cast<Acc>(add(1.0, -p.beta1));
   s.beta2 = static_cast<Acc>(p.beta2);
   s.one_minus_beta2 = static_cast<Acc>(add(1.0, -p.beta2));

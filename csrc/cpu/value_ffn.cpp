@@ -3,6 +3,7 @@
 
 #include <limits>
 
+#include "common/value_ffn_checks.h"
 #include "kernel_table.h"
 #include "row_groups.h"
 
@@ -74,6 +75,8 @@ Status check_bwd(const ValueFfnBwdParams& p) {
     return Status::invalid_argument(
         "value_ffn backward: grad_table_dtype must be float64 if and only if dtype is");
   }
+  const Status scales = check_scales(p);
+  if (!scales.ok()) return scales;
   if (p.num_selected > 0 && p.num_tokens >= kMaxGroupedEntries / p.num_selected) {
     return Status::invalid_argument(
         "value_ffn backward: num_tokens * num_selected must be below 2^32");

@@ -5,6 +5,7 @@
 // of the whole row first, and goes through the gradient of such a row twice.
 #include "common/table_update_checks.h"
 #include "kernel_registry.h"
+#include "table_rescale.h"
 #include "table_update_chunk.cuh"
 
 namespace ultramem::cuda {
@@ -359,6 +360,9 @@ Status table_update(const TableUpdateParams& params, Stream stream) {
   auto* scalars = reinterpret_cast<UpdateScalars<float>*>(base + workspace.scalars);
   table_prepare_kernel<<<1, 1, 0, stream>>>(params, scalars);
   ULTRAMEM_RETURN_IF_ERROR(launch_status());
+  if (decays_scale(params)) {
+    ULTRAMEM_RETURN_IF_ERROR(launch_table_rescale(params, &scalars->rescale, stream));
+  }
   const int64_t runs = max_runs(params.gradient);
   if (runs == 0) return {};
 

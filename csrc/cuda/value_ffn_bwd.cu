@@ -2,6 +2,7 @@
 //
 // By token, the gradients of the scores and of pre_input: value_ffn_bwd_tokens.cu.
 // Gradients of the tables: value_ffn_bwd_rows.cu.
+#include "common/value_ffn_checks.h"
 #include "side_stream.h"
 #include "value_ffn_bwd_rows.h"
 #include "value_ffn_bwd_tokens.h"
@@ -30,6 +31,7 @@ struct Workspace {
 
 Status check_bwd_params(const ValueFfnBwdParams& params) {
   ULTRAMEM_RETURN_IF_ERROR(check_params(params));
+  ULTRAMEM_RETURN_IF_ERROR(check_scales(params));
   if (params.grad_table_dtype == DType::kFloat64) {
     return Status::invalid_argument("value_ffn_bwd: float64 is offered on the CPU only");
   }

@@ -166,12 +166,13 @@ struct AnyArguments {
   bool vector_values, vector_pre_values;
 };
 
-// From dw, in the chunk's weights, to the gradients of the scores and da.
+// From dw, but for the values' scale, in the chunk's weights to the gradients of the scores and da.
 __device__ __forceinline__ void differentiate_scores(const ValueFfnBwdParams& params,
                                                      const AnyArguments& arguments,
                                                      const SlotChunk& chunk, int64_t entry,
                                                      int count) {
   const int num_cores = params.num_cores;
+  const float scale = load_scale(params.value_scale);
   for (int i = threadIdx.x; i < count; i += kThreads) {
     const bool in_range = chunk.slots[i] >= 0;
     const auto* scores = static_cast<const float*>(params.scores) + (entry + i) * num_cores;
@@ -182,7 +183,7 @@ __device__ __forceinline__ void differentiate_scores(const ValueFfnBwdParams& pa
       slope = activation_slope(params.activation, a);
     }
     for (int c = 0; c < num_cores; ++c) {
-      const float grad_weight = chunk.weights[c * chunk.capacity + i];
+      const float grad_weight = scale * chunk.weights[c * chunk.capacity + i];
       if (params.grad_scores != nullptr) {
         static_cast<float*>(params.grad_scores)[(entry + i) * num_cores + c] =
             in_range ? h * grad_weight : 0.0f;
@@ -227,8 +228,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const auto load_chunk = [&](int first, int count) {
     // A single chunk is still there from above.
     if (num_selected > arguments.capacity) resolve_chunk(params, entry + first, chunk, count);
+    const float scale = load_scale(params.pre_value_scale);
     for (int i = threadIdx.x; i < count; i += kThreads) {
-      chunk.weights[i] = arguments.grad_a[entry + first + i];
+      chunk.weights[i] = scale * arguments.grad_a[entry + first + i];
     }
   };
   const int dim = static_cast<int>(params.pre_value_dim);
@@ -265,9 +267,11 @@ Status launch_bwd(const ValueFfnBwdParams& params, float* grad_a, Stream stream)
   arguments.input = params.grad_out;
   arguments.dot_table = params.values;
   arguments.dot_vectors = static_cast<int>(params.value_dim / kVector<TableT>);
+  arguments.dot_scale = params.value_scale;
   if (params.grad_pre_input != nullptr) {
     arguments.sum_table = params.pre_values;
     arguments.sum_vectors = static_cast<int>(params.pre_value_dim / kVector<TableT>);
+    arguments.sum_scale = params.pre_value_scale;
     arguments.output = params.grad_pre_input;
   }
   return with_slot_traits<TableT>(arguments, [&](auto traits) {

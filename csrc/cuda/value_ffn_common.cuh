@@ -137,6 +137,10 @@ __device__ __forceinline__ void resolve_chunk(const ValueFfnParams& params, int6
   }
 }
 
+__device__ __forceinline__ float load_scale(const double* scale) {
+  return scale != nullptr ? static_cast<float>(*scale) : 1.0f;
+}
+
 // h = act(a).
 __device__ __forceinline__ float activate(Activation activation, float a) {
   switch (activation) {

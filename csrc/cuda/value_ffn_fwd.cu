@@ -75,11 +75,11 @@ __global__ void __launch_bounds__(SlotTraits<TableT, kLanes, kVectors>::kMaxWarp
 
 // Any shape --------------------------------------------------------------------------------------
 
-// a[i] = <x, table[slots[i]]> for `count` slots of a chunk, kRowsInFlight of them a warp; 0 where
-// the index was out of range. x begins at element `first_x` of its tensor.
+// a[i] = scale * <x, table[slots[i]]> for `count` slots of a chunk, kRowsInFlight of them a warp; 0
+// where the index was out of range. x begins at element `first_x` of its tensor.
 template <int kCount, typename TableT>
 __device__ void dot_rows(const TableT* table, const void* x, DType x_dtype, int64_t first_x,
-                         int dim, const SlotChunk& chunk, int count, float* a) {
+                         int dim, const SlotChunk& chunk, int count, float scale, float* a) {
   const int warp = threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   for (int begin = warp * kRowsInFlight; begin < count; begin += kWarps * kRowsInFlight) {
@@ -108,7 +108,7 @@ __device__ void dot_rows(const TableT* table, const void* x, DType x_dtype, int6
     for (int k = 0; k < kRowsInFlight; ++k) {
       const float sum = warp_sum(acc[k]);
       // A slot without a row is zero even where the input is NaN.
-      if (lane == 0 && begin + k < count) a[begin + k] = slots[k] >= 0 ? sum : 0.0f;
+      if (lane == 0 && begin + k < count) a[begin + k] = slots[k] >= 0 ? scale * sum : 0.0f;
     }
   }
 }
@@ -138,6 +138,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   if (a != nullptr) {
     const auto* table = static_cast<const TableT*>(params.pre_values);
     const int dim = static_cast<int>(params.pre_value_dim);
+    const float scale = load_scale(params.pre_value_scale);
     for (int first = 0; first < num_selected; first += capacity) {
       const int count = min(num_selected - first, capacity);
       if (!one_chunk) {
@@ -147,9 +148,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
       }
       if (vector_pre_values) {
         dot_rows<kCount>(table, params.pre_input, params.dtype, token * dim, dim, chunk, count,
-                         a + first);
+                         scale, a + first);
       } else {
-        dot_rows<1>(table, params.pre_input, params.dtype, token * dim, dim, chunk, count,
+        dot_rows<1>(table, params.pre_input, params.dtype, token * dim, dim, chunk, count, scale,
                     a + first);
       }
     }
@@ -157,10 +158,12 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
   const auto load_chunk = [&](int first, int count) {
     if (!one_chunk) resolve_chunk(params, entry + first, chunk, count);
+    const float scale = load_scale(params.value_scale);
     for (int i = threadIdx.x; i < count; i += kThreads) {
       const float h = a != nullptr ? activate(params.activation, a[first + i]) : 1.0f;
       for (int c = 0; c < num_cores; ++c) {
-        chunk.weights[c * chunk.capacity + i] = h * scores[int64_t{first + i} * num_cores + c];
+        chunk.weights[c * chunk.capacity + i] =
+            h * (scale * scores[int64_t{first + i} * num_cores + c]);
       }
     }
   };
@@ -207,6 +210,8 @@ Status launch_fwd(const ValueFfnParams& params, Stream stream) {
   arguments.dot_vectors = static_cast<int>(params.pre_value_dim / kVector<TableT>);
   arguments.sum_table = params.values;
   arguments.sum_vectors = static_cast<int>(params.value_dim / kVector<TableT>);
+  arguments.dot_scale = params.pre_value_scale;
+  arguments.sum_scale = params.value_scale;
   arguments.output = params.out;
   return with_slot_traits<TableT>(arguments, [&](auto traits) {
     using Traits = decltype(traits);

@@ -44,13 +44,15 @@ static_assert(kStages * kWarpSize / 8 <= kBatch, "two batches are enough for tea
 // What the kernel has beside the operator's parameters: the two tables by their role, rows in
 // vectors, and how a token's slots are shared out.
 struct SlotArguments {
-  const void* input;      // [T, dot row]
-  const void* dot_table;  // [N, dot row]
-  const void* sum_table;  // [N, sum row]
-  void* output;           // [T, sum row]
-  int dot_vectors;        // of a row; 0 where there are no dot products
-  int sum_vectors;        // 0 where no sum is wanted
-  int slice_vectors;      // of a core's slice of a value
+  const void* input;        // [T, dot row]
+  const void* dot_table;    // [N, dot row]
+  const void* sum_table;    // [N, sum row]
+  void* output;             // [T, sum row]
+  const double* dot_scale;  // of the tables; null for 1
+  const double* sum_scale;
+  int dot_vectors;    // of a row; 0 where there are no dot products
+  int sum_vectors;    // 0 where no sum is wanted
+  int slice_vectors;  // of a core's slice of a value
   int num_selected, num_cores;
   AddressDivisors<ReciprocalDivisor> divisors;
 
@@ -194,6 +196,11 @@ __device__ __forceinline__ void store_sum(const SlotArguments& arguments, const 
         for (int j = 0; j < 4; ++j) total[team][j] += total[team + delta][j];
       }
     }
+    if (arguments.sum_scale != nullptr) {
+      const auto scale = static_cast<float>(*arguments.sum_scale);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) total[0][j] *= scale;
+    }
     store_elements(arguments.output, dtype, (token * num_quads + quad) * 4, total[0]);
   }
 }
@@ -260,6 +267,14 @@ __device__ __forceinline__ void pass_over_slots(const Pass& pass, const SlotArgu
 #pragma unroll
     for (int c = 1; c < kMaxNumCores; ++c) {
       if (c < arguments.num_cores && vector >= c * arguments.slice_vectors) cores[v] = c;
+    }
+  }
+  if (arguments.dot_scale != nullptr) {
+    const auto scale = static_cast<float>(*arguments.dot_scale);
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+      for (int j = 0; j < kElements; ++j) input[v][j] *= scale;
     }
   }
 

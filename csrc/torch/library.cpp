@@ -24,15 +24,15 @@ STABLE_TORCH_LIBRARY(ultramem, m) {
       " bool need_keys, bool need_core) -> (Tensor, Tensor, Tensor)");
   m.def(
       "value_ffn(Tensor indices, Tensor scores, Tensor values, Tensor? pre_values,"
-      " Tensor? pre_input, Tensor? permutation, Tensor? values_main_grad,"
-      " Tensor? pre_values_main_grad, Tensor? factors, str activation, int window, int offset, int "
-      "expand,"
-      " str shuffle, int num_keys, int seed, bool sum_groups)"
+      " Tensor? pre_input, Tensor? permutation, Tensor? table_scale, Tensor? values_main_grad,"
+      " Tensor? pre_values_main_grad, Tensor? factors, str activation, int window, int offset,"
+      " int expand, str shuffle, int num_keys, int seed, bool sum_groups)"
       " -> (Tensor out, Tensor pre_activation)");
   m.def(
       "value_ffn_bwd(Tensor grad_out, Tensor indices, Tensor scores, Tensor values,"
       " Tensor? pre_values, Tensor? pre_input, Tensor pre_activation, Tensor? permutation,"
-      " str activation, int window, int offset, int expand, str shuffle, int num_keys, int seed,"
+      " Tensor? table_scale, str activation, int window, int offset, int expand, str shuffle, int "
+      "num_keys, int seed,"
       " bool sum_groups, bool need_values, bool need_pre_values)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
@@ -44,7 +44,8 @@ STABLE_TORCH_LIBRARY(ultramem, m) {
   m.def(
       "value_ffn_bwd_deferred(Tensor grad_out, Tensor indices, Tensor scores, Tensor values,"
       " Tensor? pre_values, Tensor? pre_input, Tensor pre_activation, Tensor? permutation,"
-      " str activation, int window, int offset, int expand, str shuffle, int num_keys, int seed,"
+      " Tensor? table_scale, str activation, int window, int offset, int expand, str shuffle, int "
+      "num_keys, int seed,"
       " bool sum_groups, Tensor(a!) factors) -> (Tensor, Tensor)");
   m.def(
       "table_group(Tensor slots, int num_rows)"
@@ -55,7 +56,8 @@ STABLE_TORCH_LIBRARY(ultramem, m) {
       " int num_rows) -> Tensor");
   m.def(
       "table_update(str optimizer, Tensor(a!) weight, Tensor(b!)? master, Tensor(c!)? exp_avg,"
-      " Tensor(d!)? exp_avg_sq, Tensor(e!)? row_sum, Tensor(f!) step, Tensor? grad, Tensor? keys,"
+      " Tensor(d!)? exp_avg_sq, Tensor(e!)? row_sum, Tensor(f!) step, Tensor(g!)? scale, Tensor? "
+      "grad, Tensor? keys,"
       " Tensor? entries, Tensor? run_begins, Tensor? pieces, Tensor? counts, Tensor? weights,"
       " Tensor? groups, Tensor? source, int num_selected, Tensor? lr_factor, Tensor? grad_scale,"
       " Tensor? loss_scale, Tensor? found_inf, float lr, float beta1, float beta2, float eps,"

@@ -31,7 +31,8 @@ std::tuple<Tensor, Tensor, Tensor> product_key_topk_bwd(Tensor grad_scores, Tens
 
 std::tuple<Tensor, Tensor> value_ffn(Tensor indices, Tensor scores, Tensor values,
                                      OptionalTensor pre_values, OptionalTensor pre_input,
-                                     OptionalTensor permutation, OptionalTensor values_main_grad,
+                                     OptionalTensor permutation, OptionalTensor table_scale,
+                                     OptionalTensor values_main_grad,
                                      OptionalTensor pre_values_main_grad, OptionalTensor factors,
                                      std::string activation, int64_t window, int64_t offset,
                                      int64_t expand, std::string shuffle, int64_t num_keys,
@@ -39,8 +40,9 @@ std::tuple<Tensor, Tensor> value_ffn(Tensor indices, Tensor scores, Tensor value
 std::tuple<Tensor, Tensor, Tensor, Tensor> value_ffn_bwd(
     Tensor grad_out, Tensor indices, Tensor scores, Tensor values, OptionalTensor pre_values,
     OptionalTensor pre_input, Tensor pre_activation, OptionalTensor permutation,
-    std::string activation, int64_t window, int64_t offset, int64_t expand, std::string shuffle,
-    int64_t num_keys, int64_t seed, bool sum_groups, bool need_values, bool need_pre_values);
+    OptionalTensor table_scale, std::string activation, int64_t window, int64_t offset,
+    int64_t expand, std::string shuffle, int64_t num_keys, int64_t seed, bool sum_groups,
+    bool need_values, bool need_pre_values);
 std::tuple<Tensor, Tensor> value_ffn_bwd_main_grad(
     Tensor grad_out, Tensor indices, Tensor scores, Tensor values, OptionalTensor pre_values,
     OptionalTensor pre_input, Tensor pre_activation, OptionalTensor permutation,
@@ -50,8 +52,9 @@ std::tuple<Tensor, Tensor> value_ffn_bwd_main_grad(
 std::tuple<Tensor, Tensor> value_ffn_bwd_deferred(
     Tensor grad_out, Tensor indices, Tensor scores, Tensor values, OptionalTensor pre_values,
     OptionalTensor pre_input, Tensor pre_activation, OptionalTensor permutation,
-    std::string activation, int64_t window, int64_t offset, int64_t expand, std::string shuffle,
-    int64_t num_keys, int64_t seed, bool sum_groups, Tensor factors);
+    OptionalTensor table_scale, std::string activation, int64_t window, int64_t offset,
+    int64_t expand, std::string shuffle, int64_t num_keys, int64_t seed, bool sum_groups,
+    Tensor factors);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> table_group(Tensor slots, int64_t num_rows);
 Tensor table_grad_sum_sq(Tensor keys, Tensor entries, Tensor run_begins, Tensor pieces,
@@ -59,12 +62,12 @@ Tensor table_grad_sum_sq(Tensor keys, Tensor entries, Tensor run_begins, Tensor 
                          int64_t num_selected, int64_t num_rows);
 void table_update(std::string optimizer, Tensor weight, OptionalTensor master,
                   OptionalTensor exp_avg, OptionalTensor exp_avg_sq, OptionalTensor row_sum,
-                  Tensor step, OptionalTensor grad, OptionalTensor keys, OptionalTensor entries,
-                  OptionalTensor run_begins, OptionalTensor pieces, OptionalTensor counts,
-                  OptionalTensor weights, OptionalTensor groups, OptionalTensor source,
-                  int64_t num_selected, OptionalTensor lr_factor, OptionalTensor grad_scale,
-                  OptionalTensor loss_scale, OptionalTensor found_inf, double lr, double beta1,
-                  double beta2, double eps, double weight_decay, bool stochastic_rounding,
-                  int64_t seed, int64_t stream);
+                  Tensor step, OptionalTensor scale, OptionalTensor grad, OptionalTensor keys,
+                  OptionalTensor entries, OptionalTensor run_begins, OptionalTensor pieces,
+                  OptionalTensor counts, OptionalTensor weights, OptionalTensor groups,
+                  OptionalTensor source, int64_t num_selected, OptionalTensor lr_factor,
+                  OptionalTensor grad_scale, OptionalTensor loss_scale, OptionalTensor found_inf,
+                  double lr, double beta1, double beta2, double eps, double weight_decay,
+                  bool stochastic_rounding, int64_t seed, int64_t stream);
 
 }  // namespace ultramem::torch_binding

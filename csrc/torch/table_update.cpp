@@ -148,13 +148,13 @@ Tensor table_grad_sum_sq(Tensor keys, Tensor entries, Tensor run_begins, Tensor 
 
 void table_update(std::string optimizer, Tensor weight, OptionalTensor master,
                   OptionalTensor exp_avg, OptionalTensor exp_avg_sq, OptionalTensor row_sum,
-                  Tensor step, OptionalTensor grad, OptionalTensor keys, OptionalTensor entries,
-                  OptionalTensor run_begins, OptionalTensor pieces, OptionalTensor counts,
-                  OptionalTensor weights, OptionalTensor groups, OptionalTensor source,
-                  int64_t num_selected, OptionalTensor lr_factor, OptionalTensor grad_scale,
-                  OptionalTensor loss_scale, OptionalTensor found_inf, double lr, double beta1,
-                  double beta2, double eps, double weight_decay, bool stochastic_rounding,
-                  int64_t seed, int64_t stream) {
+                  Tensor step, OptionalTensor scale, OptionalTensor grad, OptionalTensor keys,
+                  OptionalTensor entries, OptionalTensor run_begins, OptionalTensor pieces,
+                  OptionalTensor counts, OptionalTensor weights, OptionalTensor groups,
+                  OptionalTensor source, int64_t num_selected, OptionalTensor lr_factor,
+                  OptionalTensor grad_scale, OptionalTensor loss_scale, OptionalTensor found_inf,
+                  double lr, double beta1, double beta2, double eps, double weight_decay,
+                  bool stochastic_rounding, int64_t seed, int64_t stream) {
   const OpContext context("table_update", "weight", weight);
   TableUpdateParams params;
   params.optimizer = parse_optimizer(context, optimizer);
@@ -203,6 +203,11 @@ void table_update(std::string optimizer, Tensor weight, OptionalTensor master,
     params.row_sum = row_sum->mutable_data_ptr();
   }
   params.step = const_cast<float*>(scalar(context, "step", step));
+  if (scale.has_value()) {
+    context.check_shape("scale", *scale, "a scalar", {});
+    context.check_dtype("scale", *scale, ScalarType::Double);
+    params.scale = static_cast<double*>(scale->mutable_data_ptr());
+  }
   params.lr = scalar(context, "lr_factor", lr_factor);
   params.grad_scale = scalar(context, "grad_scale", grad_scale);
   params.loss_scale = scalar(context, "loss_scale", loss_scale);

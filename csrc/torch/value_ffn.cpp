@@ -69,8 +69,9 @@ AddressingParams make_addressing(const OpContext& context, const AddressingArgum
 // Shapes and dtypes of what the forward and the backward both take. Tensors must be contiguous.
 ValueFfnParams make_params(const OpContext& context, const Tensor& indices, const Tensor& scores,
                            const Tensor& values, const OptionalTensor& pre_values,
-                           const OptionalTensor& pre_input, const std::string& activation,
-                           const AddressingArguments& addressing, bool sum_groups) {
+                           const OptionalTensor& pre_input, const OptionalTensor& table_scale,
+                           const std::string& activation, const AddressingArguments& addressing,
+                           bool sum_groups) {
   ValueFfnParams params;
   params.activation = parse_activation(context, activation);
   params.sum_groups = sum_groups;
@@ -116,6 +117,12 @@ ValueFfnParams make_params(const OpContext& context, const Tensor& indices, cons
                     ", Dv = " + std::to_string(params.value_dim));
   params.num_cores = static_cast<int32_t>(num_cores);
   params.addressing = make_addressing(context, addressing, num_slots);
+  if (table_scale.has_value()) {
+    context.check_shape("table_scale", *table_scale, "[2]", {2});
+    context.check_dtype("table_scale", *table_scale, ScalarType::Double);
+    params.value_scale = static_cast<const double*>(table_scale->const_data_ptr());
+    params.pre_value_scale = params.value_scale + 1;
+  }
 
   params.indices = indices.const_data_ptr();
   params.scores = scores.const_data_ptr();
@@ -153,15 +160,15 @@ void check_indices_in_debug(const OpContext& context, const ValueFfnParams& para
 template <typename Params = ValueFfnBwdParams>
 struct Backward {
   Tensor grad_out, indices, scores, values, pre_activation;
-  OptionalTensor pre_values, pre_input, permutation;
+  OptionalTensor pre_values, pre_input, permutation, table_scale;
   Params params;
   Tensor grad_scores, grad_pre_input;
 
   Backward(const OpContext& context, const Tensor& grad_out_, const Tensor& indices_,
            const Tensor& scores_, const Tensor& values_, const OptionalTensor& pre_values_,
            const OptionalTensor& pre_input_, const Tensor& pre_activation_,
-           const OptionalTensor& permutation_, const std::string& activation,
-           const AddressingArguments& addressing, bool sum_groups)
+           const OptionalTensor& permutation_, const OptionalTensor& table_scale_,
+           const std::string& activation, const AddressingArguments& addressing, bool sum_groups)
       : grad_out(as_contiguous(grad_out_)),
         indices(as_contiguous(indices_)),
         scores(as_contiguous(scores_)),
@@ -169,12 +176,13 @@ struct Backward {
         pre_activation(as_contiguous(pre_activation_)),
         pre_values(as_contiguous(pre_values_)),
         pre_input(as_contiguous(pre_input_)),
-        permutation(as_contiguous(permutation_)) {
-    static_cast<ValueFfnParams&>(params) =
-        make_params(context, indices, scores, values, pre_values, pre_input, activation,
-                    {permutation, addressing.window, addressing.offset, addressing.expand,
-                     addressing.shuffle, addressing.num_keys, addressing.seed},
-                    sum_groups);
+        permutation(as_contiguous(permutation_)),
+        table_scale(as_contiguous(table_scale_)) {
+    static_cast<ValueFfnParams&>(params) = make_params(
+        context, indices, scores, values, pre_values, pre_input, table_scale, activation,
+        {permutation, addressing.window, addressing.offset, addressing.expand, addressing.shuffle,
+         addressing.num_keys, addressing.seed},
+        sum_groups);
     context.check_dtype("grad_out", grad_out, scalar_type(params.dtype));
     const int64_t groups = sum_groups ? 1 : params.addressing.expand;
     context.check(grad_out.numel() == params.num_tokens * groups * params.value_dim,
@@ -218,19 +226,23 @@ void check_indices(const OpContext& context, const ValueFfnParams& params) {
 
 std::tuple<Tensor, Tensor> value_ffn(
     Tensor indices, Tensor scores, Tensor values, OptionalTensor pre_values,
-    OptionalTensor pre_input, OptionalTensor permutation, OptionalTensor /*values_main_grad*/,
-    OptionalTensor /*pre_values_main_grad*/, OptionalTensor /*factors*/, std::string activation,
-    int64_t window, int64_t offset, int64_t expand, std::string shuffle, int64_t num_keys,
-    int64_t seed, bool sum_groups) {
+    OptionalTensor pre_input, OptionalTensor permutation, OptionalTensor table_scale,
+    OptionalTensor values_main_grad, OptionalTensor pre_values_main_grad,
+    OptionalTensor /*factors*/, std::string activation, int64_t window, int64_t offset,
+    int64_t expand, std::string shuffle, int64_t num_keys, int64_t seed, bool sum_groups) {
   const OpContext context("value_ffn", "values", values);
+  context.check(!table_scale.has_value() ||
+                    (!values_main_grad.has_value() && !pre_values_main_grad.has_value()),
+                "table_scale and a main_grad of the tables exclude each other");
   indices = as_contiguous(indices);
   scores = as_contiguous(scores);
   values = as_contiguous(values);
   pre_values = as_contiguous(pre_values);
   pre_input = as_contiguous(pre_input);
   permutation = as_contiguous(permutation);
+  table_scale = as_contiguous(table_scale);
   ValueFfnParams params =
-      make_params(context, indices, scores, values, pre_values, pre_input, activation,
+      make_params(context, indices, scores, values, pre_values, pre_input, table_scale, activation,
                   {permutation, window, offset, expand, shuffle, num_keys, seed}, sum_groups);
 #if defined(ULTRAMEM_WITH_CUDA)
   check_indices_in_debug(context, params);
@@ -255,11 +267,12 @@ std::tuple<Tensor, Tensor> value_ffn(
 std::tuple<Tensor, Tensor, Tensor, Tensor> value_ffn_bwd(
     Tensor grad_out, Tensor indices, Tensor scores, Tensor values, OptionalTensor pre_values,
     OptionalTensor pre_input, Tensor pre_activation, OptionalTensor permutation,
-    std::string activation, int64_t window, int64_t offset, int64_t expand, std::string shuffle,
-    int64_t num_keys, int64_t seed, bool sum_groups, bool need_values, bool need_pre_values) {
+    OptionalTensor table_scale, std::string activation, int64_t window, int64_t offset,
+    int64_t expand, std::string shuffle, int64_t num_keys, int64_t seed, bool sum_groups,
+    bool need_values, bool need_pre_values) {
   const OpContext context("value_ffn_bwd", "values", values);
   Backward<> backward(context, grad_out, indices, scores, values, pre_values, pre_input,
-                      pre_activation, permutation, activation,
+                      pre_activation, permutation, table_scale, activation,
                       {permutation, window, offset, expand, shuffle, num_keys, seed}, sum_groups);
   const ScalarType dtype = values.scalar_type();
   backward.params.grad_table_dtype = backward.params.table_dtype;
@@ -283,7 +296,7 @@ std::tuple<Tensor, Tensor> value_ffn_bwd_main_grad(
     OptionalTensor pre_values_main_grad) {
   const OpContext context("value_ffn_bwd_main_grad", "values", values);
   Backward<> backward(context, grad_out, indices, scores, values, pre_values, pre_input,
-                      pre_activation, permutation, activation,
+                      pre_activation, permutation, std::nullopt, activation,
                       {permutation, window, offset, expand, shuffle, num_keys, seed}, sum_groups);
   const ScalarType acc = scalar_type(accumulation_dtype(backward.params.table_dtype));
   backward.params.grad_table_dtype = accumulation_dtype(backward.params.table_dtype);
@@ -310,13 +323,14 @@ std::tuple<Tensor, Tensor> value_ffn_bwd_main_grad(
 std::tuple<Tensor, Tensor> value_ffn_bwd_deferred(
     Tensor grad_out, Tensor indices, Tensor scores, Tensor values, OptionalTensor pre_values,
     OptionalTensor pre_input, Tensor pre_activation, OptionalTensor permutation,
-    std::string activation, int64_t window, int64_t offset, int64_t expand, std::string shuffle,
-    int64_t num_keys, int64_t seed, bool sum_groups, Tensor factors) {
+    OptionalTensor table_scale, std::string activation, int64_t window, int64_t offset,
+    int64_t expand, std::string shuffle, int64_t num_keys, int64_t seed, bool sum_groups,
+    Tensor factors) {
   const OpContext context("value_ffn_bwd_deferred", "values", values);
   Backward<ValueFfnBwdDeferredParams> backward(
       context, grad_out, indices, scores, values, pre_values, pre_input, pre_activation,
-      permutation, activation, {permutation, window, offset, expand, shuffle, num_keys, seed},
-      sum_groups);
+      permutation, table_scale, activation,
+      {permutation, window, offset, expand, shuffle, num_keys, seed}, sum_groups);
   ValueFfnBwdDeferredParams& params = backward.params;
   TableFactorsShape shape;
   shape.num_selected = params.num_selected;

@@ -754,11 +754,11 @@ def test_the_operator_refuses_other_arenas(device: str) -> None:
     tensors = indices, scores, layer.values, layer.pre_values, pre_input
     options = ("silu", 0, 0, 1, "none", 0, 0, True)
     with torch.no_grad():
-        out, a = torch.ops.ultramem.value_ffn(*tensors, None, None, None, None, *options)
+        out, a = torch.ops.ultramem.value_ffn(*tensors, *[None] * 5, *options)
 
     def backward(arena: Tensor) -> None:
         torch.ops.ultramem.value_ffn_bwd_deferred(
-            torch.ones_like(out), *(t.detach() for t in tensors), a, None, *options, arena
+            torch.ones_like(out), *(t.detach() for t in tensors), a, None, None, *options, arena
         )
 
     def zeros(*shape: int, **kwargs: torch.dtype) -> Tensor:

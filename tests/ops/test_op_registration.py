@@ -98,22 +98,31 @@ def value_ffn_args(data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5) 
     values = data.normal(12, 6, dtype=dtype, requires_grad=grad)
     pre_values = data.normal(12, 7, dtype=dtype, requires_grad=grad)
     pre_input = data.normal(tokens, 7, dtype=dtype, requires_grad=grad)
-    tensors = indices, scores, values, pre_values, pre_input, None, None, None, None
+    tensors = indices, scores, values, pre_values, pre_input, *[None] * 5
     return *tensors, *OPTIONS, False
+
+
+def scaled_args(data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5) -> tuple[Any, ...]:
+    """Without gradients of the tables, which have none."""
+    arguments = value_ffn_args(data, dtype, grad, tokens)
+    tables = [table.detach() for table in arguments[2:4]]
+    scale = torch.tensor([0.3, 0.7], dtype=torch.float64, device=data.device)
+    return *arguments[:2], *tables, *arguments[4:6], scale, *arguments[7:]
 
 
 def bag_args(data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5) -> tuple[Any, ...]:
     scores = data.normal(tokens, 4, 2, dtype=accumulation_dtype(dtype), requires_grad=grad)
     values = data.normal(12, 6, dtype=dtype, requires_grad=grad)
-    tensors = data.integers(12, tokens, 4, dtype=torch.int32), scores, values, *[None] * 6
+    tensors = data.integers(12, tokens, 4, dtype=torch.int32), scores, values, *[None] * 7
     return *tensors, "identity", 0, 0, 1, "none", 0, 0, True
 
 
 def saved_of_value_ffn(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """grad_out, the inputs, pre_activation, permutation and options, as the backward takes them."""
+    """grad_out, the inputs, pre_activation, permutation, table_scale and options, as the backward
+    takes them."""
     out, pre_activation = torch.ops.ultramem.value_ffn(*arguments)
-    tensors, permutation, options = arguments[:5], arguments[5], arguments[9:]
-    return torch.ones_like(out), *tensors, pre_activation.detach(), permutation, *options
+    tensors, optional, options = arguments[:5], arguments[5:7], arguments[10:]
+    return torch.ones_like(out), *tensors, pre_activation.detach(), *optional, *options
 
 
 def value_ffn_bwd_args(
@@ -126,16 +135,21 @@ def bag_bwd_args(data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5) ->
     return *saved_of_value_ffn(bag_args(data, dtype, grad, tokens)), True, False
 
 
+def scaled_bwd_args(data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5) -> tuple[Any, ...]:
+    return *saved_of_value_ffn(scaled_args(data, dtype, grad, tokens)), False, False
+
+
 def main_grad_args(data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5) -> tuple[Any, ...]:
     acc = accumulation_dtype(dtype)
     buffers = [torch.zeros(12, width, dtype=acc, device=data.device) for width in (6, 7)]
-    return *saved_of_value_ffn(value_ffn_args(data, dtype, False, tokens)), *buffers
+    saved = saved_of_value_ffn(value_ffn_args(data, dtype, False, tokens))
+    return *saved[:8], *saved[9:], *buffers  # there is no scale
 
 
 def deferred_args(data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5) -> tuple[Any, ...]:
     factors = GradientFactors(12, 6, 7, dtype=dtype, device=data.device)
     factors.reserve(8, num_selected=4, num_cores=2, num_groups=4)
-    return *saved_of_value_ffn(value_ffn_args(data, dtype, False, tokens)), factors.arena
+    return *saved_of_value_ffn(scaled_args(data, dtype, False, tokens)), factors.arena
 
 
 def key_balance_args(
@@ -190,6 +204,7 @@ FORWARDS: dict[str, tuple[str, MakeArgs]] = {
     "key_balance_loss_additive": ("key_balance_loss", additive_balance_args),
     "value_ffn": ("value_ffn", value_ffn_args),
     "value_ffn_bag": ("value_ffn", bag_args),
+    "value_ffn_scaled": ("value_ffn", scaled_args),
 }
 BACKWARDS: dict[str, tuple[str, MakeArgs]] = {
     "rms_norm_bwd": ("rms_norm_bwd", rms_norm_bwd_args),
@@ -202,6 +217,7 @@ BACKWARDS: dict[str, tuple[str, MakeArgs]] = {
     "key_balance_loss_bwd": ("key_balance_loss_bwd", key_balance_bwd_args),
     "value_ffn_bwd": ("value_ffn_bwd", value_ffn_bwd_args),
     "value_ffn_bwd_bag": ("value_ffn_bwd", bag_bwd_args),
+    "value_ffn_bwd_scaled": ("value_ffn_bwd", scaled_bwd_args),
     "value_ffn_bwd_main_grad": ("value_ffn_bwd_main_grad", main_grad_args),
     "value_ffn_bwd_deferred": ("value_ffn_bwd_deferred", deferred_args),
 }

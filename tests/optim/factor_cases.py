@@ -52,11 +52,12 @@ def deferred_table(
     pre_value_dim: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> um.MemoryTable:
-    table = um.MemoryTable(num_slots, value_dim, pre_value_dim, dtype=dtype, device=data.device)
+    table = um.MemoryTable(
+        num_slots, value_dim, pre_value_dim, dtype=dtype, device=data.device, grad_mode="deferred"
+    )
     with torch.no_grad():
         for param in table.parameters():
             param.copy_(data.normal(*param.shape, dtype=dtype))
-    table.grad_mode = "deferred"
     table.factors = Factors(data.device, dtype, (value_dim, pre_value_dim))
     return table
 

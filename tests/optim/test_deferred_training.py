@@ -82,6 +82,53 @@ def test_adam_is_sparse_adam(device: str) -> None:
         assert (a - b).abs().max() <= 1e-6 * b.abs().max()
 
 
+def test_decay_is_that_of_every_row(device: str) -> None:
+    deferred, dense = Memory("deferred", device), Memory("dense", device)
+    dense.load_state_dict(deferred.state_dict())
+    mine = um.optim.MemoryAdam(deferred.table.parameters(), lr=1e-2, weight_decay=1.0)
+    theirs = torch.optim.SparseAdam(list(dense.table.parameters()), lr=1e-2)
+    for step, (x, target) in enumerate(batches(device)):
+        lr = 1e-2 * (1.0 - step / (2 * STEPS))
+        mine.param_groups[0]["lr"] = theirs.param_groups[0]["lr"] = lr
+        for memory, optimizer in ((deferred, mine), (dense, theirs)):
+            optimizer.zero_grad()
+            loss_of(memory, x, target).backward()
+        for parameter in dense.table.parameters():
+            make_sparse(parameter)
+            with torch.no_grad():
+                parameter.mul_(1.0 - lr)
+        mine.step()
+        theirs.step()
+    assert deferred.table.scale is not None
+    assert deferred.table.scale.max() < 0.5
+    x, _ = batches(device)[0]
+    torch.testing.assert_close(deferred(x), dense(x), rtol=1e-5, atol=1e-7)
+    deferred.table.fold_scale()
+    for a, b in zip(deferred.table.parameters(), dense.table.parameters(), strict=True):
+        assert (a - b).abs().max() <= 2e-6 * b.abs().max()
+
+
+def test_compiled_layers_follow_the_scale(device: str) -> None:
+    torch._dynamo.reset()
+    eager, traced = Memory("deferred", device), Memory("deferred", device)
+    traced.load_state_dict(eager.state_dict())
+    traced.table.reserve(2 * 7, config())
+    forwards = (eager, torch.compile(traced, fullgraph=True, backend="aot_eager"))
+    optimizers = [
+        um.optim.MemoryAdam(memory.table.parameters(), lr=1e-2, weight_decay=30.0)
+        for memory in (eager, traced)
+    ]
+    for x, target in batches(device)[:6]:
+        for forward, optimizer in zip(forwards, optimizers, strict=True):
+            (forward(x) - target).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert eager.table.scale is not None
+    assert eager.table.scale.max() < 0.2
+    for mine, theirs in zip(traced.state_dict().values(), eager.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_micro_batches_add_up(device: str) -> None:
     whole, parts = Memory("deferred", device), Memory("deferred", device)
     parts.load_state_dict(whole.state_dict())

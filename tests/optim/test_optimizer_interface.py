@@ -370,17 +370,6 @@ def test_sparse_gradients_are_refused() -> None:
         um.optim.MemorySGD(table.parameters()).step()
 
 
-@KINDS
-def test_weight_decay_of_deferred_gradients_is_refused(kind: str) -> None:
-    table = deferred_table(Data(6), 30, 16)
-    with pytest.raises(NotImplementedError, match=r"weight_decay: 0\.1 for a table"):
-        OPTIMIZERS[kind](table.parameters(), weight_decay=0.1)
-    optimizer = OPTIMIZERS[kind](table.parameters())
-    optimizer.param_groups[0]["weight_decay"] = 0.1  # as a scheduler would
-    with pytest.raises(NotImplementedError, match="weight_decay"):
-        optimizer.step()
-
-
 def test_nothing_is_updated_where_step_raises(device: str) -> None:
     data = Data(7, device)
     dense = nn.Parameter(data.normal(3, 8))

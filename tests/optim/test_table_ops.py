@@ -39,16 +39,18 @@ def test_grad_sum_sq(device: str) -> None:
     )
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("dense", [False, True])
-def test_update(device: str, dense: bool) -> None:
+def test_update(device: str, dense: bool, scaled: bool) -> None:
     values, arguments = factored_args(device)
     gradient = (values.clone(), *[None] * 8, 0) if dense else (None, *arguments)
     states = (None, torch.zeros_like(values), torch.zeros_like(values), None)
     step = torch.zeros((), device=device)
-    options = (None, None, None, None, 0.1, 0.9, 0.99, 1e-8, 0.0, True, 0, 0)
+    scale = torch.full((), 0.01, dtype=torch.float64, device=device) if scaled else None
+    options = (None, None, None, None, 0.1, 0.9, 0.99, 1e-8, 0.5, True, 0, 0)
     torch.library.opcheck(
         torch.ops.ultramem.table_update,
-        ("adam", values, *states, step, *gradient, *options),
+        ("adam", values, *states, step, scale, *gradient, *options),
         test_utils=OPCHECKS,
     )
 

@@ -133,6 +133,28 @@ def test_forward_and_backward(case: Case, seed: int) -> None:
     )
 
 
+@settings(deadline=None, max_examples=20)
+@given(case=cases(), seed=st.integers(0, 2**31))
+def test_a_scale_is_a_multiplied_table(case: Case, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scale = rng.uniform(0.1, 1.0, 2)
+    multiplied = dict(case.inputs)
+    for name, factor in zip(("values", "pre_values"), scale, strict=True):
+        if name in multiplied:
+            multiplied[name] = multiplied[name] * factor
+    out = ref.value_ffn(case.indices, **multiplied, **case.options)
+    scaled = {**case.inputs, **case.options, "table_scale": scale}
+    np.testing.assert_array_equal(ref.value_ffn(case.indices, **scaled), out)
+    grad_out = rng.standard_normal(out.shape)
+    grads = ref.value_ffn_bwd(grad_out, case.indices, **multiplied, **case.options)
+    for mine, theirs in zip(
+        ref.value_ffn_bwd(grad_out, case.indices, **scaled), grads, strict=True
+    ):
+        np.testing.assert_array_equal(mine, theirs)
+    with pytest.raises(ValueError, match=r"table_scale \(3,\) must be \[2\]"):
+        ref.value_ffn(case.indices, **{**scaled, "table_scale": np.ones(3)})
+
+
 def test_relu_is_torchs_and_passes_nothing_at_zero() -> None:
     pre_input = np.array([[-2.0], [0.0], [3.0]])
     inputs = {

@@ -307,6 +307,7 @@ def _value_ffn(
     sum_groups: bool = True,
     main_grad: bool = False,
     deferred: bool = False,
+    scale: tuple[float, float] | None = None,
 ) -> Iterator[Result]:
     tokens, selected, cores, pre_dim, value_dim = 19, 24, 2, 20, 36
     # Four virtual copies of 100 rows of 150, wrapping around the end of the table.
@@ -332,6 +333,9 @@ def _value_ffn(
         activation=activation,
         addressing=addressing,
         sum_groups=sum_groups,
+        table_scale=None
+        if scale is None
+        else torch.tensor(scale, dtype=torch.float64).to(indices.device),
         factors=factors if deferred else None,
     )
     upstream = bench.upstream(out)
@@ -343,7 +347,11 @@ def _value_ffn(
 
     inputs = [indices.cpu().numpy(), *(array(leaf) for leaf in leaves)]
     expected = ref.value_ffn(
-        *inputs, activation=activation, addressing=addressing, sum_groups=sum_groups
+        *inputs,
+        activation=activation,
+        addressing=addressing,
+        sum_groups=sum_groups,
+        table_scale=scale,
     )
     yield bench.forward("out", out, expected)
     grads = ref.value_ffn_bwd(
@@ -352,6 +360,7 @@ def _value_ffn(
         activation=activation,
         addressing=addressing,
         sum_groups=sum_groups,
+        table_scale=scale,
     )
     names = ("scores", "values", "pre_values", "pre_input")[: len(leaves)]
     right = (grads.scores, grads.values, grads.pre_values, grads.pre_input)[: len(leaves)]
@@ -464,4 +473,5 @@ _OPERATORS: dict[str, Callable[[_Bench], Iterator[Result]]] = {
     "value_ffn, main_grad": partial(_value_ffn, main_grad=True),
     "value_ffn, deferred": partial(_value_ffn, deferred=True),
     "value_ffn, deferred, groups apart": partial(_value_ffn, deferred=True, sum_groups=False),
+    "value_ffn, deferred, scaled": partial(_value_ffn, deferred=True, scale=(0.3, 0.7)),
 }

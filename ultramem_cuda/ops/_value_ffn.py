@@ -31,6 +31,7 @@ def value_ffn(
     activation: str = "identity",
     addressing: SlotAddressing | None = None,
     sum_groups: bool = True,
+    table_scale: Tensor | None = None,
     factors: GradientFactors | None = None,
 ) -> Tensor:
     """Sums the outputs of the retrieved slots, each an FFN of inner width one.
@@ -54,6 +55,10 @@ def value_ffn(
         addressing: how indices become rows of the table; see `SlotAddressing`.
         sum_groups: sum the E groups of implicit value expansion (UltraMemV2); False keeps them
             apart (UltraMem).
+        table_scale: float64 [2] on the tables' device, without gradient: the tables are taken as
+            values * table_scale[0] and pre_values * table_scale[1]. The kernels read it, so that a
+            CUDA graph does at every replay. Where the tables train it needs factors, which are then
+            those of the gradients of these products.
         factors: deferred gradients of the tables: where one of them trains, the backward appends
             the factors of their gradients there and gives the tables none.
 
@@ -91,9 +96,18 @@ def value_ffn(
             permutation, shuffle = addressing.shuffle, "permutation"
         else:
             shuffle = addressing.shuffle or "none"
+    trains = _tables_train(values, pre_values)
+    if table_scale is not None:
+        if table_scale.requires_grad:
+            raise ValueError("value_ffn: table_scale has no gradient; it must not require one")
+        if trains and factors is None:
+            raise ValueError(
+                "value_ffn: table_scale needs factors where the tables train: their dense "
+                "gradients are not offered with it"
+            )
     values_main_grad, pre_values_main_grad = _main_grads(values, pre_values)
     arena: Tensor | None = None
-    if factors is not None and _tables_train(values, pre_values):
+    if factors is not None and trains:
         if values_main_grad is not None or pre_values_main_grad is not None:
             raise ValueError("value_ffn: factors and a main_grad of the tables exclude each other")
         if indices.dim() == 2 and scores.dim() == 3:  # else the operator says so
@@ -108,6 +122,7 @@ def value_ffn(
         pre_values,
         pre_input,
         permutation,
+        table_scale,
         values_main_grad,
         pre_values_main_grad,
         arena,
@@ -199,6 +214,7 @@ def _value_ffn_fake(
     pre_values: Tensor | None,
     pre_input: Tensor | None,
     permutation: Tensor | None,
+    table_scale: Tensor | None,
     values_main_grad: Tensor | None,
     pre_values_main_grad: Tensor | None,
     factors: Tensor | None,
@@ -212,6 +228,10 @@ def _value_ffn_fake(
     sum_groups: bool,
 ) -> tuple[Tensor, Tensor]:
     checks = ArgumentChecks("value_ffn", "values", values)
+    checks.check(
+        table_scale is None or (values_main_grad is None and pre_values_main_grad is None),
+        "table_scale and a main_grad of the tables exclude each other",
+    )
     checks.check(
         activation in _ACTIVATIONS,
         f"activation must be 'identity', 'gelu', 'relu' or 'silu', got '{activation}'",
@@ -232,6 +252,9 @@ def _value_ffn_fake(
         width % cores == 0,
         f"the number of cores C must divide Dv, got C = {cores}, Dv = {width}",
     )
+    if table_scale is not None:
+        checks.shape("table_scale", table_scale, "[2]", (2,))
+        checks.has_dtype("table_scale", table_scale, torch.float64)
     if permutation is not None:
         checks.shape("permutation", permutation, "[expand * window]", (expand * window,))
         checks.has_dtype("permutation", permutation, torch.int64)
@@ -249,6 +272,7 @@ def _value_ffn_bwd_fake(
     pre_input: Tensor | None,
     pre_activation: Tensor,
     permutation: Tensor | None,
+    table_scale: Tensor | None,
     activation: str,
     window: int,
     offset: int,
@@ -260,7 +284,12 @@ def _value_ffn_bwd_fake(
     need_values: bool,
     need_pre_values: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    checks = ArgumentChecks("value_ffn_bwd", "values", values)
     need_pre_values = need_pre_values and pre_values is not None
+    checks.check(
+        table_scale is None or not (need_values or need_pre_values),
+        "dense gradients of the tables are not offered where these have scales",
+    )
     return (
         scores.new_empty(scores.shape),
         values.new_empty((0,)) if pre_input is None else pre_input.new_empty(pre_input.shape),
@@ -303,14 +332,14 @@ def _value_ffn_bwd_deferred_fake(
 
 
 def _value_ffn_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    indices, scores, values, pre_values, pre_input, permutation = inputs[:6]
+    indices, scores, values, pre_values, pre_input, permutation, table_scale = inputs[:7]
     # Not saved tensors: their version counters move between layers that share the table.
-    ctx.values_main_grad, ctx.pre_values_main_grad, ctx.factors = inputs[6:9]
+    ctx.values_main_grad, ctx.pre_values_main_grad, ctx.factors = inputs[7:10]
     ctx.tables = (values, pre_values)
-    ctx.options = inputs[9:]
+    ctx.options = inputs[10:]
     _, pre_activation = output
     ctx.mark_non_differentiable(pre_activation)
-    optional = (pre_values, pre_input, permutation)
+    optional = (pre_values, pre_input, permutation, table_scale)
     ctx.present = tuple(tensor is not None for tensor in optional)
     ctx.save_for_backward(
         indices,
@@ -324,10 +353,10 @@ def _value_ffn_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
 def _value_ffn_backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Any, ...]:
     indices, scores, values, pre_activation, *rest = ctx.saved_tensors
     remaining = iter(rest)
-    pre_values, pre_input, permutation = (
+    pre_values, pre_input, permutation, table_scale = (
         next(remaining) if present else None for present in ctx.present
     )
-    arguments = (
+    tensors = (
         grad_out,
         indices,
         scores,
@@ -336,22 +365,22 @@ def _value_ffn_backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Any, ...]:
         pre_input,
         pre_activation,
         permutation,
-        *ctx.options,
     )
+    scaled = (*tensors, table_scale, *ctx.options)
     _, need_scores, need_values, need_pre_values, need_pre_input = ctx.needs_input_grad[:5]
     grad_values: Tensor | None = None
     grad_pre_values: Tensor | None = None
     if ctx.factors is not None:
-        grad_scores, grad_pre_input = _append_factors(ctx.factors, arguments)
+        grad_scores, grad_pre_input = _append_factors(ctx.factors, scaled)
     elif ctx.values_main_grad is None and ctx.pre_values_main_grad is None:
         grad_scores, grad_pre_input, grad_values, grad_pre_values = (
-            torch.ops.ultramem.value_ffn_bwd(*arguments, need_values, need_pre_values)
+            torch.ops.ultramem.value_ffn_bwd(*scaled, need_values, need_pre_values)
         )
     else:
         if torch.is_grad_enabled():
             raise_double_backward("value_ffn")
         grad_scores, grad_pre_input = torch.ops.ultramem.value_ffn_bwd_main_grad(
-            *arguments, ctx.values_main_grad, ctx.pre_values_main_grad
+            *tensors, *ctx.options, ctx.values_main_grad, ctx.pre_values_main_grad
         )
         for table, buffer in zip(
             ctx.tables, (ctx.values_main_grad, ctx.pre_values_main_grad), strict=True
@@ -364,7 +393,7 @@ def _value_ffn_backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Any, ...]:
         grad_values if need_values else None,
         grad_pre_values if need_pre_values else None,
         grad_pre_input if need_pre_input else None,
-        *[None] * 12,
+        *[None] * 13,
     )
 
 

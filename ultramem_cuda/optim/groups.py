@@ -56,8 +56,8 @@ def param_groups(
             :func:`lr_lambdas` for its decay.
         weight_decay: of the network's parameters of two dimensions and more (keys, cores and
             embeddings are among them); gains, biases and other vectors get none.
-        value_weight_decay: of the tables. Decay of a dense optimizer touches every row at every
-            step, read or not; with deferred gradients there is none.
+        value_weight_decay: of the tables, of every row at every step, read or not. Those with
+            deferred gradients take it at no cost, with the optimizers of this package.
 
     Returns:
         Up to three non-empty groups, named ("name") "network", "network_no_decay" and "memory".

@@ -43,6 +43,12 @@ class MemoryOptimizer(Optimizer):
     and written once. With deferred gradients, rows that no token retrieved stay as they are; a
     dense gradient touches all rows, as in torch.optim.
 
+    Weight decay is decoupled. With deferred gradients p is the effective weight, parameter times
+    ``table.scale``, and a step multiplies the scale by 1 - lr * weight_decay: that is the decay of
+    every row, touched or not, and costs nothing. (A scale below 2^-8 goes back by a power of two,
+    and all weights of the table with it, once in thousands of steps.) As in torch.optim, a step
+    that finds no gradient of a parameter, of a table no factors, does not decay it.
+
     ``step()`` leaves the factors to be cleared by ``zero_grad()``, which also zeroes ``main_grad``.
     Gradients that are scaled (``grad_scale``, ``found_inf``) are taken as torch's fused optimizers
     do; see :class:`GradScaler`. The same inputs give the same bits in every run, on every device.
@@ -62,7 +68,6 @@ class MemoryOptimizer(Optimizer):
         Raises:
             TypeError, ValueError: an option, or a parameter that is not of a floating-point dtype
                 or not contiguous.
-            NotImplementedError: weight decay of a table with deferred gradients.
         """
         super().add_param_group(param_group)
         try:
@@ -95,11 +100,15 @@ class MemoryOptimizer(Optimizer):
             self._check_decay(group, param)
 
     def _check_decay(self, group: dict[str, Any], param: Tensor) -> None:
-        if group["weight_decay"] != 0.0 and deferred_table(param) is not None:
-            raise NotImplementedError(
-                f"weight_decay: {group['weight_decay']} for a table with grad_mode='deferred', "
-                "whose untouched rows it would not reach; use 0 for that group, or "
-                "grad_mode='dense'"
+        lr, weight_decay = group["lr"], group["weight_decay"]
+        # To look at a tensor on a GPU would be to wait for it.
+        if (isinstance(lr, Tensor) and not lr.is_cpu) or deferred_table(param) is None:
+            return
+        if not float(lr) * weight_decay < 1.0:
+            raise ValueError(
+                "weight_decay: lr * weight_decay must be below 1 for a table with "
+                f"grad_mode='deferred', whose scale must stay positive, got {float(lr)} * "
+                f"{weight_decay}"
             )
 
     def _check_size(self, param: Tensor) -> None:
@@ -128,7 +137,8 @@ class MemoryOptimizer(Optimizer):
 
         Raises:
             NotImplementedError: deferred gradients in a job of several processes.
-            ValueError, TypeError: a parameter that CUDA does not offer.
+            ValueError, TypeError: a parameter that CUDA does not offer, or a weight decay that a
+                table with deferred gradients does not.
             RuntimeError: a table's buffers overflowed, a gradient is sparse, a table with deferred
                 gradients has a ``.grad`` too, factors came after clipping, or factors that no
                 :class:`GradScaler` of this package has unscaled. Nothing has then been updated.
@@ -232,6 +242,7 @@ class MemoryOptimizer(Optimizer):
                 state["master"] = param.detach().float()
 
         grad: Tensor | None = None
+        scale: Tensor | None = None
         factored: tuple[Any, ...]
         if table is None:
             dense = dense_gradient(param)
@@ -245,6 +256,8 @@ class MemoryOptimizer(Optimizer):
             assert gradient is not None
             factored = (*cache.grouping, *gradient)
             grad_scale = cache.grad_scale
+            scale = table.scale_of(param)
+            table.has_master |= "master" in state
 
         def on_device(scalar: Tensor | None) -> Tensor | None:
             return (
@@ -267,6 +280,7 @@ class MemoryOptimizer(Optimizer):
             optional["exp_avg_sq"],
             state.get("sum"),
             state["step"],
+            scale,
             grad,
             *factored,
             on_device(lr) if isinstance(lr, Tensor) else None,
@@ -307,6 +321,9 @@ class MemoryOptimizer(Optimizer):
             for name, value in state_dict["state"].get(saved_id, {}).items():
                 if isinstance(value, Tensor):
                     self.state[param][name] = value.to(param.device, copy=True)
+            table = deferred_table(param)
+            if table is not None:
+                table.has_master |= "master" in self.state[param]
 
 
 def _check_number(name: str, value: Any) -> None:
@@ -317,8 +334,7 @@ def _check_number(name: str, value: Any) -> None:
 
 
 class MemoryAdam(MemoryOptimizer):
-    """Adam (arXiv 1412.6980), with decoupled weight decay (AdamW, arXiv 1711.05101) for dense
-    gradients.
+    """Adam (arXiv 1412.6980), with decoupled weight decay (AdamW, arXiv 1711.05101).
 
     For each row that the step touched, g its gradient:
 
@@ -338,12 +354,14 @@ class MemoryAdam(MemoryOptimizer):
         lr: learning rate, a number or a tensor of one element.
         betas: decay rates of m and v, in [0, 1).
         eps: added to the root of v.
-        weight_decay: p <- p * (1 - lr * weight_decay) before the update. Not offered for tables
-            with deferred gradients.
+        weight_decay: p <- p * (1 - lr * weight_decay) before the update, of all rows. For tables
+            with deferred gradients lr * weight_decay must be below 1 (a learning rate that is a
+            tensor on a GPU is not looked at).
         state_dtype: of m and v: None (float32), torch.float32 or torch.bfloat16. float64
             parameters have float64 states.
         master_weights: keep a float32 copy of bfloat16 and float16 parameters, which are then
-            rounded to nearest from it. Set a parameter anew only before the first step.
+            rounded to nearest from it. Set a parameter anew, or fold a table's scale, only before
+            the first step.
         stochastic_rounding: round bfloat16 and float16 parameters, and bfloat16 states, up or down
             at random, without bias: steps below half a unit in the last place are not lost.
             (v times 0.999 rounded to nearest bfloat16 would never fall.)
@@ -352,7 +370,6 @@ class MemoryAdam(MemoryOptimizer):
 
     Raises:
         TypeError, ValueError: naming the argument, what it was and what it must be.
-        NotImplementedError: weight decay of a table with deferred gradients.
     """
 
     _kind = "adam"
@@ -428,7 +445,7 @@ class MemoryAdagrad(MemoryOptimizer):
         initial_accumulator_value: s before the first step.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as :class:`MemoryAdam`.
+        TypeError, ValueError: as :class:`MemoryAdam`.
     """
 
     _kind = "adagrad"
@@ -486,7 +503,7 @@ class MemorySGD(MemoryOptimizer):
             :class:`MemoryAdam`.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as :class:`MemoryAdam`.
+        TypeError, ValueError: as :class:`MemoryAdam`.
     """
 
     _kind = "sgd"

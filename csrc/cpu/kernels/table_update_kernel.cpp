@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kRunsPerTile = 32;
 constexpr int64_t kEntriesAhead = 8;  // whose rows are being fetched
+constexpr int64_t kRowsPerTile = 256;
 
 // The gradient of a row and what adding it up takes, [workers, 3, dim].
 template <typename Acc>
@@ -288,10 +289,36 @@ class RowUpdate {
   Rounding weight_, exp_avg_, exp_avg_sq_;
 };
 
+// All weights times scalars.rescale, rounded to nearest.
+template <typename Acc>
+void rescale(const TableUpdateParams& p, const UpdateScalars<Acc>& scalars,
+             const Executor& executor) {
+  const int64_t rows = p.gradient.num_rows;
+  const bool has_master = p.master != nullptr;
+  parallel_tiles(executor, div_up(rows, kRowsPerTile), [&](int64_t, int64_t tile) {
+    for (int64_t row = tile * kRowsPerTile; row < smaller(rows, (tile + 1) * kRowsPerTile); ++row) {
+      const RowBlocks<Acc> blocks(p, scalars, row);
+      for (int64_t column = 0; column < p.gradient.dim; ++column) {
+        Acc weight;
+        blocks.template load<1>(has_master ? static_cast<const void*>(p.master) : p.weight,
+                                has_master ? DType::kFloat32 : p.table_dtype, column, &weight);
+        weight = mul(weight, scalars.rescale);
+        if (has_master) {
+          blocks.template store<1>(p.master, {DType::kFloat32, false, RoundedTensor::kWeight},
+                                   column, &weight);
+        }
+        blocks.template store<1>(p.weight, {p.table_dtype, false, RoundedTensor::kWeight}, column,
+                                 &weight);
+      }
+    }
+  });
+}
+
 template <typename Acc>
 void update(const TableUpdateParams& p, const Executor& executor) {
   const UpdateScalars<Acc> scalars = prepare_update<Acc>(p);
   if (scalars.skip) return;
+  if (scalars.rescale != 1) rescale(p, scalars, executor);
   Arena arena(p.workspace);
   const Scratch<Acc> scratch = take_scratch<Acc>(p.gradient, executor, &arena);
   const RowUpdate<Acc> update_row(p, scalars);

@@ -66,7 +66,11 @@ class TokenPass {
   using Acc = AccOf<Table>;
 
   TokenPass(const ValueFfnBwdParams& params, const Executor& executor, const Layout<Acc>& layout)
-      : p_(params), executor_(executor), layout_(layout) {}
+      : p_(params),
+        executor_(executor),
+        layout_(layout),
+        value_scale_(load_scale<Acc>(params.value_scale)),
+        pre_value_scale_(load_scale<Acc>(params.pre_value_scale)) {}
 
   StatusCode run() const {
     int64_t bad_tiles = 0;
@@ -202,10 +206,9 @@ class TokenPass {
     Acc* grad_scores = static_cast<Acc*>(p_.grad_scores);
     Acc grad_hidden = 0;
     for (int c = 0; c < kMaxNumCores && c < p_.num_cores; ++c) {
-      if (grad_scores != nullptr) {
-        grad_scores[entry * p_.num_cores + c] = hidden * grad_weight[c][k];
-      }
-      grad_hidden += scores[c] * grad_weight[c][k];
+      const Acc scaled = value_scale_ * grad_weight[c][k];
+      if (grad_scores != nullptr) grad_scores[entry * p_.num_cores + c] = hidden * scaled;
+      grad_hidden += scores[c] * scaled;
     }
     return grad_hidden;
   }
@@ -215,7 +218,7 @@ class TokenPass {
                     Acc* sum) const {
     Terms<Table> terms;
     for (int i = 0; i < count; ++i) {
-      terms.add(grad_pre[i], pre_value_row(layout_.slots[first + i]));
+      terms.add(pre_value_scale_ * grad_pre[i], pre_value_row(layout_.slots[first + i]));
     }
     weighted_sum(sum, p_.pre_value_dim, terms, nullptr, accumulate,
                  [&](int i) { fetch_pre_value_row(first + kSlotsPerBlock + i, end); });
@@ -224,6 +227,7 @@ class TokenPass {
   const ValueFfnBwdParams& p_;
   const Executor& executor_;
   const Layout<Acc>& layout_;
+  const Acc value_scale_, pre_value_scale_;
 };
 
 // Grad: element type of the tables' gradients.

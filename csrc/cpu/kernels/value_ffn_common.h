@@ -23,5 +23,10 @@ inline int64_t num_groups(const ValueFfnParams& p) {
   return p.sum_groups || p.addressing.window == 0 ? 1 : p.addressing.expand;
 }
 
+template <typename Acc>
+Acc load_scale(const double* scale) {
+  return scale == nullptr ? Acc{1} : static_cast<Acc>(*scale);
+}
+
 }  // namespace
 }  // namespace ultramem::cpu::ULTRAMEM_CPU_CAPABILITY

@@ -43,7 +43,11 @@ class Forward {
   using Acc = AccOf<Table>;
 
   Forward(const ValueFfnParams& params, const Executor& executor)
-      : p_(params), executor_(executor), scratch_bytes_(scratch_bytes<Acc>(params)) {}
+      : p_(params),
+        executor_(executor),
+        scratch_bytes_(scratch_bytes<Acc>(params)),
+        value_scale_(load_scale<Acc>(params.value_scale)),
+        pre_value_scale_(load_scale<Acc>(params.pre_value_scale)) {}
 
   StatusCode run() const {
     int64_t bad_tiles = 0;
@@ -129,6 +133,7 @@ class Forward {
       fetch_next();
       dot_rows<1>(pre_input, rows + i, 0, p_.pre_value_dim, a + i);
     }
+    for (int k = 0; k < block.count; ++k) a[k] *= pre_value_scale_;
     __builtin_memcpy(static_cast<Acc*>(p_.pre_activation) + block.first_entry, a,
                      static_cast<size_t>(block.count) * sizeof(Acc));
     activate<Acc>(p_.activation, a, block.count, hidden, nullptr);
@@ -147,7 +152,7 @@ class Forward {
         Terms<Table> terms;
         for (int i = 0; i < block.count; ++i) {
           if (groups > 1 && block.groups[i] != group) continue;
-          const Acc score = scores[i * cores + c];
+          const Acc score = value_scale_ * scores[i * cores + c];
           terms.add(p_.pre_value_dim > 0 ? hidden[i] * score : score,
                     value_row(block.slots[i]) + c * width);
         }
@@ -164,6 +169,7 @@ class Forward {
   const ValueFfnParams& p_;
   const Executor& executor_;
   const size_t scratch_bytes_;
+  const Acc value_scale_, pre_value_scale_;
 };
 
 }  // namespace

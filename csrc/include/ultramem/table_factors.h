@@ -108,7 +108,8 @@ inline TableFactors factors_in(const TableFactorsShape& shape, void* memory, int
 }
 
 // The backward that appends to `factors` instead of writing gradients of the tables, which must be
-// null, as must grad_a. Where the tokens do not fit in what is left of the capacity, nothing is
+// null, as must grad_a. Where there are scales, the factors are those of the gradients of the
+// products with them. Where the tokens do not fit in what is left of the capacity, nothing is
 // appended and the header's overflow grows by their number; the other gradients are right all the
 // same.
 struct ValueFfnBwdDeferredParams : ValueFfnBwdParams {

@@ -67,11 +67,16 @@ struct TableGradSumSqParams {
 
 enum class TableOptimizer : int32_t { kAdam = 0, kAdagrad = 1, kSgd = 2 };
 
+// A table's scale that falls below this is multiplied by its inverse, and all weights by it.
+inline constexpr double kMinTableScale = 0x1p-8;
+
 // With g = gradient * grad_scale / loss_scale, p <- p * (1 - lr * weight_decay) and then
 //   Adam     m <- m + (1 - beta1) (g - m);  v <- beta2 v + (1 - beta2) g^2
 //            p <- p - lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
 //   Adagrad  s <- s + mean over the row of g^2;  p <- p - lr * g / (sqrt(s) + eps)
 //   SGD      p <- p - lr * g
+// With a scale, p is weight * scale. The decay is the scale's alone, which makes it that of every
+// row, and the weights of touched rows move by 1 / scale of what p does.
 struct TableUpdateParams {
   TableGradient gradient;
   TableOptimizer optimizer = TableOptimizer::kSgd;
@@ -84,6 +89,7 @@ struct TableUpdateParams {
   void* exp_avg_sq = nullptr;           // [N, dim]: v
   void* row_sum = nullptr;              // [N] acc: s
   float* step = nullptr;                // [1]: updates done; this one is counted first
+  double* scale = nullptr;              // [1] or null for 1; positive
 
   // Scalars on the device, null for 1 (found_inf: 0).
   const float* lr = nullptr;          // multiplies learning_rate

@@ -30,6 +30,10 @@ struct ValueFfnParams {
   const void* values = nullptr;      // [N, Dv]
   const void* pre_values = nullptr;  // [N, Dp] or null
   const void* pre_input = nullptr;   // [T, Dp] or null
+  // [1] or null for 1, read by the kernels: values and pre_values stand for their products with
+  // these.
+  const double* value_scale = nullptr;
+  const double* pre_value_scale = nullptr;
 
   void* out = nullptr;             // [T, Dv] or [T, E, Dv]
   void* pre_activation = nullptr;  // [T, S] acc: a, saved for the backward; null without pre-values
@@ -44,7 +48,7 @@ struct ValueFfnBwdParams : ValueFfnParams {
   void* grad_pre_input = nullptr;  // [T, Dp] or null
   // Gradients of the tables: dense [N, Dv] and [N, Dp]. Rows that no token retrieved are left as
   // they are (so the caller zeroes a fresh gradient); touched rows are overwritten with their sum,
-  // rounded once, or, with accumulate, have it added.
+  // rounded once, or, with accumulate, have it added. Not offered where there are scales.
   void* grad_values = nullptr;
   void* grad_pre_values = nullptr;
   DType grad_table_dtype = DType::kFloat32;
