@@ -1,8 +1,8 @@
 // Optimizer steps on the value tables: lanes that share a row sum its gradient, in registers, and
 // update its columns there. Weights and states are read and written once.
 //
-// Rows that are longer than their lanes can hold are taken in stretches. Adagrad needs the squares
-// of the whole row first, and goes through the gradient of such a row twice.
+// Rows are taken in stretches, 8 columns a lane. Adagrad needs the squares of a whole row first: it
+// keeps the gradients of the first kLaneChunks stretches, and sums those of further ones again.
 #include "common/table_update_checks.h"
 #include "kernel_registry.h"
 #include "table_rescale.h"

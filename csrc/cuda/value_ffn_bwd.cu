@@ -15,8 +15,8 @@ using namespace value_ffn;
 
 // Where things lie in the workspace, in bytes from its beginning; what is not needed is empty.
 struct Workspace {
-  bool needs_grad_a, needs_rows;
-  size_t grad_a = 0, rows, total;
+  bool needs_weights, needs_grad_a, needs_rows;
+  size_t weights = 0, grad_a, rows, total;
 
   explicit Workspace(const ValueFfnBwdParams& params) {
     const int64_t num_entries = params.num_tokens * params.num_selected;
@@ -24,7 +24,9 @@ struct Workspace {
                    (params.grad_pre_input != nullptr || params.grad_pre_values != nullptr);
     needs_rows =
         num_entries > 0 && (params.grad_values != nullptr || params.grad_pre_values != nullptr);
-    rows = needs_grad_a ? align_up(num_entries * sizeof(float)) : 0;
+    needs_weights = num_entries > 0 && params.grad_values != nullptr;
+    grad_a = needs_weights ? align_up(num_entries * params.num_cores * sizeof(float)) : 0;
+    rows = grad_a + (needs_grad_a ? align_up(num_entries * sizeof(float)) : 0);
     total = rows + (needs_rows ? value_ffn_bwd_rows_workspace(params) : 0);
   }
 };
@@ -72,24 +74,27 @@ Status value_ffn_bwd(const ValueFfnBwdParams& params, Stream stream) {
   if (params.num_tokens == 0) return {};
   const Workspace workspace(params);
   auto* base = static_cast<char*>(params.workspace);
-  float* grad_a = workspace.needs_grad_a ? reinterpret_cast<float*>(base + workspace.grad_a)
-                                         : static_cast<float*>(params.grad_a);
+  TokenFactors factors{nullptr, static_cast<float*>(params.grad_a)};
+  if (workspace.needs_weights) {
+    factors.weights = reinterpret_cast<float*>(base + workspace.weights);
+  }
+  if (workspace.needs_grad_a) factors.grad_a = reinterpret_cast<float*>(base + workspace.grad_a);
   // An empty grad_scores (S = 0) is a null pointer; grad_pre_input is then still to be zeroed.
-  const bool needs_tokens =
-      params.grad_scores != nullptr || grad_a != nullptr || params.grad_pre_input != nullptr;
+  const bool needs_tokens = params.grad_scores != nullptr || params.grad_pre_input != nullptr ||
+                            factors.weights != nullptr || factors.grad_a != nullptr;
   if (!workspace.needs_rows) {
-    return needs_tokens ? launch_value_ffn_bwd_tokens(params, grad_a, stream) : Status{};
+    return needs_tokens ? launch_value_ffn_bwd_tokens(params, factors, stream) : Status{};
   }
 
   // Sorting waits for latency, the pass over the tokens for memory.
   SideStream side(stream);
   ULTRAMEM_RETURN_IF_ERROR(side.fork());
   Status status = value_ffn_bwd_sort(params, base + workspace.rows, side.get());
-  if (status.ok() && needs_tokens) status = launch_value_ffn_bwd_tokens(params, grad_a, stream);
+  if (status.ok()) status = launch_value_ffn_bwd_tokens(params, factors, stream);
   const Status joined = side.join();
   ULTRAMEM_RETURN_IF_ERROR(status);
   ULTRAMEM_RETURN_IF_ERROR(joined);
-  return value_ffn_bwd_rows(params, grad_a, base + workspace.rows, stream);
+  return value_ffn_bwd_rows(params, factors, base + workspace.rows, stream);
 }
 
 }  // namespace ultramem::cuda

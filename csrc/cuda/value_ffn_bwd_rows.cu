@@ -32,25 +32,15 @@ constexpr int kMinPieceShift = 7;
 constexpr int64_t kMaxPieces = 4096;
 
 // keys[e] = slot, num_slots where the index is out of range: those sort behind all rows.
-// weights[e, c] = h * scores[e, c]; none where the gradient of the values is not wanted.
 __global__ void __launch_bounds__(kThreads)
     value_ffn_bwd_keys_kernel(const __grid_constant__ ValueFfnParams params, uint32_t* keys,
-                              uint32_t* entries, float* weights) {
+                              uint32_t* entries) {
   const int64_t num_entries = params.num_tokens * params.num_selected;
   const int64_t entry = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (entry >= num_entries) return;
   const int64_t slot = resolve_slot(params.addressing, load_index(params, entry)).slot;
   keys[entry] = static_cast<uint32_t>(slot >= 0 ? slot : params.addressing.num_slots);
   entries[entry] = static_cast<uint32_t>(entry);
-  if (weights == nullptr) return;
-  const float h =
-      params.pre_values != nullptr
-          ? activate(params.activation, static_cast<const float*>(params.pre_activation)[entry])
-          : 1.0f;
-  for (int c = 0; c < params.num_cores; ++c) {
-    const int64_t i = entry * params.num_cores + c;
-    weights[i] = h * static_cast<const float*>(params.scores)[i];
-  }
 }
 
 // grad_values[slot, slice c] = sum of weights[e, c] * grad_out[t, group, slice c] and
@@ -149,7 +139,7 @@ __device__ __forceinline__ void store_row(GradT* grad, const float (&sum)[kColum
   // Without accumulation `old` is zeros.
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) old.set(j, old[j] + sum[j]);
-  old.store(grad);
+  old.store_last(grad);
 }
 
 // Where a warp is among the sorted entries.
@@ -280,40 +270,49 @@ __global__ void __launch_bounds__(kRowThreads, row_blocks(sizeof(InputT)))
   }
 }
 
-// Adds up a run that goes beyond the piece it begins in: a block for each piece, a thread a column.
+// Adds up the runs that go beyond the piece they begin in: a block for kCombinePieces pieces, a
+// thread a column.
+constexpr int kCombinePieces = 8;
+
 template <typename GradT>
 __global__ void __launch_bounds__(kThreads)
     value_ffn_bwd_combine_kernel(const __grid_constant__ ValueFfnBwdParams params,
-                                 const __grid_constant__ Rows rows) {
+                                 const __grid_constant__ Rows rows, int64_t num_pieces) {
   const uint32_t* keys = rows.keys;
-  const int64_t piece = blockIdx.x;
-  const int64_t begin = piece << rows.piece_shift;
-  const int64_t end = (piece + 1) << rows.piece_shift;
-  if (end >= rows.num_entries) return;
-  const uint32_t key = keys[end - 1];
-  const bool goes_on = key != params.addressing.num_slots && keys[end] == key;
-  const bool begins_here = keys[begin] != key || begin == 0 || keys[begin - 1] != key;
-  if (!goes_on || !begins_here) return;
-
-  // The last piece that begins with the run, by bisection.
-  int64_t last = piece + 1;
-  int64_t beyond = ceil_div(rows.num_entries, int64_t{1} << rows.piece_shift);
-  while (beyond - last > 1) {
-    const int64_t middle = (last + beyond) / 2;
-    (keys[middle << rows.piece_shift] == key ? last : beyond) = middle;
-  }
-  const int64_t columns = rows.columns();
-  for (int64_t column = int64_t{blockIdx.y} * kThreads + threadIdx.x; column < columns;
-       column += int64_t{gridDim.y} * kThreads) {
-    float sum[1] = {rows.partial[(2 * piece + 1) * columns + column]};
+  const auto begin_of = [&](int64_t piece) { return piece << rows.piece_shift; };
+  const auto begins_long_run = [&](int64_t piece) {
+    const int64_t begin = begin_of(piece), end = begin_of(piece + 1);
+    if (end >= rows.num_entries) return false;
+    const uint32_t key = keys[end - 1];
+    return key != params.addressing.num_slots && keys[end] == key &&
+           (keys[begin] != key || begin == 0 || keys[begin - 1] != key);
+  };
+  const int64_t first = int64_t{blockIdx.x} * kCombinePieces;
+  const int lane = threadIdx.x % kWarpSize;
+  uint32_t left = __ballot_sync(kFullMask, lane < kCombinePieces && first + lane < num_pieces &&
+                                               begins_long_run(first + lane));
+  for (; left != 0; left &= left - 1) {
+    const int64_t piece = first + __ffs(left) - 1;
+    const uint32_t key = keys[begin_of(piece + 1) - 1];
+    // The last piece that begins with the run, by bisection.
+    int64_t last = piece + 1, beyond = num_pieces;
+    while (beyond - last > 1) {
+      const int64_t middle = (last + beyond) / 2;
+      (keys[begin_of(middle)] == key ? last : beyond) = middle;
+    }
+    const int64_t columns = rows.columns();
+    for (int64_t column = int64_t{blockIdx.y} * kThreads + threadIdx.x; column < columns;
+         column += int64_t{gridDim.y} * kThreads) {
+      float sum[1] = {rows.partial[(2 * piece + 1) * columns + column]};
 #pragma unroll 8
-    for (int64_t i = piece + 1; i <= last; ++i) sum[0] += rows.partial[2 * i * columns + column];
-    const Part<1, float, GradT> part(params, rows, static_cast<int>(column));
-    GradT* grad = part.grad + part.offset(key);
-    Pack<GradT, 1> old;
-    old.clear();
-    if (params.accumulate) old.load_mutable(grad);
-    store_row<1>(grad, sum, old);
+      for (int64_t i = piece + 1; i <= last; ++i) sum[0] += rows.partial[2 * i * columns + column];
+      const Part<1, float, GradT> part(params, rows, static_cast<int>(column));
+      GradT* grad = part.grad + part.offset(key);
+      Pack<GradT, 1> old;
+      old.clear();
+      if (params.accumulate) old.load_mutable(grad);
+      store_row<1>(grad, sum, old);
+    }
   }
 }
 
@@ -337,7 +336,7 @@ struct Workspace {
   int64_t num_entries, num_pieces, columns;
   int piece_shift = kMinPieceShift;
   int num_bits;
-  size_t keys_in, keys, entries_in, entries, weights, partial, sort, sort_bytes, total = 0;
+  size_t keys_in, keys, entries_in, entries, partial, sort, sort_bytes, total = 0;
 
   explicit Workspace(const ValueFfnBwdParams& params) {
     num_entries = params.num_tokens * params.num_selected;
@@ -350,8 +349,6 @@ struct Workspace {
     keys = take(num_entries * sizeof(uint32_t));
     entries_in = take(num_entries * sizeof(uint32_t));
     entries = take(num_entries * sizeof(uint32_t));
-    weights =
-        take(params.grad_values != nullptr ? num_entries * params.num_cores * sizeof(float) : 0);
     partial = take(2 * num_pieces * columns * sizeof(float));
     sort_bytes = sort_pairs_workspace(num_entries, num_bits);
     sort = take(sort_bytes);
@@ -385,24 +382,22 @@ Status value_ffn_bwd_sort(const ValueFfnBwdParams& params, void* workspace, cuda
   auto* keys_in = reinterpret_cast<uint32_t*>(base + layout.keys_in);
   auto* entries_in = reinterpret_cast<uint32_t*>(base + layout.entries_in);
   const auto blocks = static_cast<unsigned>(ceil_div(layout.num_entries, kThreads));
-  value_ffn_bwd_keys_kernel<<<blocks, kThreads, 0, stream>>>(
-      params, keys_in, entries_in,
-      params.grad_values != nullptr ? reinterpret_cast<float*>(base + layout.weights) : nullptr);
+  value_ffn_bwd_keys_kernel<<<blocks, kThreads, 0, stream>>>(params, keys_in, entries_in);
   ULTRAMEM_RETURN_IF_ERROR(launch_status());
   return sort_pairs(keys_in, reinterpret_cast<uint32_t*>(base + layout.keys), entries_in,
                     reinterpret_cast<uint32_t*>(base + layout.entries), layout.num_entries,
                     layout.num_bits, base + layout.sort, layout.sort_bytes, stream);
 }
 
-Status value_ffn_bwd_rows(const ValueFfnBwdParams& params, const float* grad_a, void* workspace,
-                          cudaStream_t stream) {
+Status value_ffn_bwd_rows(const ValueFfnBwdParams& params, const TokenFactors& factors,
+                          void* workspace, cudaStream_t stream) {
   const Workspace layout(params);
   auto* base = static_cast<char*>(workspace);
   Rows rows{};
   rows.keys = reinterpret_cast<const uint32_t*>(base + layout.keys);
   rows.entries = reinterpret_cast<const uint32_t*>(base + layout.entries);
-  rows.weights = reinterpret_cast<const float*>(base + layout.weights);
-  rows.grad_a = grad_a;
+  rows.weights = factors.weights;
+  rows.grad_a = factors.grad_a;
   rows.partial = reinterpret_cast<float*>(base + layout.partial);
   rows.num_entries = static_cast<uint32_t>(layout.num_entries);
   rows.piece_shift = layout.piece_shift;
@@ -417,7 +412,7 @@ Status value_ffn_bwd_rows(const ValueFfnBwdParams& params, const float* grad_a, 
   constexpr int64_t kMaxGridY = 65535;
   const int64_t column_blocks = ceil_div(layout.columns, kThreads);
   const dim3 combine_grid(
-      static_cast<unsigned>(layout.num_pieces),
+      static_cast<unsigned>(ceil_div(layout.num_pieces, kCombinePieces)),
       static_cast<unsigned>(column_blocks < kMaxGridY ? column_blocks : kMaxGridY));
   return ULTRAMEM_DISPATCH_DTYPE(params.grad_table_dtype, GradT, [&] {
     ULTRAMEM_RETURN_IF_ERROR(ULTRAMEM_DISPATCH_DTYPE(params.dtype, InputT, [&] {
@@ -426,7 +421,8 @@ Status value_ffn_bwd_rows(const ValueFfnBwdParams& params, const float* grad_a, 
       return launch_status();
     }));
     if (layout.num_pieces == 1) return Status{};
-    value_ffn_bwd_combine_kernel<GradT><<<combine_grid, kThreads, 0, stream>>>(params, rows);
+    value_ffn_bwd_combine_kernel<GradT>
+        <<<combine_grid, kThreads, 0, stream>>>(params, rows, layout.num_pieces);
     return launch_status();
   });
 }

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "ultramem/value_ffn.h"
+#include "value_ffn_bwd_tokens.h"
 
 namespace ultramem::cuda {
 
@@ -12,9 +13,8 @@ size_t value_ffn_bwd_rows_workspace(const ValueFfnBwdParams& params);
 // Sorts the entries by slot, into the workspace.
 Status value_ffn_bwd_sort(const ValueFfnBwdParams& params, void* workspace, cudaStream_t stream);
 
-// With the entries sorted, the gradients of the tables that `params` asks for. grad_a: [T, S], the
-// gradient of the pre-activation; read where that of the pre-values is wanted.
-Status value_ffn_bwd_rows(const ValueFfnBwdParams& params, const float* grad_a, void* workspace,
-                          cudaStream_t stream);
+// With the entries sorted, the gradients of the tables that `params` asks for, from their factors.
+Status value_ffn_bwd_rows(const ValueFfnBwdParams& params, const TokenFactors& factors,
+                          void* workspace, cudaStream_t stream);
 
 }  // namespace ultramem::cuda

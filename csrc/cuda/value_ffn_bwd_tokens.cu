@@ -16,7 +16,7 @@ using namespace value_ffn;
 
 struct BackwardArguments {
   ValueFfnBwdParams params;
-  float* grad_a;  // [T, S]: da; null where nobody asks for it
+  TokenFactors factors;
 };
 
 struct BackwardPass {
@@ -34,7 +34,7 @@ struct BackwardPass {
 
   const ValueFfnBwdParams& params;
   const AddressDivisors<ReciprocalDivisor>& divisors;
-  float* grad_a;
+  const TokenFactors& factors;
 
   __device__ __forceinline__ Request request(int64_t entry, bool exists) const {
     Request request{-1, {}, 0};
@@ -90,7 +90,10 @@ struct BackwardPass {
     if (exists && rank < params.num_cores && params.grad_scores != nullptr) {
       static_cast<float*>(params.grad_scores)[entry * params.num_cores + rank] = grad_score;
     }
-    if (exists && rank == 0 && grad_a != nullptr) grad_a[entry] = da;
+    if (exists && rank < params.num_cores && factors.weights != nullptr) {
+      factors.weights[entry * params.num_cores + rank] = h * batch.scores[rank][i];
+    }
+    if (exists && rank == 0 && factors.grad_a != nullptr) factors.grad_a[entry] = da;
 #pragma unroll
     for (int v = 0; v < Traits::kVectors; ++v) weights[v] = da;
   }
@@ -101,7 +104,7 @@ __global__ void __launch_bounds__(SlotTraits<TableT, kLanes, kVectors>::kMaxWarp
     value_ffn_bwd_tokens_kernel(const __grid_constant__ BackwardArguments backward,
                                 const __grid_constant__ SlotArguments arguments) {
   pass_over_slots<SlotTraits<TableT, kLanes, kVectors>>(
-      BackwardPass{backward.params, arguments.divisors, backward.grad_a}, arguments,
+      BackwardPass{backward.params, arguments.divisors, backward.factors}, arguments,
       backward.params.dtype);
 }
 
@@ -161,7 +164,7 @@ __device__ void dot_slices(const TableT* table, const ValueFfnBwdParams& params,
 
 // What the kernel has beside the operator's parameters.
 struct AnyArguments {
-  float* grad_a;  // [T, S]: da; null where nobody asks for it
+  TokenFactors factors;
   int capacity;
   bool vector_values, vector_pre_values;
 };
@@ -188,9 +191,14 @@ __device__ __forceinline__ void differentiate_scores(const ValueFfnBwdParams& pa
         static_cast<float*>(params.grad_scores)[(entry + i) * num_cores + c] =
             in_range ? h * grad_weight : 0.0f;
       }
+      if (arguments.factors.weights != nullptr) {
+        arguments.factors.weights[(entry + i) * num_cores + c] = in_range ? h * scores[c] : 0.0f;
+      }
       sum = fmaf(scores[c], grad_weight, sum);
     }
-    if (arguments.grad_a != nullptr) arguments.grad_a[entry + i] = in_range ? slope * sum : 0.0f;
+    if (arguments.factors.grad_a != nullptr) {
+      arguments.factors.grad_a[entry + i] = in_range ? slope * sum : 0.0f;
+    }
   }
 }
 
@@ -230,7 +238,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     if (num_selected > arguments.capacity) resolve_chunk(params, entry + first, chunk, count);
     const float scale = load_scale(params.pre_value_scale);
     for (int i = threadIdx.x; i < count; i += kThreads) {
-      chunk.weights[i] = scale * arguments.grad_a[entry + first + i];
+      chunk.weights[i] = scale * arguments.factors.grad_a[entry + first + i];
     }
   };
   const int dim = static_cast<int>(params.pre_value_dim);
@@ -262,7 +270,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 ULTRAMEM_FOR_EACH_TABLE_DTYPE(ULTRAMEM_REGISTER_VALUE_FFN_BWD_TOKENS);
 
 template <typename TableT>
-Status launch_bwd(const ValueFfnBwdParams& params, float* grad_a, Stream stream) {
+Status launch_bwd(const ValueFfnBwdParams& params, const TokenFactors& factors, Stream stream) {
   SlotArguments arguments = slot_arguments<TableT>(params);
   arguments.input = params.grad_out;
   arguments.dot_table = params.values;
@@ -278,14 +286,14 @@ Status launch_bwd(const ValueFfnBwdParams& params, float* grad_a, Stream stream)
     using Traits = decltype(traits);
     return launch_slots<Traits, BackwardPass>(
         value_ffn_bwd_tokens_kernel<TableT, Traits::kLanes, Traits::kVectors>,
-        BackwardArguments{params, grad_a}, arguments, params.num_tokens, stream);
+        BackwardArguments{params, factors}, arguments, params.num_tokens, stream);
   });
 }
 
 template <typename TableT>
-Status launch_bwd_any(const ValueFfnBwdParams& params, float* grad_a, Stream stream) {
+Status launch_bwd_any(const ValueFfnBwdParams& params, const TokenFactors& factors, Stream stream) {
   AnyArguments arguments;
-  arguments.grad_a = grad_a;
+  arguments.factors = factors;
   arguments.capacity = chunk_capacity(params.num_selected);
   arguments.vector_values = values_are_vectors(params, params.grad_out);
   arguments.vector_pre_values = pre_values_are_vectors(params, params.grad_pre_input);
@@ -298,11 +306,12 @@ Status launch_bwd_any(const ValueFfnBwdParams& params, float* grad_a, Stream str
 
 }  // namespace
 
-Status launch_value_ffn_bwd_tokens(const ValueFfnBwdParams& params, float* grad_a, Stream stream) {
+Status launch_value_ffn_bwd_tokens(const ValueFfnBwdParams& params, const TokenFactors& factors,
+                                   Stream stream) {
   const bool one_pass = takes_one_pass(params, params.grad_out, params.grad_pre_input);
   return ULTRAMEM_DISPATCH_DTYPE(params.table_dtype, TableT, [&] {
-    return one_pass ? launch_bwd<TableT>(params, grad_a, stream)
-                    : launch_bwd_any<TableT>(params, grad_a, stream);
+    return one_pass ? launch_bwd<TableT>(params, factors, stream)
+                    : launch_bwd_any<TableT>(params, factors, stream);
   });
 }
 

@@ -5,8 +5,14 @@
 
 namespace ultramem::cuda {
 
-// grad_scores, grad_pre_input and, where it is not null, grad_a [T, S]: da, which grad_pre_values
-// take. For at least one token.
-Status launch_value_ffn_bwd_tokens(const ValueFfnBwdParams& params, float* grad_a, Stream stream);
+// What the pass leaves for the gradients of the tables; null where nobody asks for it.
+struct TokenFactors {
+  float* weights;  // [T, S, C]: act(a) * score, the values' factor
+  float* grad_a;   // [T, S]: da, the pre-values' factor
+};
+
+// grad_scores, grad_pre_input and the factors. For at least one token.
+Status launch_value_ffn_bwd_tokens(const ValueFfnBwdParams& params, const TokenFactors& factors,
+                                   Stream stream);
 
 }  // namespace ultramem::cuda

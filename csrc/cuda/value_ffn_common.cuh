@@ -38,10 +38,14 @@ struct Pack {
 #pragma unroll
     for (int i = 0; i < kWords; ++i) words[i] = __ldg(reinterpret_cast<const Word*>(from) + i);
   }
-  // From memory that it does.
+  // From memory that it does, and then not again: it is the first to leave the caches.
   __device__ __forceinline__ void load_mutable(const T* from) {
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const Word*>(from)[i];
+    for (int i = 0; i < kWords; ++i) words[i] = __ldcs(reinterpret_cast<const Word*>(from) + i);
+  }
+  __device__ __forceinline__ void store_last(T* to) const {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) __stcs(reinterpret_cast<Word*>(to) + i, words[i]);
   }
   __device__ __forceinline__ void store(T* to) const {
 #pragma unroll
