@@ -70,18 +70,24 @@ Status check_bwd_params(const ValueFfnBwdParams& params) {
 size_t value_ffn_bwd_workspace(const ValueFfnBwdParams& params) { return Workspace(params).total; }
 
 Status value_ffn_bwd(const ValueFfnBwdParams& params, Stream stream) {
+  return value_ffn_bwd_with(params, TableFactors{}, stream);
+}
+
+Status value_ffn_bwd_with(const ValueFfnBwdParams& params, const TableFactors& arena,
+                          Stream stream) {
   ULTRAMEM_RETURN_IF_ERROR(check_bwd_params(params));
   if (params.num_tokens == 0) return {};
   const Workspace workspace(params);
   auto* base = static_cast<char*>(params.workspace);
-  TokenFactors factors{nullptr, static_cast<float*>(params.grad_a)};
+  TokenFactors factors{nullptr, static_cast<float*>(params.grad_a), arena};
   if (workspace.needs_weights) {
     factors.weights = reinterpret_cast<float*>(base + workspace.weights);
   }
   if (workspace.needs_grad_a) factors.grad_a = reinterpret_cast<float*>(base + workspace.grad_a);
   // An empty grad_scores (S = 0) is a null pointer; grad_pre_input is then still to be zeroed.
   const bool needs_tokens = params.grad_scores != nullptr || params.grad_pre_input != nullptr ||
-                            factors.weights != nullptr || factors.grad_a != nullptr;
+                            factors.weights != nullptr || factors.grad_a != nullptr ||
+                            arena.header != nullptr;
   if (!workspace.needs_rows) {
     return needs_tokens ? launch_value_ffn_bwd_tokens(params, factors, stream) : Status{};
   }

@@ -4,6 +4,7 @@
 #include "value_ffn_bwd_tokens.h"
 
 #include "kernel_registry.h"
+#include "value_ffn_append.cuh"
 #include "value_ffn_common.cuh"
 #include "value_ffn_slots.cuh"
 
@@ -16,8 +17,24 @@ using namespace value_ffn;
 
 struct BackwardArguments {
   ValueFfnBwdParams params;
-  TokenFactors factors;
+  // Where the factors go; null for what nobody asks for. Of an arena: its sections.
+  float* weights;
+  float* grad_a;
+  uint32_t* slots;  // to an arena alone
+  TableFactors arena;
+  AppendedRows rows;
 };
+
+BackwardArguments backward_arguments(const ValueFfnBwdParams& params, const TokenFactors& factors) {
+  const TableFactors& arena = factors.arena;
+  if (arena.header == nullptr) return {params, factors.weights, factors.grad_a, nullptr, arena, {}};
+  return {params,
+          static_cast<float*>(arena.weights),
+          static_cast<float*>(arena.grad_a),
+          arena.slots,
+          arena,
+          appended_rows(arena, params.grad_out, params.pre_input)};
+}
 
 struct BackwardPass {
   struct alignas(16) Batch {
@@ -32,9 +49,23 @@ struct BackwardPass {
     float a;
   };
 
+  const BackwardArguments& arguments;
   const ValueFfnBwdParams& params;
   const AddressDivisors<ReciprocalDivisor>& divisors;
-  const TokenFactors& factors;
+  // Of the first token, where the factors go; -1 where an arena has no room.
+  int64_t position = 0;
+
+  __device__ __forceinline__ void begin() {
+    if (arguments.arena.header != nullptr) {
+      position = append_position(arguments.arena, params.num_tokens);
+    }
+  }
+
+  __device__ __forceinline__ void finish(int64_t token) const {
+    if (arguments.arena.header == nullptr || position < 0) return;
+    append_row(arguments.rows.grad_out, token, position + token);
+    append_row(arguments.rows.pre_input, token, position + token);
+  }
 
   __device__ __forceinline__ Request request(int64_t entry, bool exists) const {
     Request request{-1, {}, 0};
@@ -90,10 +121,16 @@ struct BackwardPass {
     if (exists && rank < params.num_cores && params.grad_scores != nullptr) {
       static_cast<float*>(params.grad_scores)[entry * params.num_cores + rank] = grad_score;
     }
-    if (exists && rank < params.num_cores && factors.weights != nullptr) {
-      factors.weights[entry * params.num_cores + rank] = h * batch.scores[rank][i];
+    if (exists && position >= 0) {
+      const int64_t to = position * params.num_selected + entry;
+      if (rank < params.num_cores && arguments.weights != nullptr) {
+        arguments.weights[to * params.num_cores + rank] = h * batch.scores[rank][i];
+      }
+      if (rank == 0 && arguments.grad_a != nullptr) arguments.grad_a[to] = da;
+      if (rank == 0 && arguments.slots != nullptr) {
+        arguments.slots[to] = in_range ? static_cast<uint32_t>(batch.slots[i]) : kNoSlot;
+      }
     }
-    if (exists && rank == 0 && factors.grad_a != nullptr) factors.grad_a[entry] = da;
 #pragma unroll
     for (int v = 0; v < Traits::kVectors; ++v) weights[v] = da;
   }
@@ -104,7 +141,7 @@ __global__ void __launch_bounds__(SlotTraits<TableT, kLanes, kVectors>::kMaxWarp
     value_ffn_bwd_tokens_kernel(const __grid_constant__ BackwardArguments backward,
                                 const __grid_constant__ SlotArguments arguments) {
   pass_over_slots<SlotTraits<TableT, kLanes, kVectors>>(
-      BackwardPass{backward.params, arguments.divisors, backward.factors}, arguments,
+      BackwardPass{backward, backward.params, arguments.divisors}, arguments,
       backward.params.dtype);
 }
 
@@ -252,6 +289,38 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   }
 }
 
+// The factors of a token, a block each. grad_a: [T, S], or null without pre-values.
+__global__ void __launch_bounds__(kThreads)
+    value_ffn_factors_kernel(const __grid_constant__ ValueFfnParams params, const float* grad_a,
+                             const __grid_constant__ TableFactors arena,
+                             const __grid_constant__ AppendedRows rows) {
+  const int64_t position = append_position(arena, params.num_tokens);
+  if (position < 0) return;
+  const int64_t token = blockIdx.x;
+  const int64_t to_token = position + token;
+  const int num_cores = params.num_cores;
+  const int num_selected = static_cast<int>(params.num_selected);
+  for (int i = threadIdx.x; i < num_selected; i += kThreads) {
+    const int64_t entry = token * num_selected + i;
+    const int64_t to = to_token * num_selected + i;
+    const SlotAddress address = resolve_slot(params.addressing, load_index(params, entry));
+    const bool in_range = address.slot >= 0;
+    float h = 1;
+    if (params.pre_activation != nullptr) {
+      h = activate(params.activation, static_cast<const float*>(params.pre_activation)[entry]);
+    }
+    const float* scores = static_cast<const float*>(params.scores) + entry * num_cores;
+    float* weights = static_cast<float*>(arena.weights) + to * num_cores;
+    for (int c = 0; c < num_cores; ++c) weights[c] = in_range ? h * scores[c] : 0.0f;
+    arena.slots[to] = in_range ? static_cast<uint32_t>(address.slot) : kNoSlot;
+    if (arena.groups != nullptr) arena.groups[to] = static_cast<uint8_t>(address.group);
+    // Zero where out of range.
+    if (arena.grad_a != nullptr) static_cast<float*>(arena.grad_a)[to] = grad_a[entry];
+  }
+  append_row(rows.grad_out, token, to_token);
+  append_row(rows.pre_input, token, to_token);
+}
+
 // Host ------------------------------------------------------------------------------------------
 
 #define ULTRAMEM_REGISTER_VALUE_FFN_BWD_TOKENS(id, name, TableT)                     \
@@ -268,6 +337,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
                            "value_ffn_bwd_tokens<" name ", any rows>", kThreads,     \
                            value_ffn_bwd_tokens_any_kernel<TableT>)
 ULTRAMEM_FOR_EACH_TABLE_DTYPE(ULTRAMEM_REGISTER_VALUE_FFN_BWD_TOKENS);
+ULTRAMEM_REGISTER_KERNEL(value_ffn_factors, "value_ffn_factors", kThreads,
+                         value_ffn_factors_kernel);
 
 template <typename TableT>
 Status launch_bwd(const ValueFfnBwdParams& params, const TokenFactors& factors, Stream stream) {
@@ -286,7 +357,7 @@ Status launch_bwd(const ValueFfnBwdParams& params, const TokenFactors& factors, 
     using Traits = decltype(traits);
     return launch_slots<Traits, BackwardPass>(
         value_ffn_bwd_tokens_kernel<TableT, Traits::kLanes, Traits::kVectors>,
-        BackwardArguments{params, factors}, arguments, params.num_tokens, stream);
+        backward_arguments(params, factors), arguments, params.num_tokens, stream);
   });
 }
 
@@ -301,6 +372,11 @@ Status launch_bwd_any(const ValueFfnBwdParams& params, const TokenFactors& facto
   value_ffn_bwd_tokens_any_kernel<TableT>
       <<<static_cast<unsigned>(params.num_tokens), kThreads, shared_bytes, stream>>>(params,
                                                                                      arguments);
+  ULTRAMEM_RETURN_IF_ERROR(launch_status());
+  if (factors.arena.header == nullptr) return {};
+  value_ffn_factors_kernel<<<static_cast<unsigned>(params.num_tokens), kThreads, 0, stream>>>(
+      params, factors.grad_a, factors.arena,
+      appended_rows(factors.arena, params.grad_out, params.pre_input));
   return launch_status();
 }
 

@@ -44,6 +44,9 @@ struct ForwardPass {
     for (int c = 0; c < kMaxNumCores; ++c) batch.scores[c][i] = slot >= 0 ? request.scores[c] : 0;
   }
 
+  __device__ __forceinline__ void begin() {}
+  __device__ __forceinline__ void finish(int64_t) const {}
+
   template <typename Traits>
   __device__ __forceinline__ void weigh(const float (&dots)[Traits::kVectors],
                                         const int (&cores)[Traits::kVectors], const Batch& batch,

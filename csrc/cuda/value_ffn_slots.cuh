@@ -210,12 +210,14 @@ __device__ __forceinline__ void store_sum(const SlotArguments& arguments, const 
 //                                       where there is nothing to read, and more
 //   Request request(entry, exists)      what a lane reads of an entry of [T, S], not yet waited for
 //   settle(request, batch, i)           .. worked out and written to place i of a batch
+//   begin()                             what it needs of what earlier kernels wrote
 //   weigh<Traits>(dots, cores, batch, i, entry, exists, rank, weights)
 //                                       from dot products by vector to the weight by which each
 //                                       vector of the other row is added; `cores` are those of the
 //                                       vectors of the value's row
+//   finish(token)                       .. by a block of each token, when all else is requested
 template <typename Traits, typename Pass>
-__device__ __forceinline__ void pass_over_slots(const Pass& pass, const SlotArguments& arguments,
+__device__ __forceinline__ void pass_over_slots(Pass pass, const SlotArguments& arguments,
                                                 DType dtype) {
   constexpr int kVectors = Traits::kVectors;
   constexpr int kLanes = Traits::kLanes;
@@ -253,6 +255,7 @@ __device__ __forceinline__ void pass_over_slots(const Pass& pass, const SlotArgu
 
   wait_for_prerequisite_grid();
   release_dependent_grid();
+  pass.begin();
   auto request = pass.request(first_entry + lane, static_cast<unsigned>(lane) < num_slots);
   float input[kVectors][kElements] = {};
   int cores[kVectors];
@@ -362,6 +365,7 @@ __device__ __forceinline__ void pass_over_slots(const Pass& pass, const SlotArgu
     cp_async_commit();  // a group a step, even an empty one: the wait above counts them
   }
 
+  if (block == 0) pass.finish(token);
   if (arguments.sum_vectors == 0) return;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if (arguments.token_blocks > 1) {
