@@ -18,8 +18,8 @@
 namespace ultramem {
 namespace {
 
-constexpr int64_t kMinPieceLength = 256;
-constexpr int64_t kMaxPiecesOfAll = 16384;  // bounds the memory that their sums take
+constexpr int64_t kMinPieceLength = 64;
+constexpr int64_t kMaxPiecesOfAll = 65536;  // bounds the memory that their sums take
 constexpr uint32_t kPiecesPerGroup = 32;
 
 ULTRAMEM_RUNS_FUNCTION uint32_t piece_length(int64_t num_entries) {

@@ -272,7 +272,7 @@ __device__ __forceinline__ void for_each_piece_sum(const GradientArguments& argu
   const uint32_t length = arguments.piece_length;
   const uint32_t pieces = (end - begin - 1) / length + 1;
   const uint32_t stride = pieces > kPiecesPerGroup ? kPiecesPerGroup : 1;
-#pragma unroll 1
+#pragma unroll 2
   for (uint32_t piece = 0; piece < pieces; piece += stride) {
     add_row(arguments.piece_sums +
             static_cast<int64_t>(piece_sum_row(begin, piece, length)) * arguments.gradient.dim);

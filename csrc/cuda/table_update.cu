@@ -3,6 +3,7 @@
 //
 // Rows are taken in stretches, 8 columns a lane. Adagrad needs the squares of a whole row first: it
 // keeps the gradients of the first kLaneChunks stretches, and sums those of further ones again.
+#include "async_copy.cuh"
 #include "common/table_update_checks.h"
 #include "kernel_registry.h"
 #include "table_rescale.h"
@@ -26,16 +27,14 @@ __global__ void table_prepare_kernel(const __grid_constant__ TableUpdateParams p
   *scalars = prepare_update<float>(params);
 }
 
-// The row's accumulator and, from it, its step size; for all lanes of the warp.
+// The row's new accumulator, from row_sum, and its step size; for all lanes of the warp, who have
+// read row_sum before.
 __device__ __forceinline__ float advance_row(const TableUpdateParams& p,
                                              const UpdateScalars<float>& s, const RowLane& lane,
-                                             const Run& run, float lane_squares) {
-  auto* row_sums = static_cast<float*>(p.row_sum);
+                                             const Run& run, float row_sum, float lane_squares) {
   const float squares = lane.row_sum(lane_squares);
-  float row_sum = row_sums[run.row];
   const float step_size = adagrad_step_size(s, squares, p.gradient.dim, &row_sum);
-  __syncwarp();  // all have read it
-  if (run.exists && lane.lane == 0) row_sums[run.row] = row_sum;
+  if (run.exists && lane.lane == 0) static_cast<float*>(p.row_sum)[run.row] = row_sum;
   return step_size;
 }
 
@@ -100,22 +99,36 @@ struct LaneState {
   }
 };
 
-// Gradients of the first stretches of a warp's rows, a lane's columns each: Adagrad needs the
-// squares of a whole row first.
-struct KeptGradients {
-  float4 halves[kLaneChunks][2][kWarpSize];
+// Of the first stretches of a warp's rows, a lane's columns each: Adagrad needs the squares of a
+// whole row before it changes the first weight. Each lane reads what it wrote or requested itself.
+template <typename WeightT>
+struct KeptColumns {
+  static constexpr int kWeightWords = PackedChunk<WeightT>::kWords;
+  float4 gradients[kLaneChunks][2][kWarpSize];
+  uint4 weights[kLaneChunks][kWeightWords][kWarpSize];
 
-  __device__ __forceinline__ void keep(int k, const Chunk& g) {
+  __device__ __forceinline__ void keep_gradient(int k, const Chunk& g) {
     const int lane = threadIdx.x % kWarpSize;
-    halves[k][0][lane] = {g[0], g[1], g[2], g[3]};
-    halves[k][1][lane] = {g[4], g[5], g[6], g[7]};
+    gradients[k][0][lane] = {g[0], g[1], g[2], g[3]};
+    gradients[k][1][lane] = {g[4], g[5], g[6], g[7]};
   }
-  // Each lane reads its own.
-  __device__ __forceinline__ void get(int k, Chunk& g) const {
+  __device__ __forceinline__ void get_gradient(int k, Chunk& g) const {
     const int lane = threadIdx.x % kWarpSize;
-    const float4 low = halves[k][0][lane], high = halves[k][1][lane];
+    const float4 low = gradients[k][0][lane], high = gradients[k][1][lane];
     g[0] = low.x, g[1] = low.y, g[2] = low.z, g[3] = low.w;
     g[4] = high.x, g[5] = high.y, g[6] = high.z, g[7] = high.w;
+  }
+  __device__ __forceinline__ void request_weights(int k, const void* from, int64_t index) {
+    const auto* at = reinterpret_cast<const uint4*>(static_cast<const WeightT*>(from) + index);
+#pragma unroll
+    for (int i = 0; i < kWeightWords; ++i) {
+      cp_async_16_alone(shared_address(&weights[k][i][threadIdx.x % kWarpSize]), at + i, true,
+                        true);
+    }
+  }
+  __device__ __forceinline__ void get_weights(int k, PackedChunk<WeightT>& to) const {
+#pragma unroll
+    for (int i = 0; i < kWeightWords; ++i) to.words[i] = weights[k][i][threadIdx.x % kWarpSize];
   }
 };
 
@@ -125,12 +138,12 @@ __global__ void __launch_bounds__(kThreads, kOptimizer == TableOptimizer::kAdam 
     table_update_kernel(const __grid_constant__ UpdateArguments arguments) {
   constexpr bool kAdagrad = kOptimizer == TableOptimizer::kAdagrad;
   __shared__ EntryWindow windows[kWarps];
-  __shared__ KeptGradients kept_gradients[kAdagrad ? kWarps : 1];
+  __shared__ KeptColumns<WeightT> kept_columns[kAdagrad ? kWarps : 1];
   const UpdateScalars<float> s = *arguments.scalars;
   const int64_t warp = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize;
   if (s.skip || warp >= arguments.num_warps) return;
   EntryWindow& window = windows[threadIdx.x / kWarpSize];
-  KeptGradients& kept = kept_gradients[kAdagrad ? threadIdx.x / kWarpSize : 0];
+  KeptColumns<WeightT>& kept = kept_columns[kAdagrad ? threadIdx.x / kWarpSize : 0];
   const TableUpdateParams& p = arguments.update;
   const RowLane lane(p.gradient, row_lanes(p.gradient.dim));
   const RunBatch runs(p.gradient, warp, arguments.num_warps);
@@ -146,29 +159,36 @@ __global__ void __launch_bounds__(kThreads, kOptimizer == TableOptimizer::kAdam 
     };
     float step_size = s.step_size;
     if constexpr (kAdagrad) {
+      const float row_sum = static_cast<const float*>(p.row_sum)[run.row];
+      for (int k = 0; k < kLaneChunks && k * lane.stretch_columns() < lane.dim; ++k) {
+        const int column = lane.column_in_row(k * lane.stretch_columns());
+        kept.request_weights(k, arguments.weight, lane.offset(run.row) + column);
+      }
+      cp_async_commit();
       float squares = 0;
-      int k = 0;
-      for (int stretch = 0; stretch < lane.dim; stretch += lane.stretch_columns(), ++k) {
+      for (int stretch = 0, k = 0; stretch < lane.dim; stretch += lane.stretch_columns(), ++k) {
         Chunk g;
         scaled_gradient(stretch, g);
-        if (k < kLaneChunks) kept.keep(k, g);
+        if (k < kLaneChunks) kept.keep_gradient(k, g);
         if (lane.column(stretch) >= lane.dim) continue;
 #pragma unroll
         for (int j = 0; j < kLaneColumns; ++j) squares = add(squares, mul(g[j], g[j]));
       }
-      step_size = advance_row(p, s, lane, run, squares);
+      step_size = advance_row(p, s, lane, run, row_sum, squares);
+      cp_async_wait_all();
     }
     int k = 0;
     for (int stretch = static_cast<int>(blockIdx.y) * lane.stretch_columns(); stretch < lane.dim;
          stretch += static_cast<int>(gridDim.y) * lane.stretch_columns(), ++k) {
       const int64_t index = lane.offset(run.row) + lane.column_in_row(stretch);
       LaneState<kOptimizer, WeightT, StateT> state;
-      // On their way while the gradient is summed.
-      state.load(arguments, index);
       Chunk g;
       if (kAdagrad && k < kLaneChunks) {
-        kept.get(k, g);
+        kept.get_weights(k, state.weight);
+        kept.get_gradient(k, g);
       } else {
+        // On their way while the gradient is summed.
+        state.load(arguments, index);
         scaled_gradient(stretch, g);
       }
       if (run.exists && lane.column(stretch) < lane.dim) {
@@ -229,7 +249,8 @@ __global__ void __launch_bounds__(kThreads, 8)
           squares = add(squares, mul(g, g));
         }
       }
-      step_size = advance_row(p, s, lane, run, squares);
+      const float row_sum = static_cast<const float*>(p.row_sum)[run.row];
+      step_size = advance_row(p, s, lane, run, row_sum, squares);
     }
     const int stride = static_cast<int>(gridDim.y) * lane.stretch_columns();
     for (int chunk = lane.column(0) + static_cast<int>(blockIdx.y) * lane.stretch_columns();

@@ -194,8 +194,8 @@ def test_many_entries_of_one_slot(device: str, kind: str, dims: tuple[int, int])
     slots = torch.cat(
         [
             torch.full((9000,), 7),
-            torch.full((256,), 8),
-            torch.full((257,), 9),
+            torch.full((64,), 8),
+            torch.full((65,), 9),
             torch.full((600,), 49),
             data.integers(50, 1087).cpu(),
         ]

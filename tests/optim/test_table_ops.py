@@ -77,7 +77,7 @@ def test_entries_are_in_order(device: str, num_rows: int, count: int) -> None:
     assert counts[0] == begins.size
     np.testing.assert_array_equal(run_begins[: counts[0] + 1], [*begins, valid])
     if device == "cuda":  # the kernels of the CPU find the pieces by themselves
-        sizes = -(-np.diff([*begins, valid]) // 256)
+        sizes = -(-np.diff([*begins, valid]) // 64)
         wanted = [(run, i) for run, size in enumerate(sizes) if size > 1 for i in range(size)]
         assert sorted(map(tuple, pieces[: counts[1]])) == wanted
 

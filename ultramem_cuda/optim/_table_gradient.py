@@ -152,8 +152,8 @@ def _group_fake(slots: Tensor, num_rows: int) -> tuple[Tensor, ...]:
         lambda: f"table_group: slots must be int32 [n], got {slots.dtype} {list(slots.shape)}",
     )
     n = slots.shape[0]
-    length = 256
-    while n // length > 16384:
+    length = 64
+    while n // length > 65536:
         length *= 2
     sums = 2 * -(-n // length) if n > length else 0
     shapes: list[tuple[Any, ...]] = [(n,), (n,), (min(n, num_rows) + 1,), (sums, 2), (2,)]
