@@ -92,7 +92,9 @@ Status value_ffn_bwd_with(const ValueFfnBwdParams& params, const TableFactors& a
     return needs_tokens ? launch_value_ffn_bwd_tokens(params, factors, stream) : Status{};
   }
 
-  // Sorting waits for latency, the pass over the tokens for memory.
+  // Sorting waits for latency, the pass over the tokens for memory. The keys come before both: once
+  // the pass fills the device, every kernel waits for room.
+  ULTRAMEM_RETURN_IF_ERROR(value_ffn_bwd_keys(params, base + workspace.rows, stream));
   SideStream side(stream);
   ULTRAMEM_RETURN_IF_ERROR(side.fork());
   Status status = value_ffn_bwd_sort(params, base + workspace.rows, side.get());

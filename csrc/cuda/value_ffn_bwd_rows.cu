@@ -158,6 +158,7 @@ __device__ __forceinline__ void sum_run(const ValueFfnBwdParams& params, const R
                                         int index, Window& window, Place& place, int at,
                                         bool run_begins) {
   constexpr int kInFlight = 2;  // entries
+  const uint64_t policy = keep_policy();
   const int lane = threadIdx.x % kWarpSize;
   const uint32_t key = __shfl_sync(kFullMask, place.key, at);
   Pack<GradT, kColumns> old[kBatch];
@@ -185,7 +186,7 @@ __device__ __forceinline__ void sum_run(const ValueFfnBwdParams& params, const R
         sources[k].clear();
         if (!parts[k].exists()) continue;
         const uint32_t row = window.source_rows[parts[k].factor / kMaxNumCores][i];
-        sources[k].load(parts[k].source + parts[k].offset(row));
+        sources[k].load_kept(parts[k].source + parts[k].offset(row), policy);
       }
 #pragma unroll
       for (int k = 0; k < kBatch; ++k) {
@@ -294,8 +295,14 @@ __global__ void __launch_bounds__(kThreads)
   for (; left != 0; left &= left - 1) {
     const int64_t piece = first + __ffs(left) - 1;
     const uint32_t key = keys[begin_of(piece + 1) - 1];
-    // The last piece that begins with the run, by bisection.
-    int64_t last = piece + 1, beyond = num_pieces;
+    // The last piece that begins with the run: most often the next, else by steps that double, then
+    // by bisection.
+    int64_t last = piece + 1, beyond = last + 1;
+    for (int64_t step = 1; beyond < num_pieces && keys[begin_of(beyond)] == key; step *= 2) {
+      last = beyond;
+      beyond += step;
+    }
+    beyond = min(beyond, num_pieces);
     while (beyond - last > 1) {
       const int64_t middle = (last + beyond) / 2;
       (keys[begin_of(middle)] == key ? last : beyond) = middle;
@@ -376,14 +383,21 @@ size_t value_ffn_bwd_rows_workspace(const ValueFfnBwdParams& params) {
   return Workspace(params).total;
 }
 
-Status value_ffn_bwd_sort(const ValueFfnBwdParams& params, void* workspace, cudaStream_t stream) {
+Status value_ffn_bwd_keys(const ValueFfnBwdParams& params, void* workspace, cudaStream_t stream) {
   const Workspace layout(params);
   auto* base = static_cast<char*>(workspace);
   auto* keys_in = reinterpret_cast<uint32_t*>(base + layout.keys_in);
   auto* entries_in = reinterpret_cast<uint32_t*>(base + layout.entries_in);
   const auto blocks = static_cast<unsigned>(ceil_div(layout.num_entries, kThreads));
   value_ffn_bwd_keys_kernel<<<blocks, kThreads, 0, stream>>>(params, keys_in, entries_in);
-  ULTRAMEM_RETURN_IF_ERROR(launch_status());
+  return launch_status();
+}
+
+Status value_ffn_bwd_sort(const ValueFfnBwdParams& params, void* workspace, cudaStream_t stream) {
+  const Workspace layout(params);
+  auto* base = static_cast<char*>(workspace);
+  auto* keys_in = reinterpret_cast<uint32_t*>(base + layout.keys_in);
+  auto* entries_in = reinterpret_cast<uint32_t*>(base + layout.entries_in);
   return sort_pairs(keys_in, reinterpret_cast<uint32_t*>(base + layout.keys), entries_in,
                     reinterpret_cast<uint32_t*>(base + layout.entries), layout.num_entries,
                     layout.num_bits, base + layout.sort, layout.sort_bytes, stream);

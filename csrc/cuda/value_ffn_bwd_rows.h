@@ -10,7 +10,8 @@ namespace ultramem::cuda {
 
 size_t value_ffn_bwd_rows_workspace(const ValueFfnBwdParams& params);
 
-// Sorts the entries by slot, into the workspace.
+// The entries' slots, into the workspace; then sorts the entries by them.
+Status value_ffn_bwd_keys(const ValueFfnBwdParams& params, void* workspace, cudaStream_t stream);
 Status value_ffn_bwd_sort(const ValueFfnBwdParams& params, void* workspace, cudaStream_t stream);
 
 // With the entries sorted, the gradients of the tables that `params` asks for, from their factors.

@@ -21,6 +21,37 @@ inline constexpr int kRowsInFlight = 4;
 // Slots of a token held in shared memory at once; more are worked off in chunks.
 inline constexpr int kMaxChunk = 1024;
 
+// What is read again and again, beside much that is read once.
+__device__ __forceinline__ uint64_t keep_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ uint4 ldg_with_policy(const uint4* from, uint64_t policy) {
+  uint4 x;
+  asm("ld.global.nc.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+      : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+      : "l"(from), "l"(policy));
+  return x;
+}
+__device__ __forceinline__ uint2 ldg_with_policy(const uint2* from, uint64_t policy) {
+  uint2 x;
+  asm("ld.global.nc.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;"
+      : "=r"(x.x), "=r"(x.y)
+      : "l"(from), "l"(policy));
+  return x;
+}
+__device__ __forceinline__ uint32_t ldg_with_policy(const uint32_t* from, uint64_t policy) {
+  uint32_t x;
+  asm("ld.global.nc.L2::cache_hint.u32 %0, [%1], %2;" : "=r"(x) : "l"(from), "l"(policy));
+  return x;
+}
+__device__ __forceinline__ uint16_t ldg_with_policy(const uint16_t* from, uint64_t policy) {
+  uint16_t x;
+  asm("ld.global.nc.L2::cache_hint.u16 %0, [%1], %2;" : "=h"(x) : "l"(from), "l"(policy));
+  return x;
+}
+
 // kCount consecutive elements, moved in words of up to 16 bytes.
 template <typename T, int kCount>
 struct Pack {
@@ -37,6 +68,13 @@ struct Pack {
   __device__ __forceinline__ void load(const T* from) {
 #pragma unroll
     for (int i = 0; i < kWords; ++i) words[i] = __ldg(reinterpret_cast<const Word*>(from) + i);
+  }
+  // .. which is the last to leave the L2 cache (keep_policy).
+  __device__ __forceinline__ void load_kept(const T* from, uint64_t policy) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      words[i] = ldg_with_policy(reinterpret_cast<const Word*>(from) + i, policy);
+    }
   }
   // From memory that it does, and then not again: it is the first to leave the caches.
   __device__ __forceinline__ void load_mutable(const T* from) {
