@@ -43,6 +43,9 @@ inline Status check_table_gradient(const TableGradient& g, DType acc_dtype) {
   if (g.num_selected < 1 || g.num_groups < 1 || g.num_groups > 256) {
     return invalid("table_update: num_selected must be positive, num_groups in 1..256");
   }
+  if (g.num_entries / g.num_selected * g.num_groups >= int64_t{1} << 32) {
+    return invalid("table_update: there must be fewer than 2^32 rows to sum");
+  }
   if (g.num_groups > 1 && g.groups == nullptr) {
     return invalid("table_update: more than one group needs the groups of the entries");
   }

@@ -100,15 +100,14 @@ struct LaneState {
 };
 
 // Of the first stretches of a warp's rows, a lane's columns each: Adagrad needs the squares of a
-// whole row before it changes the first weight. Each lane reads what it wrote or requested itself.
+// whole row before it changes the first weight.
 template <typename WeightT>
 struct KeptColumns {
   static constexpr int kWeightWords = PackedChunk<WeightT>::kWords;
   float4 gradients[kLaneChunks][2][kWarpSize];
   uint4 weights[kLaneChunks][kWeightWords][kWarpSize];
 
-  __device__ __forceinline__ void keep_gradient(int k, const Chunk& g) {
-    const int lane = threadIdx.x % kWarpSize;
+  __device__ __forceinline__ void keep_gradient(int k, int lane, const Chunk& g) {
     gradients[k][0][lane] = {g[0], g[1], g[2], g[3]};
     gradients[k][1][lane] = {g[4], g[5], g[6], g[7]};
   }
@@ -132,6 +131,13 @@ struct KeptColumns {
   }
 };
 
+// Whether a group of lanes would be at it for long.
+__device__ __forceinline__ bool is_long_run(const GradientArguments& arguments, const Run& run) {
+  constexpr uint32_t kLongRun = 16;
+  const uint32_t entries = run.end - run.begin;
+  return entries > kLongRun && entries <= arguments.piece_length;
+}
+
 // Grid: num_warps; blockIdx.y shares the stretches of Adam and SGD, which need no others.
 template <TableOptimizer kOptimizer, typename WeightT, typename StateT>
 __global__ void __launch_bounds__(kThreads, kOptimizer == TableOptimizer::kAdam ? 5 : 6)
@@ -152,8 +158,10 @@ __global__ void __launch_bounds__(kThreads, kOptimizer == TableOptimizer::kAdam 
   WindowPlace place;
   for (int i = 0; i < runs.count(); i += lane.groups) {
     const Run run = runs[i + lane.group];
-    const auto scaled_gradient = [&](int stretch, Chunk& g) {
-      row_gradient(arguments.gradient, lane, stretch, run, limit, window, place, g);
+    const auto scaled_gradient = [&](int stretch, bool skips, Chunk& g) {
+      Run summed = run;
+      summed.exists = run.exists && !skips;
+      row_gradient(arguments.gradient, lane, stretch, summed, limit, window, place, g);
 #pragma unroll
       for (int j = 0; j < kLaneColumns; ++j) g[j] = mul(g[j], s.grad_scale);
     };
@@ -165,11 +173,41 @@ __global__ void __launch_bounds__(kThreads, kOptimizer == TableOptimizer::kAdam 
         kept.request_weights(k, arguments.weight, lane.offset(run.row) + column);
       }
       cp_async_commit();
+      // Longer runs of rows that are kept whole are the whole warp's, so that others need not wait.
+      const bool takes_warp = run.exists && lane.groups > 1 && is_long_run(arguments.gradient, run);
+      for (int stretch = 0, k = 0; stretch < lane.dim; stretch += lane.stretch_columns(), ++k) {
+        if (k >= kLaneChunks) break;
+        Chunk g;
+        scaled_gradient(stretch, takes_warp, g);
+        kept.keep_gradient(k, threadIdx.x % kWarpSize, g);
+      }
+      __syncwarp();
+      for (uint32_t left = __ballot_sync(kFullMask, takes_warp && lane.lane == 0); left != 0;
+           left &= left - 1) {
+        const int owner = __ffs(left) - 1;  // the first lane of the run's group
+        const uint32_t begin = __shfl_sync(kFullMask, run.begin, owner);
+        const uint32_t end = __shfl_sync(kFullMask, run.end, owner);
+        const RowLane whole(p.gradient, kWarpSize);
+        for (int stretch = 0; stretch < whole.dim; stretch += whole.stretch_columns()) {
+          Chunk g;
+          sum_entries<4>(p.gradient, whole, stretch, begin, end, end, window, place, g);
+#pragma unroll
+          for (int j = 0; j < kLaneColumns; ++j) g[j] = mul(g[j], s.grad_scale);
+          const int chunk = stretch / kLaneColumns + whole.lane;
+          if (chunk * kLaneColumns < whole.dim) {
+            kept.keep_gradient(chunk / lane.lanes, owner + chunk % lane.lanes, g);
+          }
+        }
+      }
+      __syncwarp();
       float squares = 0;
       for (int stretch = 0, k = 0; stretch < lane.dim; stretch += lane.stretch_columns(), ++k) {
         Chunk g;
-        scaled_gradient(stretch, g);
-        if (k < kLaneChunks) kept.keep_gradient(k, g);
+        if (k < kLaneChunks) {
+          kept.get_gradient(k, g);
+        } else {
+          scaled_gradient(stretch, false, g);
+        }
         if (lane.column(stretch) >= lane.dim) continue;
 #pragma unroll
         for (int j = 0; j < kLaneColumns; ++j) squares = add(squares, mul(g[j], g[j]));
@@ -189,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, kOptimizer == TableOptimizer::kAdam 
       } else {
         // On their way while the gradient is summed.
         state.load(arguments, index);
-        scaled_gradient(stretch, g);
+        scaled_gradient(stretch, false, g);
       }
       if (run.exists && lane.column(stretch) < lane.dim) {
         state.update(arguments, s, run.row, lane.column(stretch), index, g, step_size);

@@ -82,7 +82,8 @@ struct BackwardPass {
     return request;
   }
 
-  __device__ __forceinline__ void settle(const Request& request, Batch& batch, int i) const {
+  __device__ __forceinline__ void settle(const Request& request, Batch& batch, int i, int64_t entry,
+                                         bool exists) const {
     const int64_t slot = resolve_slot(params.addressing, divisors, request.index).slot;
     batch.slots[i] = slot;
 #pragma unroll
@@ -92,8 +93,21 @@ struct BackwardPass {
       h = activate(params.activation, request.a);
       slope = activation_slope(params.activation, request.a);
     }
-    batch.h[i] = slot >= 0 ? h : 0;
+    if (slot < 0) h = 0;
+    batch.h[i] = h;
     batch.slope[i] = slot >= 0 ? slope : 0;
+    if (!exists || position < 0) return;
+    const int64_t to = position * params.num_selected + entry;
+    if (arguments.weights != nullptr) {
+#pragma unroll
+      for (int c = 0; c < kMaxNumCores; ++c) {
+        if (c < params.num_cores)
+          arguments.weights[to * params.num_cores + c] = h * batch.scores[c][i];
+      }
+    }
+    if (arguments.slots != nullptr) {
+      arguments.slots[to] = slot >= 0 ? static_cast<uint32_t>(slot) : kNoSlot;
+    }
   }
 
   template <typename Traits>
@@ -121,15 +135,8 @@ struct BackwardPass {
     if (exists && rank < params.num_cores && params.grad_scores != nullptr) {
       static_cast<float*>(params.grad_scores)[entry * params.num_cores + rank] = grad_score;
     }
-    if (exists && position >= 0) {
-      const int64_t to = position * params.num_selected + entry;
-      if (rank < params.num_cores && arguments.weights != nullptr) {
-        arguments.weights[to * params.num_cores + rank] = h * batch.scores[rank][i];
-      }
-      if (rank == 0 && arguments.grad_a != nullptr) arguments.grad_a[to] = da;
-      if (rank == 0 && arguments.slots != nullptr) {
-        arguments.slots[to] = in_range ? static_cast<uint32_t>(batch.slots[i]) : kNoSlot;
-      }
+    if (exists && rank == 0 && arguments.grad_a != nullptr && position >= 0) {
+      arguments.grad_a[position * params.num_selected + entry] = da;
     }
 #pragma unroll
     for (int v = 0; v < Traits::kVectors; ++v) weights[v] = da;

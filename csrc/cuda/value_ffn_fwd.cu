@@ -37,7 +37,8 @@ struct ForwardPass {
     return request;
   }
 
-  __device__ __forceinline__ void settle(const Request& request, Batch& batch, int i) const {
+  __device__ __forceinline__ void settle(const Request& request, Batch& batch, int i, int64_t,
+                                         bool) const {
     const int64_t slot = resolve_slot(params.addressing, divisors, request.index).slot;
     batch.slots[i] = slot;
 #pragma unroll

@@ -209,7 +209,8 @@ __device__ __forceinline__ void store_sum(const SlotArguments& arguments, const 
 //   Batch                               what it keeps of 32 slots in shared memory: `slots`, -1
 //                                       where there is nothing to read, and more
 //   Request request(entry, exists)      what a lane reads of an entry of [T, S], not yet waited for
-//   settle(request, batch, i)           .. worked out and written to place i of a batch
+//   settle(request, batch, i, entry, exists)
+//                                       .. worked out and written to place i of a batch
 //   begin()                             what it needs of what earlier kernels wrote
 //   weigh<Traits>(dots, cores, batch, i, entry, exists, rank, weights)
 //                                       from dot products by vector to the weight by which each
@@ -351,7 +352,8 @@ __device__ __forceinline__ void pass_over_slots(Pass pass, const SlotArguments& 
       const unsigned i = ahead * kTeams;
       if (i % kBatch == 0) {
         __syncwarp();  // the batch before the last has been read
-        pass.settle(request, batches[i / kBatch % 2], lane);
+        pass.settle(request, batches[i / kBatch % 2], lane, first_entry + i + lane,
+                    i + lane < num_slots);
         const unsigned next = i + kBatch + lane;
         request = pass.request(first_entry + next, next < num_slots);
         __syncwarp();

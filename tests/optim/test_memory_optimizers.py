@@ -262,15 +262,26 @@ def test_values_without_pre_values(device: str) -> None:
     check_param(table.values, before - grads["values"])
 
 
-def bits_after_steps(kind: str, dtype: torch.dtype, device: str, **options: Any) -> list[Tensor]:
-    """Parameters and states, on the CPU."""
+def bits_after_steps(
+    kind: str,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    shape: tuple[int, int, int] = (300, 264, 13),
+    tokens: int = 1200,
+    cores: int = 2,
+    **options: Any,
+) -> list[Tensor]:
+    """Parameters and states, on the CPU. One slot has a run of 9000 entries and more."""
     data = Data(8, device)
-    table = deferred_table(data, 300, 264, 13, dtype=dtype)
+    num_slots = shape[0]
+    table = deferred_table(data, *shape, dtype=dtype)
     dense = nn.Parameter(data.normal(5, 40, dtype=dtype))
     optimizer = OPTIMIZERS[kind]([*table.parameters(), dense], lr=LR, seed=5, **options)
     for _ in range(3):
-        slots = torch.cat([data.integers(300, 400).cpu(), torch.full((200 + 9000,), 11)])
-        fill(table, data, 1200, 8, slots=slots, source=torch.bfloat16, cores=2, groups=2)
+        drawn = tokens * 8 - 9200
+        slots = torch.cat([data.integers(num_slots, drawn).cpu(), torch.full((200 + 9000,), 11)])
+        fill(table, data, tokens, 8, slots=slots, source=torch.bfloat16, cores=cores, groups=2)
         dense.grad = data.normal(5, 40, dtype=dtype)
         optimizer.step()
         optimizer.zero_grad()
@@ -309,6 +320,20 @@ def test_cuda_and_cpu_agree_to_the_bit(kind: str, dtype: torch.dtype) -> None:
     cuda = bits_after_steps(kind, dtype, "cuda", **OPTIONS[kind])
     assert same_bits(cpu, cuda)
     assert same_bits(cuda, bits_after_steps(kind, dtype, "cuda", **OPTIONS[kind]))
+
+
+# More rows than warps, so that the groups of lanes of a warp have a row each; of 8, 16 and 32
+# lanes, of one stretch and of several.
+@pytest.mark.gpu
+@KINDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dims", "cores"), [((192, 24), 2), ((336, 8), 2), ((816, 400), 1)])
+def test_many_rows_agree_to_the_bit(
+    kind: str, dtype: torch.dtype, dims: tuple[int, int], cores: int
+) -> None:
+    case = {"shape": (20_000, *dims), "tokens": 8000, "cores": cores, **OPTIONS[kind]}
+    cpu = bits_after_steps(kind, dtype, "cpu", **case)
+    assert same_bits(cpu, bits_after_steps(kind, dtype, "cuda", **case))
 
 
 def digest(kind: str, dtype: torch.dtype) -> str:

@@ -22,8 +22,11 @@ from ..addressing import SlotAddressing
 from ..examples.lm.arguments import resolve_device
 from ..examples.lm.errors import UsageError
 from ..factors import GradientFactors
+from ..optim import MemoryAdagrad, MemoryAdam, MemorySGD, clip_grad_norm_
+from ..optim.memory import MemoryOptimizer
 from ..python_ref.product_key import Mode
 from ..python_ref.value_ffn import Activation
+from ..table import MemoryTable
 
 Array = npt.NDArray[np.float64]
 
@@ -308,8 +311,10 @@ def _value_ffn(
     main_grad: bool = False,
     deferred: bool = False,
     scale: tuple[float, float] | None = None,
+    dims: tuple[int, int] = (20, 36),
 ) -> Iterator[Result]:
-    tokens, selected, cores, pre_dim, value_dim = 19, 24, 2, 20, 36
+    tokens, selected, cores = 19, 24, 2
+    pre_dim, value_dim = dims
     # Four virtual copies of 100 rows of 150, wrapping around the end of the table.
     addressing = SlotAddressing(150, 100, offset=75, expand=4, shuffle="feistel", seed=7)
     indices = bench.integers(addressing.num_virtual, tokens, selected)
@@ -365,6 +370,59 @@ def _value_ffn(
     names = ("scores", "values", "pre_values", "pre_input")[: len(leaves)]
     right = (grads.scores, grads.values, grads.pre_values, grads.pre_input)[: len(leaves)]
     yield from bench.gradients(names, leaves, right)
+
+
+def _optimizer(bench: _Bench, kind: str) -> Iterator[Result]:
+    """A step, and the norm before it, of factors: more rows than a GPU has warps for, and one that
+    many entries name."""
+    tokens, selected, cores, num_slots = 1100, 20, 2, 18_000
+    table = MemoryTable(
+        num_slots, 48, 24, dtype=bench.dtype, device=bench.device, grad_mode="deferred"
+    )
+    with torch.no_grad():
+        for param in table.parameters():
+            param.copy_(bench.normal(*param.shape))
+    indices = bench.integers(num_slots, tokens, selected)
+    indices[:100, :5] = 7
+    scores = bench.normal(tokens, selected, cores, wide=True)
+    pre_input = bench.normal(tokens, 24)
+    out = ops.value_ffn(
+        indices, scores, table.values, table.pre_values, pre_input, factors=table.factors
+    )
+    out.backward(bench.upstream(out))
+    assert table.factors is not None
+    gradients = [array(grad) for grad in table.factors.to_dense() if grad is not None]
+    before = [array(param).copy() for param in table.parameters()]
+    norm = clip_grad_norm_(table, float("inf"))
+    expected_norm = np.sqrt(sum((gradient**2).sum() for gradient in gradients))
+    yield bench.score("norm", norm, np.array(expected_norm))
+
+    lr, eps = 0.1, 0.05  # so large that no small gradient decides the direction of a step
+    params = table.parameters()
+    optimizer: MemoryOptimizer
+    if kind == "adam":
+        optimizer = MemoryAdam(params, lr, eps=eps, stochastic_rounding=False)
+    elif kind == "adagrad":
+        optimizer = MemoryAdagrad(params, lr, eps=eps, stochastic_rounding=False)
+    else:
+        optimizer = MemorySGD(params, lr, stochastic_rounding=False)
+    optimizer.step()
+    rows = np.unique(indices.cpu().numpy())
+    for (name, param), old, gradient in zip(
+        table.named_parameters(), before, gradients, strict=True
+    ):
+        update = old, gradient[rows]
+        if kind == "adam":
+            # eps comes before the correction of the second moment.
+            corrected_eps = eps / np.sqrt(1.0 - 0.999)
+            new, _ = ref.adam_update(
+                *update, ref.adam_init(old), lr=lr, eps=corrected_eps, rows=rows
+            )
+        elif kind == "adagrad":
+            new, _ = ref.adagrad_update(*update, ref.adagrad_init(old), lr=lr, eps=eps, rows=rows)
+        else:
+            new, _ = ref.sgd_update(*update, ref.sgd_init(old), lr=lr, rows=rows)
+        yield bench.forward(name, param, new)
 
 
 _OPERATORS: dict[str, Callable[[_Bench], Iterator[Result]]] = {
@@ -474,4 +532,10 @@ _OPERATORS: dict[str, Callable[[_Bench], Iterator[Result]]] = {
     "value_ffn, deferred": partial(_value_ffn, deferred=True),
     "value_ffn, deferred, groups apart": partial(_value_ffn, deferred=True, sum_groups=False),
     "value_ffn, deferred, scaled": partial(_value_ffn, deferred=True, scale=(0.3, 0.7)),
+    "value_ffn, whole vectors": partial(_value_ffn, dims=(24, 48)),
+    "value_ffn, whole vectors, main_grad": partial(_value_ffn, dims=(24, 48), main_grad=True),
+    "value_ffn, whole vectors, deferred": partial(_value_ffn, dims=(520, 48), deferred=True),
+    "MemoryAdam": partial(_optimizer, kind="adam"),
+    "MemoryAdagrad": partial(_optimizer, kind="adagrad"),
+    "MemorySGD": partial(_optimizer, kind="sgd"),
 }
