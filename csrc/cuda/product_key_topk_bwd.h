@@ -132,7 +132,11 @@ struct DensePlan {
   int num_stages = 0;  // of the ring in shared memory; not where wgmma
   ProductSchedule query;
   ProductSchedule keys;
-  int64_t partial_bytes = 0;  // of whichever product needs more
+  // Until the last product writes it, grad_query is memory for dS, which is grouped into buckets
+  // first, and then for parts of tiles of grad_keys.
+  bool grad_query_holds_grads = false;
+  int64_t grad_query_parts = 0;
+  int64_t partial_bytes = 0;  // beside those, of whichever product needs more
   // Offsets.
   size_t entries, bucket_starts, key_finite, query_finite, max_grad;
 };
@@ -154,7 +158,8 @@ struct ScoresFindings {
 };
 ScoresFindings scores_findings(const ProductKeyTopkBwdParams& p, const DensePlan& plan);
 
-// Sums core_partials, too. `partials` has plan.partial_bytes and may overlay grad_axis_scores.
+// Sums core_partials, too. `partials` has plan.partial_bytes and may overlay grad_axis_scores, and
+// grad_axis_scores grad_query.
 Status launch_dense(const ProductKeyTopkBwdParams& p, const DensePlan& plan,
                     const float* grad_axis_scores, const CorePartials& core_partials,
                     float* partials, Stream stream);

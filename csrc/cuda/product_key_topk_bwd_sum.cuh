@@ -40,21 +40,22 @@ __global__ void __launch_bounds__(kSumThreads)
   const int col = coords.col_tile * tile_cols + static_cast<int>(element - row_of_tile * tile_cols);
   // A slot has the parts of all blocks of a cluster.
   const int64_t part_elements = int64_t{kTileRows} * tile_cols;
-  const int64_t slot_elements = schedule.cluster * part_elements;
-  const float* parts = p.partials + block_rank * part_elements + element;
+  const auto part_of = [&](int slot) {
+    return p.partials.part(slot * schedule.cluster + block_rank, part_elements) + element;
+  };
   wait_for_prerequisite_grid();
   if (first_block == last_block) return;  // stored by its block
   if (row >= p.out.num_rows || col >= p.key_dim) return;
 
   float sum[kPacket];
-  load_floats<kPacket>(parts + first_slot * slot_elements, sum);
+  load_floats<kPacket>(part_of(first_slot), sum);
   for (int block = first_block + 1; block <= last_block; block += kPartsAtOnce) {
     float part[kPartsAtOnce][kPacket] = {};
 #pragma unroll
     for (int i = 0; i < kPartsAtOnce; ++i) {
       const int of_block = block + i;
       if (of_block > last_block) break;
-      load_floats<kPacket>(parts + (of_block + min(tile, of_block)) * slot_elements, part[i]);
+      load_floats<kPacket>(part_of(of_block + min(tile, of_block)), part[i]);
     }
 #pragma unroll
     for (int i = 0; i < kPartsAtOnce; ++i) {
