@@ -389,9 +389,9 @@ Status plan_workspace(const ProductKeyTopkBwdParams& p, Workspace* workspace,
   workspace->num_slices = std::min(ceil_div(p.num_tokens, kScoresWarps), kMaxTokenSlices);
   const int64_t grad_axis_scores_bytes =
       p.num_tokens * p.num_heads * 2 * p.tucker_rank * p.axis_topk * int64_t{sizeof(float)};
-  workspace->grad_axis_scores = layout.take(
-      std::max(workspace->dense.grad_query_holds_grads ? 0 : grad_axis_scores_bytes,
-               workspace->dense.partial_bytes));
+  workspace->grad_axis_scores =
+      layout.take(std::max(workspace->dense.grad_query_holds_grads ? 0 : grad_axis_scores_bytes,
+                           workspace->dense.partial_bytes));
   workspace->core_partials = layout.take(workspace->num_slices * p.num_heads * p.num_cores *
                                          p.tucker_rank * p.tucker_rank * sizeof(float));
   if (workspace->dense.applies) {
@@ -415,7 +415,8 @@ Status launch_scores_kernel(const ProductKeyTopkBwdParams& p, const Workspace& w
   }
   product_key_topk_bwd_scores_kernel<kRank, kCores, kExact>
       <<<static_cast<unsigned>(num_blocks), kScoresThreads, layout.bytes, stream>>>(
-          p, workspace.num_slices, workspace.grads(p), core_partials, scores_findings(p, workspace.dense));
+          p, workspace.num_slices, workspace.grads(p), core_partials,
+          scores_findings(p, workspace.dense));
   return launch_status();
 }
 
