@@ -104,6 +104,7 @@ struct ProductSchedule {
   int64_t tile_steps = 0;
   int64_t num_blocks = 0;
   bool split = false;
+  bool disjoint = false;  // as many blocks for every tile: none has parts of two
 
   __host__ __device__ int64_t first_step(int64_t block) const {
     return split ? block * (num_tiles * tile_steps) / num_blocks
@@ -117,10 +118,12 @@ struct ProductSchedule {
   // blocks, (block, tile) goes up by at least one in sum from part to part; with more, a block
   // shares at most its first and its last tile.
   __host__ __device__ int64_t slot(int64_t block, int64_t tile) const {
+    if (disjoint) return block;
     const int64_t first_tile = first_step(block) / tile_steps;
     return block + (first_tile < block ? first_tile : block) + (tile != first_tile);
   }
   int64_t num_slots() const {
+    if (disjoint) return cluster * num_blocks;
     return split ? cluster * (num_blocks + (num_tiles < num_blocks ? num_tiles : num_blocks)) : 0;
   }
 };

@@ -254,6 +254,14 @@ ProductSchedule make_schedule(int64_t groups, int64_t num_rows, int64_t col_tile
   return schedule;
 }
 
+// Gives every tile as many blocks, which leave fewer parts, if few multiprocessors stay idle then.
+void make_disjoint(ProductSchedule* schedule) {
+  const int64_t blocks = schedule->num_blocks / schedule->num_tiles * schedule->num_tiles;
+  if (!schedule->split || blocks * 100 < schedule->num_blocks * kBusyEnough) return;
+  schedule->num_blocks = blocks;
+  schedule->disjoint = true;
+}
+
 int64_t token_tiles(const ProductKeyTopkParams& p) { return ceil_div(p.num_tokens, kBucketSize); }
 int64_t key_tiles(const ProductKeyTopkParams& p) { return ceil_div(p.num_keys, kBucketSize); }
 
@@ -445,10 +453,11 @@ void plan_dense(const ProductKeyTopkBwdParams& p, const DeviceLimits& limits, De
   if (!plan->applies) return;
 
   const int64_t part_bytes = int64_t{kTileRows} * plan->tile_cols * int64_t{sizeof(float)};
+  const int64_t query_bytes =
+      p.num_tokens * head_sides * p.num_queries * p.key_dim * element_size(p.dtype);
+  if (plan->keys.num_slots() * part_bytes > query_bytes) make_disjoint(&plan->keys);
   int64_t parts = p.grad_keys != nullptr ? plan->keys.num_slots() : 0;
   if (p.grad_query != nullptr) {
-    const int64_t query_bytes =
-        p.num_tokens * head_sides * p.num_queries * p.key_dim * element_size(p.dtype);
     const int64_t grad_bytes =
         p.num_tokens * head_sides * p.tucker_rank * p.axis_topk * int64_t{sizeof(float)};
     plan->grad_query_holds_grads = grad_bytes <= query_bytes;
