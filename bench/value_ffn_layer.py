@@ -103,9 +103,10 @@ def _activation_memory(
 ) -> list[Quantity]:
     """Peak of torch's allocator over a forward and backward, less what was there before.
 
-    Without y and, in the backward, the gradients of x and the parameters. These come one by one, so
-    the truth lies between that and the bound that leaves them in.
+    Without y and the parameters' gradients. These come one by one: each counts until it is whole,
+    and so does that of x throughout. The bound leaves all gradients in.
     """
+    parameters = leaves[1:]
 
     def step() -> tuple[int, int, int]:
         factors_of(table).clear()
@@ -114,9 +115,22 @@ def _activation_memory(
         y = layer(leaves[0], table)
         forward = torch.cuda.max_memory_allocated() - before - y.nbytes
         torch.cuda.reset_peak_memory_stats()
+        backward = bound = whole = 0
+
+        def look(gradient: Tensor | None = None) -> None:
+            nonlocal backward, bound, whole
+            peak = torch.cuda.max_memory_allocated() - before - y.nbytes
+            backward, bound = max(backward, peak - whole), max(bound, peak)
+            whole += 0 if gradient is None else gradient.nbytes
+            torch.cuda.reset_peak_memory_stats()
+
+        hooks = [parameter.register_hook(look) for parameter in parameters]
         gradients = torch.autograd.grad(y, leaves, grad)
-        peak = torch.cuda.max_memory_allocated() - before - y.nbytes
-        return forward, peak - sum(gradient.nbytes for gradient in gradients), peak
+        look()
+        for hook in hooks:
+            hook.remove()
+        del gradients
+        return forward, backward, bound
 
     step()  # what is allocated once and kept is no part of it
     gc.collect()

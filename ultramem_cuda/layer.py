@@ -167,6 +167,9 @@ class UltraMemLayer(nn.Module):
             raise TypeError(f"table: must be a MemoryTable, got {type(table).__name__}")
         table.check_matches(config)
         tokens = x.reshape(-1, config.d_model)
+        # First, so that its backward comes last: then no gradient of x as large as a query is held
+        # while those of the queries are made.
+        pre_input = None if self.pre_proj is None else self.pre_proj(tokens)
         query = ops.tucker_query(
             tokens,
             self.query_proj.weight,
@@ -183,7 +186,7 @@ class UltraMemLayer(nn.Module):
             scores,
             table.values,
             table.pre_values,
-            None if self.pre_proj is None else self.pre_proj(tokens),
+            pre_input,
             activation=config.activation,
             addressing=self.addressing,
             sum_groups=config.sum_groups,

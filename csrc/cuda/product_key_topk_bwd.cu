@@ -367,11 +367,18 @@ __global__ void __launch_bounds__(kReduceThreads)
 
 struct Workspace {
   int64_t num_slices;  // of the tokens
-  // Offsets. Partial sums of the dense path overlay dS, which is grouped into buckets before.
+  // Offsets. Partial sums of the dense path overlay dS, which is grouped into buckets before. Not
+  // used where grad_query holds dS.
   size_t grad_axis_scores;
   size_t core_partials;
   DensePlan dense;
   GatherWorkspace gather;
+
+  // dS [T, H, 2, R, m].
+  float* grads(const ProductKeyTopkBwdParams& p) const {
+    return dense.grad_query_holds_grads ? static_cast<float*>(p.grad_query)
+                                        : workspace_piece<float>(p, grad_axis_scores);
+  }
 };
 
 Status plan_workspace(const ProductKeyTopkBwdParams& p, Workspace* workspace,
@@ -383,7 +390,8 @@ Status plan_workspace(const ProductKeyTopkBwdParams& p, Workspace* workspace,
   const int64_t grad_axis_scores_bytes =
       p.num_tokens * p.num_heads * 2 * p.tucker_rank * p.axis_topk * int64_t{sizeof(float)};
   workspace->grad_axis_scores =
-      layout.take(std::max(grad_axis_scores_bytes, workspace->dense.partial_bytes));
+      layout.take(std::max(workspace->dense.grad_query_holds_grads ? 0 : grad_axis_scores_bytes,
+                           workspace->dense.partial_bytes));
   workspace->core_partials = layout.take(workspace->num_slices * p.num_heads * p.num_cores *
                                          p.tucker_rank * p.tucker_rank * sizeof(float));
   if (workspace->dense.applies) {
@@ -407,8 +415,8 @@ Status launch_scores_kernel(const ProductKeyTopkBwdParams& p, const Workspace& w
   }
   product_key_topk_bwd_scores_kernel<kRank, kCores, kExact>
       <<<static_cast<unsigned>(num_blocks), kScoresThreads, layout.bytes, stream>>>(
-          p, workspace.num_slices, workspace_piece<float>(p, workspace.grad_axis_scores),
-          core_partials, scores_findings(p, workspace.dense));
+          p, workspace.num_slices, workspace.grads(p), core_partials,
+          scores_findings(p, workspace.dense));
   return launch_status();
 }
 
@@ -492,10 +500,10 @@ Status product_key_topk_bwd(const ProductKeyTopkBwdParams& params, Stream stream
   core_partials.num_slices = workspace.num_slices;
   if (wants_core) core_partials.data = workspace_piece<float>(params, workspace.core_partials);
   ULTRAMEM_RETURN_IF_ERROR(launch_scores(params, workspace, core_partials.data, stream));
-  auto* grad_axis_scores = workspace_piece<float>(params, workspace.grad_axis_scores);
+  const float* grad_axis_scores = workspace.grads(params);
   if (workspace.dense.applies) {
-    return launch_dense(params, workspace.dense, grad_axis_scores, core_partials, grad_axis_scores,
-                        stream);
+    return launch_dense(params, workspace.dense, grad_axis_scores, core_partials,
+                        workspace_piece<float>(params, workspace.grad_axis_scores), stream);
   }
   ULTRAMEM_RETURN_IF_ERROR(launch_core(params, core_partials, stream));
   return launch_gather(params, workspace.gather, grad_axis_scores, stream);

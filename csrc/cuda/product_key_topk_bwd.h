@@ -104,6 +104,7 @@ struct ProductSchedule {
   int64_t tile_steps = 0;
   int64_t num_blocks = 0;
   bool split = false;
+  bool disjoint = false;  // as many blocks for every tile: none has parts of two
 
   __host__ __device__ int64_t first_step(int64_t block) const {
     return split ? block * (num_tiles * tile_steps) / num_blocks
@@ -117,10 +118,12 @@ struct ProductSchedule {
   // blocks, (block, tile) goes up by at least one in sum from part to part; with more, a block
   // shares at most its first and its last tile.
   __host__ __device__ int64_t slot(int64_t block, int64_t tile) const {
+    if (disjoint) return block;
     const int64_t first_tile = first_step(block) / tile_steps;
     return block + (first_tile < block ? first_tile : block) + (tile != first_tile);
   }
   int64_t num_slots() const {
+    if (disjoint) return cluster * num_blocks;
     return split ? cluster * (num_blocks + (num_tiles < num_blocks ? num_tiles : num_blocks)) : 0;
   }
 };
@@ -132,7 +135,11 @@ struct DensePlan {
   int num_stages = 0;  // of the ring in shared memory; not where wgmma
   ProductSchedule query;
   ProductSchedule keys;
-  int64_t partial_bytes = 0;  // of whichever product needs more
+  // Until the last product writes it, grad_query is memory for dS, which is grouped into buckets
+  // first, and then for parts of tiles of grad_keys.
+  bool grad_query_holds_grads = false;
+  int64_t grad_query_parts = 0;
+  int64_t partial_bytes = 0;  // beside those, of whichever product needs more
   // Offsets.
   size_t entries, bucket_starts, key_finite, query_finite, max_grad;
 };
@@ -154,7 +161,8 @@ struct ScoresFindings {
 };
 ScoresFindings scores_findings(const ProductKeyTopkBwdParams& p, const DensePlan& plan);
 
-// Sums core_partials, too. `partials` has plan.partial_bytes and may overlay grad_axis_scores.
+// Sums core_partials, too. `partials` has plan.partial_bytes and may overlay grad_axis_scores, and
+// grad_axis_scores grad_query.
 Status launch_dense(const ProductKeyTopkBwdParams& p, const DensePlan& plan,
                     const float* grad_axis_scores, const CorePartials& core_partials,
                     float* partials, Stream stream);

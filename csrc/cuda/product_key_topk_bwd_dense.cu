@@ -254,6 +254,14 @@ ProductSchedule make_schedule(int64_t groups, int64_t num_rows, int64_t col_tile
   return schedule;
 }
 
+// Gives every tile as many blocks, which leave fewer parts, if few multiprocessors stay idle then.
+void make_disjoint(ProductSchedule* schedule) {
+  const int64_t blocks = schedule->num_blocks / schedule->num_tiles * schedule->num_tiles;
+  if (!schedule->split || blocks * 100 < schedule->num_blocks * kBusyEnough) return;
+  schedule->num_blocks = blocks;
+  schedule->disjoint = true;
+}
+
 int64_t token_tiles(const ProductKeyTopkParams& p) { return ceil_div(p.num_tokens, kBucketSize); }
 int64_t key_tiles(const ProductKeyTopkParams& p) { return ceil_div(p.num_keys, kBucketSize); }
 
@@ -289,7 +297,11 @@ Product make_product(const ProductKeyTopkBwdParams& p, const DensePlan& plan, fl
   product.entries = workspace_piece<uint32_t>(p, plan.entries);
   product.bucket_starts = workspace_piece<uint16_t>(p, plan.bucket_starts);
   product.max_grad = findings.max_grad;
-  product.partials = partials;
+  product.partials.rest = partials;
+  if (!rows_are_tokens) {
+    product.partials.borrowed = static_cast<float*>(p.grad_query);
+    product.partials.num_borrowed = plan.grad_query_parts;
+  }
   product.schedule = rows_are_tokens ? plan.query : plan.keys;
   product.entries_per_rank = p.num_tokens * p.axis_topk;
   product.axis_topk = p.axis_topk;
@@ -372,7 +384,8 @@ Status launch_dense_of_type(const ProductKeyTopkBwdParams& p, const DensePlan& p
       p.axis_topk % kPacket == 0 && is_aligned(p.axis_indices)
           ? (launch_buckets<scalar_t, kPacket>(p, plan, grad_axis_scores, core_partials, stream))
           : (launch_buckets<scalar_t, 1>(p, plan, grad_axis_scores, core_partials, stream)));
-  for (const bool rows_are_tokens : {true, false}) {
+  // Last the one that writes grad_query, which holds dS and parts of grad_keys before.
+  for (const bool rows_are_tokens : {false, true}) {
     if ((rows_are_tokens ? p.grad_query : p.grad_keys) == nullptr) continue;
     const Product product = make_product(p, plan, partials, rows_are_tokens);
     ULTRAMEM_RETURN_IF_ERROR(launch_product<scalar_t>(product, p.dtype, plan, stream));
@@ -434,12 +447,24 @@ void plan_dense(const ProductKeyTopkBwdParams& p, const DeviceLimits& limits, De
                               inner_ranks * key_tiles(p), limits);
   plan->keys =
       make_schedule(head_sides * p.tucker_rank, p.num_keys, col_tiles, token_tiles(p), limits);
-  const int64_t slots = std::max(p.grad_query != nullptr ? plan->query.num_slots() : 0,
-                                 p.grad_keys != nullptr ? plan->keys.num_slots() : 0);
-  plan->partial_bytes = slots * kTileRows * plan->tile_cols * int64_t{sizeof(float)};
   // Tiles of the products and blocks of the buckets are counted in 32 bits.
   constexpr int64_t kMaxInt = 0x7fffffff;
   plan->applies = std::max(plan->query.num_tiles, plan->keys.num_tiles) < kMaxInt / (32 * kCluster);
+  if (!plan->applies) return;
+
+  const int64_t part_bytes = int64_t{kTileRows} * plan->tile_cols * int64_t{sizeof(float)};
+  const int64_t query_bytes =
+      p.num_tokens * head_sides * p.num_queries * p.key_dim * element_size(p.dtype);
+  if (plan->keys.num_slots() * part_bytes > query_bytes) make_disjoint(&plan->keys);
+  int64_t parts = p.grad_keys != nullptr ? plan->keys.num_slots() : 0;
+  if (p.grad_query != nullptr) {
+    const int64_t grad_bytes =
+        p.num_tokens * head_sides * p.tucker_rank * p.axis_topk * int64_t{sizeof(float)};
+    plan->grad_query_holds_grads = grad_bytes <= query_bytes;
+    plan->grad_query_parts = std::min(parts, query_bytes / part_bytes);
+    parts = std::max(parts - plan->grad_query_parts, plan->query.num_slots());
+  }
+  plan->partial_bytes = parts * part_bytes;
 }
 
 void lay_out_dense(const ProductKeyTopkBwdParams& p, DensePlan* plan, WorkspaceLayout& layout) {

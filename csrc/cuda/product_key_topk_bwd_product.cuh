@@ -57,6 +57,19 @@ struct DensePlanes {
   int64_t element_stride;  // from plane to plane
 };
 
+// Parts of tiles, [slots, cluster, 128, tile columns]: the first of them in memory that is not
+// needed yet, where there is any.
+struct PartialSums {
+  float* borrowed = nullptr;
+  int64_t num_borrowed = 0;
+  float* rest = nullptr;
+
+  __device__ __forceinline__ float* part(int64_t index, int64_t elements) const {
+    const int64_t beyond = index - num_borrowed;
+    return beyond < 0 ? borrowed + index * elements : rest + beyond * elements;
+  }
+};
+
 struct Product {
   bool rows_are_tokens;  // of the output: grad_query. Otherwise they are keys: grad_keys.
   RowSet dense;
@@ -66,7 +79,7 @@ struct Product {
   const uint32_t* entries;        // [H, 2, R, T * m]
   const uint16_t* bucket_starts;  // [H, 2, token_tiles, key_tiles + 1]
   const uint32_t* max_grad;       // null: dS is not scaled
-  float* partials;                // [slots, cluster, 128, tile columns]
+  PartialSums partials;
   ProductSchedule schedule;
   int64_t entries_per_rank;  // T * m
   int axis_topk;
@@ -475,7 +488,8 @@ __device__ __forceinline__ void consume(const Product& p, RingPosition ring, int
       store_tile<scalar_t, kCols>(p, TileCoords(p, tile, 0), first_row, first_col, lane, acc);
     } else {
       const int64_t slot = p.schedule.slot(blockIdx.x, tile);
-      store_partial<kCols>(p.partials + slot * kTileRows * kCols, first_row, first_col, lane, acc);
+      store_partial<kCols>(p.partials.part(slot, kTileRows * kCols), first_row, first_col, lane,
+                           acc);
     }
   }
 }

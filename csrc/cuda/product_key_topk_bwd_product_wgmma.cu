@@ -344,7 +344,7 @@ __device__ __forceinline__ void multiply(const Product& p, Ring<kCols> ring) {
       store_tile_rows<scalar_t, kCols>(p, TileCoords(p, tile, block_rank), first_row, lane, sums);
     } else {
       const int64_t slot = p.schedule.slot(steps.worker, tile) * cluster + block_rank;
-      store_partial_rows<kCols>(p.partials + slot * kTileRows * kCols, first_row, lane, sums);
+      store_partial_rows<kCols>(p.partials.part(slot, kTileRows * kCols), first_row, lane, sums);
     }
   }
 }

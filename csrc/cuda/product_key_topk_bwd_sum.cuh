@@ -27,11 +27,12 @@ __global__ void __launch_bounds__(kSumThreads)
   const auto last_block = static_cast<int>(schedule.block_of(first_step + schedule.tile_steps - 1));
   // This is schedule.slot() without its divisions. Blocks after the first one begin in this tile,
   // and the first one here or, with fewer tiles than blocks, in the tile before; with more tiles,
-  // the block is the smaller of the two numbers wherever it begins.
+  // the block is the smaller of the two numbers wherever it begins. Disjoint blocks have one each.
+  const int most_shared = schedule.disjoint ? 0 : tile;
   const int64_t begin = first_block * schedule.num_tiles * schedule.tile_steps;
   const bool begins_here = begin >= first_step * schedule.num_blocks;
   const int first_slot =
-      first_block + (begins_here ? min(tile, first_block) : min(tile - 1, first_block) + 1);
+      first_block + (begins_here ? min(most_shared, first_block) : min(tile - 1, first_block) + 1);
 
   const TileCoords coords(p, tile, block_rank);
   const uint32_t element = (blockIdx.x * kSumThreads + threadIdx.x) * kPacket;
@@ -40,21 +41,22 @@ __global__ void __launch_bounds__(kSumThreads)
   const int col = coords.col_tile * tile_cols + static_cast<int>(element - row_of_tile * tile_cols);
   // A slot has the parts of all blocks of a cluster.
   const int64_t part_elements = int64_t{kTileRows} * tile_cols;
-  const int64_t slot_elements = schedule.cluster * part_elements;
-  const float* parts = p.partials + block_rank * part_elements + element;
+  const auto part_of = [&](int slot) {
+    return p.partials.part(slot * schedule.cluster + block_rank, part_elements) + element;
+  };
   wait_for_prerequisite_grid();
   if (first_block == last_block) return;  // stored by its block
   if (row >= p.out.num_rows || col >= p.key_dim) return;
 
   float sum[kPacket];
-  load_floats<kPacket>(parts + first_slot * slot_elements, sum);
+  load_floats<kPacket>(part_of(first_slot), sum);
   for (int block = first_block + 1; block <= last_block; block += kPartsAtOnce) {
     float part[kPartsAtOnce][kPacket] = {};
 #pragma unroll
     for (int i = 0; i < kPartsAtOnce; ++i) {
       const int of_block = block + i;
       if (of_block > last_block) break;
-      load_floats<kPacket>(parts + (of_block + min(tile, of_block)) * slot_elements, part[i]);
+      load_floats<kPacket>(part_of(of_block + min(most_shared, of_block)), part[i]);
     }
 #pragma unroll
     for (int i = 0; i < kPartsAtOnce; ++i) {

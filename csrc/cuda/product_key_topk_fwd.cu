@@ -375,32 +375,36 @@ size_t product_key_topk_fwd_workspace(const ProductKeyTopkParams& params) {
   }
 }
 
-Status product_key_topk_fwd(const ProductKeyTopkParams& params, Stream stream) {
+Status product_key_topk_fwd_axes(const ProductKeyTopkParams& params, Stream stream) {
   ULTRAMEM_RETURN_IF_ERROR(check_product_key_topk(params));
   if (params.num_tokens == 0) return {};
-  const AxisStage stage = axis_stage(params);
-  switch (stage) {
+  switch (axis_stage(params)) {
 #if defined(ULTRAMEM_WITH_SM90A)
     case AxisStage::kSmall:
-      ULTRAMEM_RETURN_IF_ERROR(launch_axis_small(params, stream));
-      break;
+      return launch_axis_small(params, stream);
     case AxisStage::kCandidates:
-      ULTRAMEM_RETURN_IF_ERROR(launch_axis_candidates(params, stream));
-      break;
+      return launch_axis_candidates(params, stream);
     case AxisStage::kResident:
-      ULTRAMEM_RETURN_IF_ERROR(launch_axis_resident(params, stream));
-      break;
+      return launch_axis_resident(params, stream);
     case AxisStage::kLists:
-      ULTRAMEM_RETURN_IF_ERROR(launch_axis_lists(params, stream));
-      break;
+      return launch_axis_lists(params, stream);
 #endif
     case AxisStage::kMma:
-      ULTRAMEM_RETURN_IF_ERROR(launch_axis_mma(params, stream));
-      break;
+      return launch_axis_mma(params, stream);
     default:
-      ULTRAMEM_RETURN_IF_ERROR(launch_axis_generic(params, stream));
+      return launch_axis_generic(params, stream);
   }
-  return launch_grid(params, stream, stage != AxisStage::kGeneric);
+}
+
+Status product_key_topk_fwd_grid(const ProductKeyTopkParams& params, Stream stream) {
+  ULTRAMEM_RETURN_IF_ERROR(check_product_key_topk(params));
+  if (params.num_tokens == 0) return {};
+  return launch_grid(params, stream, axis_stage(params) != AxisStage::kGeneric);
+}
+
+Status product_key_topk_fwd(const ProductKeyTopkParams& params, Stream stream) {
+  ULTRAMEM_RETURN_IF_ERROR(product_key_topk_fwd_axes(params, stream));
+  return product_key_topk_fwd_grid(params, stream);
 }
 
 }  // namespace ultramem::cuda

@@ -101,19 +101,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> product_key_topk(
   params.axis_topk = static_cast<int32_t>(axis_topk);
 
   const int64_t T = params.num_tokens, H = params.num_heads;
-  Tensor scores = context.empty({T, H, topk, params.num_cores}, acc);
-  Tensor indices = context.empty({T, H, topk}, ScalarType::Long);
   Tensor axis_indices = context.empty({T, H, 2, axis_topk}, ScalarType::Int);
   Tensor axis_scores = context.empty({T, H, 2, params.tucker_rank, axis_topk}, acc);
+  params.axis_indices = static_cast<int32_t*>(axis_indices.mutable_data_ptr());
+  params.axis_scores = axis_scores.mutable_data_ptr();
+#if defined(ULTRAMEM_WITH_CUDA)
+  // The workspace is given back before the outputs of the second half are allocated.
+  if (context.is_cuda()) {
+    Tensor workspace = context.workspace(cuda::product_key_topk_fwd_workspace(params));
+    params.workspace = workspace.mutable_data_ptr();
+    context.check(cuda::product_key_topk_fwd_axes(params, context.stream()));
+    params.workspace = nullptr;
+  }
+#endif
+  Tensor scores = context.empty({T, H, topk, params.num_cores}, acc);
+  Tensor indices = context.empty({T, H, topk}, ScalarType::Long);
   Tensor grid_positions = context.empty({T, H, topk}, ScalarType::Short);
   params.scores = scores.mutable_data_ptr();
   params.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
-  params.axis_indices = static_cast<int32_t*>(axis_indices.mutable_data_ptr());
-  params.axis_scores = axis_scores.mutable_data_ptr();
   params.grid_positions = static_cast<int16_t*>(grid_positions.mutable_data_ptr());
-  Tensor workspace = ULTRAMEM_WORKSPACE(context, product_key_topk_fwd_workspace, params);
+#if defined(ULTRAMEM_WITH_CUDA)
+  if (context.is_cuda()) {
+    context.check(cuda::product_key_topk_fwd_grid(params, context.stream()));
+    return {scores, indices, axis_indices, axis_scores, grid_positions};
+  }
+#endif
+  Tensor workspace =
+      context.workspace(cpu::product_key_topk_fwd_workspace(params, context.executor()));
   params.workspace = workspace.mutable_data_ptr();
-  context.check(ULTRAMEM_CALL(context, product_key_topk_fwd, params));
+  context.check(cpu::product_key_topk_fwd(params, context.executor()));
   return {scores, indices, axis_indices, axis_scores, grid_positions};
 }
 

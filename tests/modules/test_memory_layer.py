@@ -18,6 +18,7 @@ from module_cases import (
     to_numpy,
     tokens,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import ultramem_cuda as um
@@ -126,6 +127,34 @@ def test_leading_dimensions_empty_input_and_strides() -> None:
     strided = tokens(24, 3, 2).permute(2, 1, 0)
     assert not strided.is_contiguous()
     torch.testing.assert_close(layer(strided, table), layer(strided.contiguous(), table))
+
+
+class _Calls(TorchDispatchMode):
+    """Names of what is dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_gradient_of_x_is_begun_last() -> None:
+    """It is as large as the queries: it must not wait while retrieval makes their gradients."""
+    layer, table = layer_and_table()
+    out = layer(tokens(9, 24).requires_grad_(), table)
+    with _Calls() as calls:
+        out.sum().backward()
+    begun = calls.names.index("ultramem::tucker_query_bwd")
+    # Two products of value_proj come before, and those of pre_proj after.
+    products = [i for i, name in enumerate(calls.names) if name == "aten::mm"]
+    assert len(products) == 4
+    assert sum(i < begun for i in products) == 2
+    assert calls.names.index("ultramem::product_key_topk_bwd") < begun
 
 
 def test_wrong_width_and_layer_index() -> None:

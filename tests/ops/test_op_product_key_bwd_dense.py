@@ -55,6 +55,7 @@ CASES = {
     "rank_3": Case(281, 100, 96, 10, 30, rank=3, heads=2, cores=3),
     "rank_4_shared": Case(300, 128, 40, 16, 64, rank=4, heads=2, shared_query=True, cores=4),
     "many_kept": Case(300, 180, 104, 128, 768),
+    "more_kept_than_query": Case(300, 400, 40, 128, 64, rank=4, shared_query=True),
     "additive": Case(500, 170, 64, 20, 20, rank=1, heads=2, cores=1, mode="additive"),
 }
 # Blocks take many tiles, or share one between many.
@@ -102,7 +103,7 @@ def test_large_shapes(name: str) -> None:
 @pytest.mark.gpu
 def test_peak_memory() -> None:
     """Of a forward and backward at shape S, beyond inputs, outputs and gradients: 7 MB saved for
-    the backward and 21 MB of its workspace."""
+    the backward and 4 MB of its workspace: the rest is where the gradient of the query goes."""
     leaves = trainable(make_inputs(Case(8192, 1138, 192, 32, 32), "cuda", torch.bfloat16))
     for _ in range(2):  # the first may allocate what is kept
         before = torch.cuda.memory_allocated()
@@ -113,7 +114,7 @@ def test_peak_memory() -> None:
         peak = torch.cuda.max_memory_allocated() - before
         peak -= sum(tensor.nbytes for tensor in (scores, indices, upstream, *grads))
         del scores, indices, upstream, grads
-    assert peak <= 30e6
+    assert peak <= 14e6
 
 
 @pytest.mark.parametrize("exponent", [-60, -20, 12, 60])

@@ -70,7 +70,8 @@ struct ProductKeyTopkParams {
 };
 
 // Reads query, keys, core, axis_indices, axis_scores and grid_positions of the forward; writes no
-// output of it. Selection is not differentiated. Null gradients are not computed.
+// output of it. Selection is not differentiated. Null gradients are not computed. What lies where
+// grad_query goes is scratch memory until the end.
 //
 // What is not finite stays with the tokens and keys that hold it: an infinite or NaN dS, query or
 // key spoils the gradients of that token and of the keys that it kept, and no other. The CUDA
@@ -99,6 +100,11 @@ RetrievalPath product_key_topk_fwd_path(const ProductKeyTopkParams& params, int 
                                         const char** reason = nullptr);
 size_t product_key_topk_fwd_workspace(const ProductKeyTopkParams& params);
 Status product_key_topk_fwd(const ProductKeyTopkParams& params, Stream stream);
+// Its two halves, one after the other on a stream. The first leaves axis_indices and axis_scores;
+// the second needs no workspace, whose memory may be that of scores, indices and grid_positions,
+// which the first does not touch.
+Status product_key_topk_fwd_axes(const ProductKeyTopkParams& params, Stream stream);
+Status product_key_topk_fwd_grid(const ProductKeyTopkParams& params, Stream stream);
 size_t product_key_topk_bwd_workspace(const ProductKeyTopkBwdParams& params);
 Status product_key_topk_bwd(const ProductKeyTopkBwdParams& params, Stream stream);
 }  // namespace cuda
