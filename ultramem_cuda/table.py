@@ -19,6 +19,9 @@ _PARAMETER_ATTRIBUTE = "_ultramem_table"
 # Rows that are scaled in float64 at once.
 _ROWS_AT_ONCE = 1 << 16
 
+# Those of this package, whose states may hold copies of a table's parameters.
+live_optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
 
 class _TableReference:
     """What a parameter knows its table by. In a pickle it is an empty OrderedDict, which
@@ -38,7 +41,7 @@ def table_of(parameter: Tensor) -> MemoryTable | None:
 
 
 @torch.no_grad()
-def _write_scaled(to: Tensor, rows: Tensor, scale: Tensor) -> None:
+def write_scaled(to: Tensor, rows: Tensor, scale: Tensor) -> None:
     """to = rows * scale, rounded once from float64, of which there is never a whole table."""
     scale = scale.to(rows.device, torch.float64)
     for out, part in zip(to.split(_ROWS_AT_ONCE), rows.split(_ROWS_AT_ONCE), strict=True):
@@ -90,10 +93,10 @@ class MemoryTable(nn.Module):
         scale: with ``grad_mode="deferred"`` a buffer, float64 [2], else None. The layers take
             ``values * scale[0]`` and ``pre_values * scale[1]``: these products, the effective
             weights, are what is trained. Weight decay is a step's multiplication of the scale,
-            exact for every row whether read or not; it is one until there is some and then between
-            2^-8 and 1, so that effective weights of float16 tables must stay below 255. Whoever
-            reads, writes or averages the parameters themselves, or steps them with an optimizer of
-            their own, must heed it; see :meth:`fold_scale`.
+            exact for every row whether read or not; it is one until there is some, and steps keep
+            it between 2^-8 and 1, so that effective weights of float16 tables must stay below 255.
+            Whoever reads, writes or averages the parameters themselves, or steps them with an
+            optimizer of their own, must heed it; see :meth:`fold_scale`.
         factors: a :class:`~ultramem_cuda.factors.GradientFactors` with ``grad_mode="deferred"``,
             else None. Its gradients are those of the effective weights.
 
@@ -117,10 +120,13 @@ class MemoryTable(nn.Module):
     copy, a pickle and a table moved to another device or dtype have none.
 
     The scale is part of the state dict and stays float64 when the table is moved to another dtype.
-    Either kind of table loads the state dict of the other: weights without a scale are taken for
-    those of a scale of one, and a dense table loads the effective weights. (``master_weights`` in
-    the state of a deferred table's optimizer are in units of its scale: no dense table can go on
-    from them.)
+    Either kind of table loads the state dict of the other: a dense one the effective weights, a
+    deferred one takes all the weights without a scale for those of a scale of one. Parts of a state
+    dict, loaded one after the other (``strict=False``), must bring the scale with the last of the
+    weights or after them. Some of the weights alone leave the scale as it is, and it is reported as
+    missing; a scale that comes with some of the weights leaves the entry of those that never came.
+    A dense table needs weights and scale together: a scale without all of them is reported as
+    unexpected.
 
     Raises:
         TypeError, ValueError: naming the argument, what it was and what it must be.
@@ -175,8 +181,8 @@ class MemoryTable(nn.Module):
         else:
             self.register_parameter("pre_values", None)
         self._config: UltraMemConfig | None = None
-        # An optimizer keeps float32 copies of the parameters, which stand for the same products.
-        self.has_master = False
+        # Which of the two weights were loaded without the scale that is still to come.
+        self._awaits_scale = [False, False]
         self._register_scale()
         self.factors = None
         if grad_mode == "deferred":
@@ -226,6 +232,7 @@ class MemoryTable(nn.Module):
             self.pre_values.normal_(0.0, self.init_std)
         if self.scale is not None:
             self.scale.fill_(1.0)
+        self._awaits_scale = [False, False]
 
     @torch.no_grad()
     def fold_scale(self) -> None:
@@ -234,12 +241,12 @@ class MemoryTable(nn.Module):
         For those who read the parameters themselves. A dense table has nothing to fold.
 
         Raises:
-            RuntimeError: an optimizer keeps float32 copies of the parameters (``master_weights``),
-                which would not follow: fold a ``copy.deepcopy`` of the table.
+            RuntimeError: an optimizer that still exists keeps float32 copies of the parameters
+                (``master_weights``), which would not follow: fold a ``copy.deepcopy`` of the table.
         """
         if self.scale is None:
             return
-        if self.has_master:
+        if self._has_master():
             raise RuntimeError(
                 "fold_scale: the master_weights of an optimizer would not follow; fold a "
                 "copy.deepcopy of the table, or load its state dict into a table with "
@@ -247,8 +254,16 @@ class MemoryTable(nn.Module):
             )
         for parameter, scale in zip((self.values, self.pre_values), self.scale, strict=True):
             if parameter is not None:
-                _write_scaled(parameter, parameter, scale)
+                write_scaled(parameter, parameter, scale)
         self.scale.fill_(1.0)
+
+    def _has_master(self) -> bool:
+        """An optimizer keeps float32 copies of the parameters, in units of the same scale."""
+        return any(
+            "master" in optimizer.state.get(parameter, {})
+            for optimizer in list(live_optimizers)
+            for parameter in self.parameters()
+        )
 
     def reserve(
         self,
@@ -312,7 +327,8 @@ class MemoryTable(nn.Module):
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"factors": None, "_config": None, **state, "has_master": False})
+        defaults = {"factors": None, "_config": None, "_awaits_scale": [False, False]}
+        super().__setstate__({**defaults, **state})
         if "scale" not in self._buffers:  # of an older version
             self._register_scale()
         self._introduce(self.values, self.pre_values)
@@ -320,37 +336,68 @@ class MemoryTable(nn.Module):
             self.factors._move(self.values.device, self.values.dtype)
             _foreign_optimizers.watch()
 
-    def _loaded_scale(self, weights: list[Tensor | None]) -> Tensor:
-        """One for weights that come without a scale; those that do not come keep theirs."""
+    def _loaded_scale(self, scale: Tensor, came: list[bool]) -> Tensor:
+        """What comes with these weights or after them; an entry whose weights never came stays."""
         assert self.scale is not None
-        device = next((rows.device for rows in weights if rows is not None), self.scale.device)
-        scale = torch.ones(2, dtype=torch.float64, device=device)
-        mine = (self.values, self.pre_values)
-        for i, (parameter, rows) in enumerate(zip(mine, weights, strict=True)):
-            if parameter is not None and rows is None and not self.scale.is_meta:
-                scale[i] = self.scale[i]
+        scale = scale.detach().double()
+        if any(came) and not self.scale.is_meta:
+            scale = scale.clone()
+            mine = (self.values, self.pre_values)
+            for i, parameter in enumerate(mine):
+                if parameter is not None and not (came[i] or self._awaits_scale[i]):
+                    scale[i] = self.scale[i]
+        self._awaits_scale = [False, False]
         return scale
 
     def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         state_dict = dict(state_dict)
         key = prefix + "scale"
-        names = (prefix + "values", prefix + "pre_values")
-        weights = [state_dict.get(name) for name in names]
+        mine = {prefix + "values": self.values, prefix + "pre_values": self.pre_values}
+        came = [name in state_dict for name in mine]
+        all_came = all(name in state_dict for name, own in mine.items() if own is not None)
+        scale = state_dict.get(key)
+        well_formed = isinstance(scale, Tensor) and scale.shape == (2,)
         if self.scale is not None:
-            scale = state_dict.get(key)
-            state_dict[key] = (
-                self._loaded_scale(weights) if scale is None else scale.detach().double()
-            )
-        elif (scale := state_dict.pop(key, None)) is not None:
+            if well_formed:
+                state_dict[key] = self._loaded_scale(scale, came)
+            elif key not in state_dict and all_came:
+                device = getattr(state_dict[prefix + "values"], "device", self.scale.device)
+                state_dict[key] = torch.ones(2, dtype=torch.float64, device=device)
+                self._awaits_scale = [False, False]
+            elif key not in state_dict:
+                self._awaits_scale = [a or b for a, b in zip(self._awaits_scale, came, strict=True)]
+        elif well_formed:
             assign = local_metadata.get("assign_to_params_buffers", False)
-            for name, rows, factor in zip(names, weights, scale, strict=True):
-                if rows is not None:
-                    dtype = rows.dtype if assign else self.values.dtype
+            for (name, own), factor in zip(mine.items(), scale, strict=True):
+                rows = state_dict.get(name)
+                if own is not None and isinstance(rows, Tensor) and rows.shape == own.shape:
+                    dtype = rows.dtype if assign else own.dtype
                     state_dict[name] = torch.empty_like(rows, dtype=dtype, requires_grad=False)
-                    _write_scaled(state_dict[name], rows, factor)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+                    write_scaled(state_dict[name], rows, factor)
+            if all_came:
+                del state_dict[key]
+        elif key in state_dict:
+            got = list(scale.shape) if isinstance(scale, Tensor) else type(scale)
+            error_msgs.append(f"size mismatch for {key}: must be a tensor of shape [2], got {got}.")
+            return
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
 
     def scale_of(self, parameter: Tensor) -> Tensor | None:
         """That of one of the parameters, a scalar view."""

@@ -98,11 +98,16 @@ ULTRAMEM_UPDATE_FUNCTION double decay_scale(double keep, double* table_scale) {
   return rescale;
 }
 
-// Counts the step and decays the table's scale, unless found_inf says that there is no step.
+// Counts the step and decays the table's scale, unless there is no step: found_inf says so, or
+// nothing would be left of the scale, which could never come back, or it would grow.
 template <typename Acc>
 ULTRAMEM_UPDATE_FUNCTION UpdateScalars<Acc> prepare_update(const TableUpdateParams& p) {
   UpdateScalars<Acc> s;
-  s.skip = p.found_inf != nullptr && *p.found_inf != 0.0f;
+  double lr = p.learning_rate;
+  if (p.lr != nullptr) lr = mul(lr, static_cast<double>(*p.lr));
+  double keep = add(1.0, -mul(lr, p.weight_decay));
+  s.skip = (p.found_inf != nullptr && *p.found_inf != 0.0f) ||
+           (decays_scale(p) && !(keep > 0 && keep <= 1));
   const float step = s.skip ? *p.step : *p.step + 1.0f;
   *p.step = step;
   s.step = static_cast<uint32_t>(step);
@@ -110,12 +115,10 @@ ULTRAMEM_UPDATE_FUNCTION UpdateScalars<Acc> prepare_update(const TableUpdatePara
   double scale = 1;
   if (p.grad_scale != nullptr) scale = *p.grad_scale;
   if (p.loss_scale != nullptr) scale = div(scale, static_cast<double>(*p.loss_scale));
-  double lr = p.learning_rate;
-  if (p.lr != nullptr) lr = mul(lr, static_cast<double>(*p.lr));
   const bool adam = p.optimizer == TableOptimizer::kAdam;
   const double correction1 = adam ? add(1.0, -power(p.beta1, s.step)) : 1.0;
   const double correction2 = adam ? add(1.0, -power(p.beta2, s.step)) : 1.0;
-  double keep = add(1.0, -mul(lr, p.weight_decay)), step_size = div(lr, correction1), rescale = 1;
+  double step_size = div(lr, correction1), rescale = 1;
   if (p.scale != nullptr) {
     if (decays_scale(p) && !s.skip) rescale = decay_scale(keep, p.scale);
     step_size = div(step_size, *p.scale);

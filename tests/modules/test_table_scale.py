@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 from collections.abc import Callable
 
@@ -75,10 +76,11 @@ def test_a_pickle_from_before_there_was_one() -> None:
     table = make("deferred")
     state = table.__dict__.copy()
     state["_buffers"] = {}
-    del state["has_master"]
+    del state["_awaits_scale"]
     old = um.MemoryTable.__new__(um.MemoryTable)
     old.__setstate__(state)
     assert torch.equal(old.scale, torch.ones(2, dtype=torch.float64))
+    old.load_state_dict({"values": table.values}, strict=False)
 
 
 def test_layers_see_effective_weights() -> None:
@@ -136,12 +138,90 @@ def test_a_state_without_one_on_meta() -> None:
     assert torch.equal(parts.scale, SCALE)
 
 
-def test_weights_that_are_not_loaded_keep_theirs() -> None:
+PARTS = [
+    *itertools.permutations([("values",), ("pre_values",), ("scale",)]),
+    [("values",), ("pre_values", "scale")],
+    [("pre_values",), ("values", "scale")],
+    [("values", "pre_values"), ("scale",)],
+]
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("parts", PARTS, ids=str)
+def test_a_state_in_parts(parts: list[tuple[str, ...]], assign: bool) -> None:
+    state = make("deferred").state_dict()
+    table = make("deferred", scaled=False)
+    for table_of_another_scale in (False, True):
+        if table_of_another_scale:
+            table.scale.copy_(torch.tensor([0.25, 0.125]))
+        for part in parts:
+            there = {name: state[name].clone() for name in part}
+            report = table.load_state_dict(there, strict=False, assign=assign)
+            if "values" not in part or "pre_values" not in part:
+                assert ("scale" in report.missing_keys) == ("scale" not in part)
+        assert torch.equal(table.scale, SCALE)
+        assert all(torch.equal(table.state_dict()[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_weights_that_are_not_loaded_keep_theirs(assign: bool) -> None:
     table, dense = make("deferred"), make("dense")
     table.load_state_dict({}, strict=False)
     assert torch.equal(table.scale, SCALE)
-    table.load_state_dict({"values": dense.values}, strict=False)
-    assert table.scale.tolist() == [1.0, 0.7]
+    report = table.load_state_dict({"values": dense.values}, strict=False, assign=assign)
+    assert report.missing_keys == ["pre_values", "scale"]
+    assert torch.equal(table.scale, SCALE)
+
+    table, scale = make("deferred"), torch.tensor([0.5, 0.25], dtype=torch.float64)
+    before = effective(table)[1]
+    part = {"values": dense.values, "scale": scale}
+    report = table.load_state_dict(part, strict=False, assign=assign)
+    assert report.missing_keys == ["pre_values"]
+    assert table.scale.tolist() == [0.5, 0.7]
+    assert scale.tolist() == [0.5, 0.25]
+    assert torch.equal(effective(table)[1], before)
+
+
+def test_without_pre_values() -> None:
+    torch.manual_seed(0)
+    table, other = (um.MemoryTable(9, 4, grad_mode="deferred") for _ in range(2))
+    table.scale.copy_(SCALE)
+    other.load_state_dict(table.state_dict())
+    assert torch.equal(other.scale, SCALE)
+    other.load_state_dict({"values": table.values})
+    assert other.scale.tolist() == [1.0, 1.0]
+
+
+def test_a_dense_table_takes_weights_and_scale_together() -> None:
+    table, dense = make("deferred"), make("dense")
+    state = table.state_dict()
+    report = dense.load_state_dict({"scale": state["scale"]}, strict=False)
+    assert report.unexpected_keys == ["scale"]
+    part = {"values": state["values"], "scale": state["scale"]}
+    report = dense.load_state_dict(part, strict=False)
+    assert report.unexpected_keys == ["scale"]
+    assert report.missing_keys == ["pre_values"]
+    assert torch.equal(dense.values, effective(table)[0].float())
+
+
+@pytest.mark.parametrize("grad_mode", ["dense", "deferred"])
+@pytest.mark.parametrize(
+    "scale", [torch.ones(3), torch.ones(2, 1), torch.ones(()), [1.0, 1.0], 2.0], ids=str
+)
+def test_a_malformed_scale(grad_mode: str, scale: object) -> None:
+    model = nn.ModuleDict({"table": make(grad_mode)})
+    state = {**model.state_dict(), "table.scale": scale}
+    message = r"size mismatch for table\.scale|parameter named \"table\.scale\", expected torch"
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=message):
+            model.load_state_dict(state, strict=strict)
+
+
+@pytest.mark.parametrize("values", [torch.ones(()), torch.ones(3, 4), 2.0], ids=str)
+def test_malformed_values_with_a_scale(values: object) -> None:
+    state = {**make("deferred").state_dict(), "values": values}
+    with pytest.raises(RuntimeError, match=r'size mismatch for values|parameter named "values"'):
+        make("dense").load_state_dict(state)
 
 
 @pytest.mark.parametrize("assign", [False, True])

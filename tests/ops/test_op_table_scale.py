@@ -200,6 +200,46 @@ def test_a_graph_reads_the_scale_at_replay() -> None:
         assert torch.equal(out, expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_backward_of_a_graph_reads_the_scale_at_replay(dtype: torch.dtype) -> None:
+    inputs = Inputs(FIXED["layer"], "cuda", dtype)
+    scale = torch.ones(2, dtype=torch.float64, device="cuda")
+    leaves = [x.detach().clone().requires_grad_() for x in inputs.tensors]
+    upstream = inputs.run(scale, None)[1]
+
+    def run(factors: GradientFactors) -> tuple[Tensor, ...]:
+        out = ops.value_ffn(
+            inputs.indices,
+            *leaves,
+            addressing=inputs.addressing,
+            table_scale=scale,
+            factors=factors,
+            **inputs.options,
+        )
+        return torch.autograd.grad(out, leaves[::3], upstream)
+
+    captured, eager = inputs.factors(), inputs.factors()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(captured)
+    torch.cuda.current_stream().wait_stream(stream)
+    captured.clear()
+    captured.reserve(inputs.case.tokens)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        grads = run(captured)
+    for factors in ((1.0, 1.0), (0.3, 0.7), (0.01, 0.5)):
+        scale.copy_(torch.tensor(factors))
+        captured.clear()
+        eager.clear()
+        graph.replay()
+        assert all(map(torch.equal, grads, run(eager)))
+        for part in ("slots", "weights", "grad_a", "groups", "grad_outs", "pre_inputs"):
+            assert same(getattr(captured, part), getattr(eager, part))
+
+
 # ---- refusals ------------------------------------------------------------------------------------
 
 

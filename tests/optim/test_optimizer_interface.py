@@ -66,11 +66,12 @@ def test_state_dict_round_trip(kind: str, dtype: torch.dtype) -> None:
     other.load_state_dict(loaded["optimizer"])
     params = [*table.parameters(), dense]
     other_params = [*other_table.parameters(), other_dense]
-    for param, other_param in zip(params, other_params, strict=True):
-        assert optimizer.state[param].keys() == other.state[other_param].keys()
-        for name, value in optimizer.state[param].items():
-            assert other.state[other_param][name].dtype == value.dtype
-            assert torch.equal(other.state[other_param][name], value)
+    states, other_states = optimizer.state_dict()["state"], other.state_dict()["state"]
+    for state, other_state in zip(states.values(), other_states.values(), strict=True):
+        assert state.keys() == other_state.keys()
+        for name, value in state.items():
+            assert other_state[name].dtype == value.dtype
+            assert torch.equal(other_state[name], value)
 
     train(table, dense, optimizer, 2)
     train(other_table, other_dense, other, 2)

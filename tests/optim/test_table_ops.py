@@ -55,6 +55,33 @@ def test_update(device: str, dense: bool, scaled: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("lr", [1.0, 1.5, -0.1, float("inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_is_never_lost(device: str, dtype: torch.dtype, lr: float) -> None:
+    """Where 1 - lr * weight_decay is not in (0, 1] there is no step."""
+    values, arguments = factored_args(device)
+    values = values.to(dtype)
+    master = values.float() if dtype == torch.bfloat16 else None
+    step, scale = torch.zeros((), device=device), torch.full((), 0.25, dtype=torch.float64)
+    states = [master, torch.zeros_like(values), torch.zeros_like(values), None, step]
+    changed = [values, *(t for t in states if t is not None), scale := scale.to(device)]
+    before = [tensor.clone() for tensor in changed]
+
+    def update(lr: float, weight_decay: float) -> None:
+        options = (torch.tensor(lr, device=device), None, None, None, 1.0, 0.9, 0.99, 1e-8)
+        torch.ops.ultramem.table_update(
+            *("adam", values, *states, scale, None, *arguments, *options),
+            *(weight_decay, False, 0, 0),
+        )
+
+    update(lr, 1.0)
+    assert all(map(torch.equal, changed, before))
+    update(0.5, 1.0)
+    assert scale.item() == 0.125
+    assert step.item() == 1.0
+    assert not torch.equal(values, before[0])
+
+
 @pytest.mark.parametrize(
     ("num_rows", "count"), [(1, 5), (20, 1), (20, 300), (100_000, 5000), (7, 40_000)]
 )

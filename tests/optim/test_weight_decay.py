@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -168,9 +170,112 @@ def test_a_copy_of_a_table_with_a_master_can_be_folded() -> None:
         array(twin.values), array(torch.from_numpy(expected).to(torch.bfloat16))
     )
     other = deferred_table(data, 40, 24, dtype=torch.bfloat16)
-    um.optim.MemorySGD(other.parameters()).load_state_dict(optimizer.state_dict())
+    other_optimizer = um.optim.MemorySGD(other.parameters())
+    other.fold_scale()
+    other_optimizer.load_state_dict(optimizer.state_dict())
     with pytest.raises(RuntimeError, match="fold_scale: the master_weights of an optimizer"):
         other.fold_scale()
+
+
+def through_torch_save(what: Any) -> Any:
+    saved = io.BytesIO()
+    torch.save(what, saved)
+    saved.seek(0)
+    return torch.load(saved, weights_only=False)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, through_torch_save])
+def test_a_copy_of_a_table_and_its_optimizer_cannot_be_folded(how: Callable[[Any], Any]) -> None:
+    data = Data(2)
+    table = deferred_table(data, 40, 24, 16, dtype=torch.bfloat16)
+    optimizer = um.optim.MemorySGD(
+        table.parameters(), lr=0.1, weight_decay=1.0, master_weights=True
+    )
+    fill(table, data, 5, 4)
+    optimizer.step()
+    table.factors = None  # those of tests cannot be copied
+    for one, two in ((table, optimizer), (optimizer, table)):
+        copies = how((one, two))
+        twin, theirs = copies if one is table else copies[::-1]
+        del copies
+        assert theirs.param_groups[0]["params"][0] is twin.values
+        with pytest.raises(RuntimeError, match="fold_scale: the master_weights of an optimizer"):
+            twin.fold_scale()
+        assert twin.scale.tolist() == pytest.approx([0.9, 0.9])
+        del theirs
+        gc.collect()
+        twin.fold_scale()
+        assert twin.scale.tolist() == [1.0, 1.0]
+    with pytest.raises(RuntimeError, match="fold_scale: the master_weights of an optimizer"):
+        table.fold_scale()
+    del optimizer, one, two
+    gc.collect()
+    table.fold_scale()
+    assert table.scale.tolist() == [1.0, 1.0]
+
+
+@KINDS
+@pytest.mark.parametrize("optimizer_first", [False, True])
+@pytest.mark.parametrize("into", ["its own", "deferred, of scale one", "dense"])
+def test_masters_load_into_any_scale(
+    device: str, kind: str, optimizer_first: bool, into: str
+) -> None:
+    data = Data(13, device)
+    table = deferred_table(data, 40, 24, 16, dtype=torch.bfloat16)
+    options = options_of(kind, lr=0.25, weight_decay=3.5, master_weights=True)
+    optimizer = OPTIMIZERS[kind](table.parameters(), **options)
+    fill(table, data, 5, 4)
+    optimizer.step()
+    assert table.scale.tolist() == [0.125, 0.125]
+    table_state, state = table.state_dict(), optimizer.state_dict()
+    assert [s["master_scale"].item() for s in state["state"].values()] == [0.125, 0.125]
+    assert all("master_scale" not in s for s in optimizer.state.values())
+
+    dense = um.MemoryTable(40, 24, 16, dtype=torch.bfloat16, device=device)
+    if into != "its own":
+        dense.load_state_dict(table_state)
+        table_state = dense.state_dict()
+    other = dense if into == "dense" else deferred_table(data, 40, 24, 16, dtype=torch.bfloat16)
+    other_optimizer = OPTIMIZERS[kind](other.parameters(), **options)
+    if optimizer_first:
+        other_optimizer.load_state_dict(state)
+        other.load_state_dict(table_state)
+    else:
+        other.load_state_dict(table_state)
+        other_optimizer.load_state_dict(state)
+    again = other_optimizer.state_dict()["state"]
+    assert [s["master_scale"].item() for s in again.values()] == [0.125, 0.125]
+
+    before = [p.detach().clone() for p in other.parameters()]
+    if into == "dense":
+        for param in other.parameters():
+            param.grad = torch.zeros_like(param)
+    else:
+        fill(other, data, 5, 4)
+    other_optimizer.param_groups[0].update(lr=0.0)
+    other_optimizer.step()
+    assert all(map(torch.equal, other.parameters(), before))
+    scale = 0.125 if into == "its own" else 1.0
+    for param, name in zip(other.parameters(), ("values", "pre_values"), strict=True):
+        mine = optimizer.state[getattr(table, name)]["master"] * 0.125
+        assert torch.equal(other_optimizer.state[param]["master"] * scale, mine)
+    now = other_optimizer.state_dict()["state"]
+    assert [s["master_scale"].item() for s in now.values()] == [scale, scale]
+
+
+def test_a_state_from_before_there_was_a_master_scale() -> None:
+    data = Data(14)
+    table = deferred_table(data, 40, 24, dtype=torch.bfloat16)
+    optimizer = um.optim.MemorySGD(table.parameters(), lr=0.1, master_weights=True)
+    fill(table, data, 5, 4)
+    optimizer.step()
+    state = optimizer.state_dict()
+    del state["state"][0]["master_scale"]
+    before = optimizer.state[table.values]["master"].clone()
+    optimizer.load_state_dict(state)
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    assert torch.equal(optimizer.state[table.values]["master"], before)
 
 
 @KINDS
@@ -290,7 +395,7 @@ def test_each_parameter_has_its_own(device: str) -> None:
 def test_decay_that_leaves_nothing_is_refused(kind: str) -> None:
     data = Data(11)
     table = deferred_table(data, 30, 16)
-    message = r"weight_decay: lr \* weight_decay must be below 1 .* got 0\.5 \* 2\.0"
+    message = r"weight_decay: lr \* weight_decay must be .* below 1 .* got 0\.5 \* 2\.0"
     for lr in (0.5, torch.tensor(0.5)):
         with pytest.raises(ValueError, match=message):
             OPTIMIZERS[kind](table.parameters(), lr=lr, weight_decay=2.0)
@@ -300,9 +405,60 @@ def test_decay_that_leaves_nothing_is_refused(kind: str) -> None:
     before = table.values.detach().clone()
     with pytest.raises(ValueError, match=message):
         optimizer.step()
+    optimizer.param_groups[0].update(lr=-0.1)
+    with pytest.raises(ValueError, match=r"weight_decay: .* must be at least 0"):
+        optimizer.step()
+    optimizer.param_groups[0].update(lr=0.1, weight_decay=-5.0)
+    with pytest.raises(ValueError, match=r"weight_decay: must be finite and not negative, got -5"):
+        optimizer.step()
     assert torch.equal(table.values, before)
+    assert table.scale.tolist() == [1.0, 1.0]
     dense = torch.nn.Parameter(torch.ones(2, 2))
     OPTIMIZERS[kind]([dense], lr=0.5, weight_decay=2.0)
+
+
+def test_a_learning_rate_is_looked_at_in_float32() -> None:
+    lr = torch.tensor(1.0 - 1e-9, dtype=torch.float64)
+    table = deferred_table(Data(11), 30, 16)
+    with pytest.raises(ValueError, match=r"below 1 .* got 1\.0 \* 1\.0"):
+        um.optim.MemorySGD(table.parameters(), lr=lr, weight_decay=1.0)
+
+
+@pytest.mark.gpu
+@KINDS
+@pytest.mark.parametrize("lr", [1.0, 1.5, -0.1, math.inf, math.nan])
+def test_a_learning_rate_on_a_gpu_that_leaves_nothing_is_skipped(kind: str, lr: float) -> None:
+    data = Data(15, "cuda")
+    table = deferred_table(data, 40, 24, 16)
+    rate = torch.tensor(lr, device="cuda")
+    optimizer = OPTIMIZERS[kind](table.parameters(), lr=rate, weight_decay=1.0)
+    before = [tensor.clone() for tensor in table.state_dict().values()]
+    fill(table, data, 5, 4)
+    optimizer.step()
+    assert all(map(torch.equal, table.state_dict().values(), before))
+    assert optimizer.state[table.values]["step"].item() == 0.0
+    rate.fill_(0.5)
+    optimizer.step()
+    assert table.scale.tolist() == [0.5, 0.5]
+    optimizer.param_groups[0]["weight_decay"] = -1.0
+    with pytest.raises(ValueError, match="weight_decay: must be finite and not negative"):
+        optimizer.step()
+
+
+def test_decay_of_factors_needs_a_scale() -> None:
+    data = Data(16)
+    table = um.MemoryTable(40, 24, 16)
+    table.grad_mode = "deferred"
+    table.factors = deferred_table(data, 40, 24, 16).factors
+    fill(table, data, 5, 4)
+    optimizer = um.optim.MemorySGD(table.parameters(), lr=0.1, weight_decay=1.0)
+    before = table.values.detach().clone()
+    with pytest.raises(RuntimeError, match="step: weight_decay of a table with factors needs"):
+        optimizer.step()
+    assert torch.equal(table.values, before)
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    optimizer.step()
+    assert not torch.equal(table.values, before)
 
 
 @pytest.mark.gpu

@@ -60,7 +60,9 @@ def value_ffn(
             CUDA graph does at every replay. Where the tables train it needs factors, which are then
             those of the gradients of these products.
         factors: deferred gradients of the tables: where one of them trains, the backward appends
-            the factors of their gradients there and gives the tables none.
+            the factors of their gradients there and gives the tables none. Those of a MemoryTable
+            go with ``table_scale=table.scale``: without it this is the function, and these are the
+            gradients, of the parameters as they are, not of the effective weights.
 
     Returns:
         out [T, Dv], or [T, E, Dv] with sum_groups=False; dtype of pre_input, else of values.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import _library
-from ..table import MemoryTable
+from ..table import MemoryTable, live_optimizers, write_scaled
 from ._table_gradient import (
     deferred_table,
     dense_gradient,
@@ -40,14 +40,20 @@ class MemoryOptimizer(Optimizer):
 
     Parameters may be those of tables with deferred gradients, whose factors a step consumes, and
     any others, with ``.grad`` (or ``main_grad`` where that is None). A row, and its state, is read
-    and written once. With deferred gradients, rows that no token retrieved stay as they are; a
-    dense gradient touches all rows, as in torch.optim.
+    and written once. With deferred gradients a step goes over the rows that tokens retrieved alone;
+    a dense gradient touches all rows, as in torch.optim.
 
     Weight decay is decoupled. With deferred gradients p is the effective weight, parameter times
     ``table.scale``, and a step multiplies the scale by 1 - lr * weight_decay: that is the decay of
     every row, touched or not, and costs nothing. (A scale below 2^-8 goes back by a power of two,
     and all weights of the table with it, once in thousands of steps.) As in torch.optim, a step
-    that finds no gradient of a parameter, of a table no factors, does not decay it.
+    that finds no gradient of a parameter, of a table no factors, does not decay it. A learning rate
+    on a GPU for which lr * weight_decay is not in [0, 1), which a scale cannot follow, changes
+    nothing of the table, as if its gradients were not finite.
+
+    ``state_dict()`` saves the scale that master weights were in units of beside them, as
+    "master_scale" (one for parameters without a scale); after ``load_state_dict`` the next step
+    converts them to the parameter's scale, whether that was loaded before or after.
 
     ``step()`` leaves the factors to be cleared by ``zero_grad()``, which also zeroes ``main_grad``.
     Gradients that are scaled (``grad_scale``, ``found_inf``) are taken as torch's fused optimizers
@@ -61,6 +67,11 @@ class MemoryOptimizer(Optimizer):
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         _library.require()
         super().__init__(params, defaults)
+        live_optimizers.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        live_optimizers.add(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """See torch.optim.Optimizer.
@@ -100,15 +111,19 @@ class MemoryOptimizer(Optimizer):
             self._check_decay(group, param)
 
     def _check_decay(self, group: dict[str, Any], param: Tensor) -> None:
-        lr, weight_decay = group["lr"], group["weight_decay"]
-        # To look at a tensor on a GPU would be to wait for it.
-        if (isinstance(lr, Tensor) and not lr.is_cpu) or deferred_table(param) is None:
+        if deferred_table(param) is None:
             return
-        if not float(lr) * weight_decay < 1.0:
+        lr, weight_decay = group["lr"], group["weight_decay"]
+        _check_number("weight_decay", weight_decay)
+        if isinstance(lr, Tensor):
+            if not lr.is_cpu:
+                return  # to look at it would be to wait for the GPU
+            lr = float(lr.float())  # as the kernels take it
+        if not 0.0 <= lr * weight_decay < 1.0:
             raise ValueError(
-                "weight_decay: lr * weight_decay must be below 1 for a table with "
-                f"grad_mode='deferred', whose scale must stay positive, got {float(lr)} * "
-                f"{weight_decay}"
+                "weight_decay: lr * weight_decay must be at least 0 and below 1 for a table with "
+                "grad_mode='deferred', whose scale must stay positive and not grow, got "
+                f"{lr} * {weight_decay}"
             )
 
     def _check_size(self, param: Tensor) -> None:
@@ -140,8 +155,9 @@ class MemoryOptimizer(Optimizer):
             ValueError, TypeError: a parameter that CUDA does not offer, or a weight decay that a
                 table with deferred gradients does not.
             RuntimeError: a table's buffers overflowed, a gradient is sparse, a table with deferred
-                gradients has a ``.grad`` too, factors came after clipping, or factors that no
-                :class:`GradScaler` of this package has unscaled. Nothing has then been updated.
+                gradients has a ``.grad`` too, or weight decay but no scale, factors came after
+                clipping, or factors that no :class:`GradScaler` of this package has unscaled.
+                Nothing has then been updated.
         """
         loss = None
         if closure is not None:
@@ -188,6 +204,11 @@ class MemoryOptimizer(Optimizer):
                         )
                     if not has_entries(table) or factored_gradient(table, param) is None:
                         continue
+                    if table.scale is None and group["weight_decay"] != 0.0:
+                        raise RuntimeError(
+                            "step: weight_decay of a table with factors needs the table's scale, "
+                            "which it has where it was made with grad_mode='deferred'"
+                        )
                 else:
                     grad = dense_gradient(param)
                     if grad is None or param.numel() == 0:
@@ -257,7 +278,10 @@ class MemoryOptimizer(Optimizer):
             factored = (*cache.grouping, *gradient)
             grad_scale = cache.grad_scale
             scale = table.scale_of(param)
-            table.has_master |= "master" in state
+        if "master_scale" in state:  # loaded since the last step
+            ratio = state.pop("master_scale").cpu() / (1.0 if scale is None else scale.cpu())
+            if ratio != 1.0:
+                write_scaled(state["master"], state["master"], ratio)
 
         def on_device(scalar: Tensor | None) -> Tensor | None:
             return (
@@ -311,19 +335,34 @@ class MemoryOptimizer(Optimizer):
                     main_grad.zero_()
                     param.grad_added_to_main_grad = False
 
+    def _numbered(self, state_dict: dict[str, Any]) -> Iterator[tuple[Any, Tensor]]:
+        """The parameters with their numbers in a state dict."""
+        numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        return zip(numbers, params, strict=True)
+
+    @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with the "master_scale" of master weights."""
+        state_dict = super().state_dict()
+        for number, param in self._numbered(state_dict):
+            state = state_dict["state"].get(number, {})
+            if "master" in state and "master_scale" not in state:
+                table = deferred_table(param)
+                scale = None if table is None else table.scale_of(param)
+                if scale is None:
+                    scale = torch.ones((), dtype=torch.float64, device=param.device)
+                state_dict["state"][number] = {**state, "master_scale": scale.detach().clone()}
+        return state_dict
+
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but tensors keep the dtype that they were saved in."""
         super().load_state_dict(state_dict)
-        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for saved_id, param in zip(saved_ids, params, strict=True):
+        for saved_id, param in self._numbered(state_dict):
             for name, value in state_dict["state"].get(saved_id, {}).items():
                 if isinstance(value, Tensor):
                     self.state[param][name] = value.to(param.device, copy=True)
-            table = deferred_table(param)
-            if table is not None:
-                table.has_master |= "master" in self.state[param]
 
 
 def _check_number(name: str, value: Any) -> None:
@@ -355,8 +394,8 @@ class MemoryAdam(MemoryOptimizer):
         betas: decay rates of m and v, in [0, 1).
         eps: added to the root of v.
         weight_decay: p <- p * (1 - lr * weight_decay) before the update, of all rows. For tables
-            with deferred gradients lr * weight_decay must be below 1 (a learning rate that is a
-            tensor on a GPU is not looked at).
+            with deferred gradients lr * weight_decay must be below 1 (a step whose learning rate
+            is a tensor on a GPU does nothing to the table otherwise).
         state_dtype: of m and v: None (float32), torch.float32 or torch.bfloat16. float64
             parameters have float64 states.
         master_weights: keep a float32 copy of bfloat16 and float16 parameters, which are then

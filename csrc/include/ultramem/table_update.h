@@ -76,7 +76,8 @@ inline constexpr double kMinTableScale = 0x1p-8;
 //   Adagrad  s <- s + mean over the row of g^2;  p <- p - lr * g / (sqrt(s) + eps)
 //   SGD      p <- p - lr * g
 // With a scale, p is weight * scale. The decay is the scale's alone, which makes it that of every
-// row, and the weights of touched rows move by 1 / scale of what p does.
+// row, and the weights of touched rows move by 1 / scale of what p does. Where there is decay and
+// 1 - lr * weight_decay is not in (0, 1], nothing changes, as where found_inf is not 0.
 struct TableUpdateParams {
   TableGradient gradient;
   TableOptimizer optimizer = TableOptimizer::kSgd;
