@@ -44,7 +44,8 @@ STEP_FLOOR = (
     "bytes at 3.0 TB/s: touched rows * (Dv + Dp) * 2 * (2 + bytes of states an element) "
     "+ touched rows * 2 tables * 2 * bytes of states a row (weights and states read and written "
     "once) + entries * ((Dv + Dp) * 2 + 8 + 4C) (factors gathered) + entries * 48 (keys and "
-    "entries, 8 bytes, sorted in 3 passes, each read and written)"
+    "entries, 8 bytes, sorted in 3 passes, each read and written); with clipping + entries * (Dv + "
+    "Dp) * 2 (gathered once more, for the norm must be known before the first row is changed)"
 )
 # Of a parameter that torch's fused optimizer updates; the table is given to it in such parts.
 _PART_ELEMENTS = 1 << 30
@@ -334,16 +335,20 @@ OPTIMIZERS = {
 }
 
 
-def step_floor_bytes(shape: Shape, rows: int, entries: int, case: OptimizerCase) -> int:
+def step_floor_bytes(
+    shape: Shape, rows: int, entries: int, case: OptimizerCase, clipped: bool = False
+) -> int:
     """Bytes that a step cannot do without, for so many touched rows and retrieved slots.
 
     Weights (2 bytes an element) and states of each touched row are read and written once; of each
     entry two rows of factors are gathered (bfloat16), with its slot, its C weights and grad_a; and
     key and number of an entry, 8 bytes, are read and written by each of three passes of a sort.
+    Clipping gathers the rows of factors once more: the norm is that of whole rows, and must be
+    known before the first is changed.
     """
     dims = shape.value_dim + shape.pre_value_dim
     row_bytes = 2 * (dims * (2 + case.element_bytes) + 2 * case.row_bytes)
-    entry_bytes = 2 * dims + 8 + 4 * shape.num_cores + 8 * 2 * 3
+    entry_bytes = (4 if clipped else 2) * dims + 8 + 4 * shape.num_cores + 8 * 2 * 3
     return rows * row_bytes + entries * entry_bytes
 
 
@@ -396,7 +401,7 @@ def step_rows(settings: Settings, shape: Shape, wrong: list[str]) -> Iterator[Ro
             for what in ("step", "clip + step"):
                 ours = {"ours": timings[what]} if what in timings else {}
                 label = f"{name}, {what}, {slots}"
-                yield step_row(shape, label, ours | dense, counts, case, what == "step")
+                yield step_row(shape, label, ours | dense, counts, case, what != "step")
 
 
 def step_row(
@@ -405,21 +410,20 @@ def step_row(
     timings: dict[str, Timing],
     counts: dict[str, int],
     case: OptimizerCase,
-    has_target: bool,
+    clipped: bool,
 ) -> Row:
     """One step; its target is a multiple of its floor."""
-    floor_bytes = step_floor_bytes(shape, counts["rows"], counts["entries"], case)
+    floor_bytes = step_floor_bytes(shape, counts["rows"], counts["entries"], case, clipped)
     floor_us = floor_bytes / BANDWIDTH * 1e6
     note = f"floor {floor_us:.0f} us"
     if "ours" in timings:
         note = f"{timings['ours'].median_ms * 1e3 / floor_us:.2f}x the {note}"
-    has_target = has_target and is_standard(shape)
     return Row(
         shape.name,
         what,
         timings,
         ("dense",),
-        STEP_FLOOR_RATIO * floor_us if has_target else None,
+        STEP_FLOOR_RATIO * floor_us if is_standard(shape) else None,
         {},
         {**counts, "floor_bytes": floor_bytes},
         note,

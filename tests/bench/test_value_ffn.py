@@ -108,20 +108,25 @@ def test_floor_of_a_step() -> None:
         for name in ("MemorySGD", "MemoryAdagrad")
     )
     assert adagrad - sgd == rows * 2 * 4 * 2
+    clipped = cases.step_floor_bytes(shape, rows, entries, cases.OPTIMIZERS["MemorySGD"], True)
+    assert clipped - sgd == entries * 384 * 2
 
 
 def test_a_step_is_held_against_its_floor() -> None:
     case, counts = cases.OPTIMIZERS["MemorySGD"], {"layers": 20, "rows": 10**6, "entries": 0}
     floor_us = 10**6 * 384 * 4 / 3e12 * 1e6
     timings = {"ours": of(1.4 * floor_us), "dense": of(2.8 * floor_us)}
-    row = cases.step_row(SHAPES["S"], "MemorySGD", timings, counts, case, True)
+    row = cases.step_row(SHAPES["S"], "MemorySGD", timings, counts, case, False)
     assert row.target_us == pytest.approx(1.5 * floor_us)
     assert row.time_verdict() == "met"
     assert row.ratio("dense") == pytest.approx(2.0)
     assert row.note == "1.40x the floor 512 us"
     assert row.record()["sizes"] == {**counts, "floor_bytes": 10**6 * 384 * 4}
-    assert cases.step_row(SHAPES["S"], "clipped", timings, counts, case, False).target_us is None
-    assert cases.step_row(SMOKE, "step", {}, counts, case, True).target_us is None
+    counts["entries"] = 10**6
+    clipped = cases.step_row(SHAPES["S"], "clipped", timings, counts, case, True)
+    step = cases.step_row(SHAPES["S"], "step", timings, counts, case, False)
+    assert clipped.target_us == pytest.approx(step.target_us + 1.5 * 10**6 * 384 * 2 / 3e12 * 1e6)
+    assert cases.step_row(SMOKE, "step", {}, counts, case, False).target_us is None
 
 
 def test_amounts_are_held_against_targets() -> None:
