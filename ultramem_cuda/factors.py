@@ -515,6 +515,28 @@ class GradientFactors:
         return sparse(sums[0]), None if sums[1] is None else sparse(sums[1])
 
     @torch.no_grad()
+    def grad_norm(self) -> Tensor:
+        """The 2-norm of both gradients as one vector: a scalar on the device, in the accumulation
+        dtype. Nothing waits for the device, and no gradient table is made.
+
+        Exact: the entries of a row are summed before they are squared. ``optim.clip_grad_norm_``
+        counts the same with the gradients of a network, of parameters that are trained alone, and
+        with what scaled them before.
+        """
+        grouping = torch.ops.ultramem.table_group(self.slots, self.num_slots)
+        gradients = [(self.weights, self.groups, self.grad_outs)]
+        grad_a, pre_inputs = self.grad_a, self.pre_inputs
+        if grad_a is not None and pre_inputs is not None:
+            gradients.append((grad_a[:, None], None, pre_inputs[:, None]))
+        squares = [
+            torch.ops.ultramem.table_grad_sum_sq(
+                *grouping, *gradient, self.num_selected, self.num_slots
+            )
+            for gradient in gradients
+        ]
+        return torch.stack(squares).sum().sqrt().to(self.accumulation_dtype)
+
+    @torch.no_grad()
     def _sum(self, rows: Tensor, num_rows: int) -> tuple[Tensor, Tensor | None]:
         """Both gradients, with entry e added to row rows[e], or to none where that is too large."""
         options: dict[str, Any] = {"dtype": self.accumulation_dtype, "device": self.device}

@@ -242,6 +242,8 @@ struct GroupWorkspace {
   }
 };
 
+}  // namespace
+
 Status check_gradient(const TableGradient& gradient, DType dtype) {
   ULTRAMEM_RETURN_IF_ERROR(check_table_gradient(gradient, dtype));
   if (dtype == DType::kFloat64) {
@@ -252,8 +254,6 @@ Status check_gradient(const TableGradient& gradient, DType dtype) {
   }
   return {};
 }
-
-}  // namespace
 
 size_t piece_sums_bytes(const TableGradient& gradient) {
   if (gradient.keys == nullptr) return 0;

@@ -30,6 +30,8 @@ struct GradientArguments {
   bool vectors;
 };
 
+// What CUDA, too, refuses; `dtype` is that of the table or of accumulation.
+Status check_gradient(const TableGradient& gradient, DType dtype);
 // Makes room for, and computes, the sums of the pieces of long runs.
 size_t piece_sums_bytes(const TableGradient& gradient);
 Status launch_piece_sums(const GradientArguments& arguments, float* piece_sums,

@@ -47,7 +47,7 @@ __device__ __forceinline__ void store_chunk(const TableUpdateParams& p, uint32_t
                                             RoundedTensor tensor, uint32_t row, int column,
                                             const Chunk& x, bool usual, void* to, int64_t index) {
   PackedChunk<T> packed;
-  if (sizeof(T) == 2 && p.stochastic_rounding) {
+  if (!std::is_same_v<T, float> && p.stochastic_rounding) {
     const RandomBits random =
         random_bits(p.seed, p.stream, tensor, step, row, static_cast<uint32_t>(column));
     round_stochastically(x, random, usual, packed);
@@ -356,13 +356,7 @@ struct Workspace {
 
 Status check(const TableUpdateParams& params) {
   ULTRAMEM_RETURN_IF_ERROR(check_table_update(params));
-  if (params.table_dtype == DType::kFloat64) {
-    return Status::invalid_argument("table_update: float64 is offered on the CPU only");
-  }
-  if (params.gradient.dim > kMaxCudaColumns) {
-    return Status::invalid_argument("table_update: CUDA offers rows of up to 2^29 columns");
-  }
-  return {};
+  return check_gradient(params.gradient, params.table_dtype);
 }
 
 bool update_is_vectors(const TableUpdateParams& params) {

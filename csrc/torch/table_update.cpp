@@ -41,7 +41,8 @@ TableGradient factored_gradient(const OpContext& context, const Grouping& groupi
     context.check_dtype("the results of table_group", *tensor, ScalarType::Int);
     context.check(tensor->is_contiguous(), "the results of table_group must be contiguous");
   }
-  gradient.keys = words(grouping.keys);
+  // Not null, which would be a dense gradient, where there are no entries.
+  gradient.keys = words(n > 0 ? grouping.keys : grouping.run_begins);
   gradient.entries = words(grouping.entries);
   gradient.run_begins = words(grouping.run_begins);
   gradient.pieces = words(grouping.pieces);

@@ -249,6 +249,26 @@ def test_layers_and_micro_batches_add_up(device: str) -> None:
     assert first[1].grad is not None
 
 
+@pytest.mark.parametrize("pre_values", [True, False])
+def test_norm_is_that_of_the_gradients(device: str, pre_values: bool) -> None:
+    factors = GradientFactors(50, 16, 8 if pre_values else 0, device=device)
+    assert factors.grad_norm().item() == 0.0
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.randint(50, (40, 12), generator=generator)
+    indices[:, 0] = 3
+    leaves = [
+        torch.randn(*shape, generator=generator)
+        for shape in ((40, 12, 2), (50, 16), *(((50, 8), (40, 8)) if pre_values else ()))
+    ]
+    leaves = [leaf.to(device).requires_grad_() for leaf in leaves]
+    for _ in range(2):
+        ops.value_ffn(indices.to(device), *leaves, factors=factors).square().sum().backward()
+    dense = [grad.double().square().sum() for grad in factors.to_dense() if grad is not None]
+    norm = factors.grad_norm()
+    assert (norm.shape, norm.dtype, norm.device.type) == ((), torch.float32, device)
+    torch.testing.assert_close(norm.double(), torch.stack(dense).sum().sqrt(), rtol=1e-6, atol=0)
+
+
 def test_clear_empties_and_keeps_the_buffers(device: str) -> None:
     layer = Layer(device)
     layer(*layer.inputs()).backward(layer.upstream())

@@ -109,6 +109,22 @@ def test_entries_are_in_order(device: str, num_rows: int, count: int) -> None:
         assert sorted(map(tuple, pieces[: counts[1]])) == wanted
 
 
+def test_no_entries(device: str) -> None:
+    """A norm of zero, and a step that counts but moves nothing."""
+    ultramem = torch.ops.ultramem
+    grouping = ultramem.table_group(torch.zeros(0, dtype=torch.int32, device=device), 50)
+    factors = (torch.zeros(0, 1, device=device), None, torch.zeros(0, 1, 16, device=device), 4)
+    assert ultramem.table_grad_sum_sq(*grouping, *factors, 50).item() == 0.0
+    weight = Data(3, device).normal(50, 16)
+    before, step = weight.clone(), torch.zeros((), device=device)
+    scalars = (None, None, None, None, 0.1, 0.9, 0.99, 1e-8, 0.0, False, 0, 0)
+    ultramem.table_update(
+        "sgd", weight, None, None, None, None, step, None, None, *grouping, *factors, *scalars
+    )
+    assert torch.equal(weight, before)
+    assert step.item() == 1.0
+
+
 @pytest.mark.parametrize("num_rows", [0, 2**32])
 def test_rows_are_bounded(device: str, num_rows: int) -> None:
     slots = torch.zeros(3, dtype=torch.int32, device=device)

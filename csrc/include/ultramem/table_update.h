@@ -11,7 +11,8 @@
 // Arithmetic is fixed to the last bit: terms are added in the order of the entries (a long run in
 // pieces, see common/row_runs.h), nothing is contracted to fused multiply-adds, and random numbers
 // are counter-based. So the result depends on neither the launch, nor the number of threads, nor
-// the backend.
+// the backend. (The squares of table_grad_sum_sq are added in float64, in an order of each
+// backend's own.)
 #pragma once
 
 #include "ultramem/types.h"
