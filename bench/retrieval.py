@@ -6,16 +6,15 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import ops as bench_ops
 from . import retrieval_cases as cases
+from .command import parse_sections, run_on_gpu, section_parser
 from .report import Row, table, verdict
 from .shapes import SHAPES, SMOKE
-from .timing import machine, write_json
+from .timing import write_json
 
 SECTIONS = {
     "table": "product_key_topk against torch eager and torch.compile, T = 8192",
@@ -111,56 +110,28 @@ def memory_record(memory: cases.MemoryUse) -> dict[str, Any]:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.retrieval",
-        description="Times tucker_query and product_key_topk on a GPU, bfloat16, cold caches.",
-        epilog="; ".join(f"{name}: {what}" for name, what in SECTIONS.items()),
+    parser = section_parser(
+        "bench.retrieval",
+        "Times tucker_query and product_key_topk on a GPU, bfloat16, cold caches.",
+        SECTIONS,
+        shapes="SBML",
+        shape_help="shapes of the sections table, query and decode (the last two have no L)",
+        repeats=25,
     )
-    parser.add_argument("--section", nargs="+", choices=SECTIONS, help="default: all")
-    parser.add_argument(
-        "--shape",
-        nargs="+",
-        choices=list("SBML"),
-        default=list("SBML"),
-        help="shapes of the sections table, query and decode (the last two have no L)",
-    )
-    parser.add_argument("--repeats", type=int, default=25, help="timed runs of each (default 25)")
-    parser.add_argument("--warmup", type=int, default=3, help="untimed runs of each (default 3)")
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="--no-compile: no peer under torch.compile, which takes most of the time",
+        help="--no-compile, and --smoke: no peer under torch.compile, which takes most of the time",
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the record here")
-    parser.add_argument(
-        "--smoke", action="store_true", help="tiny shapes, 2 repeats, no compile: does it run"
-    )
-    arguments = parser.parse_args(argv)
-    asked = arguments.section or list(SECTIONS)
-    arguments.sections = [name for name in SECTIONS if name in asked]
-    if arguments.smoke:
-        arguments.repeats, arguments.warmup, arguments.compile = 2, 1, False
-    if arguments.repeats < 2:
-        parser.error("--repeats must be at least 2")
+    arguments = parse_sections(parser, SECTIONS, argv)
+    arguments.compile = arguments.compile and not arguments.smoke
     return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0 whether targets are met or missed; 1 where a result is wrong or unavailable."""
-    arguments = parse(argv)
-    reason = bench_ops.unavailable("cuda")
-    if reason is not None:
-        print(f"bench.retrieval: {reason}", file=sys.stderr)
-        return 1
-    where = machine(torch.device("cuda"))
-    print("\n".join(f"{key}: {value}" for key, value in where.items()))
-    print(f"bfloat16, cold caches, median [quartiles] of {arguments.repeats}, microseconds")
-    wrong = run(arguments, where)
-    for message in wrong:
-        print(f"wrong: {message}", file=sys.stderr)
-    return 1 if wrong else 0
+    return run_on_gpu("bench.retrieval", parse(argv), run)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,16 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from . import ops as bench_ops
 from . import value_ffn_cases as cases
+from .command import parse_sections, run_on_gpu, section_parser
 from .report import Quantity, Row, quantities, table
 from .retrieval_cases import Settings
 from .shapes import SHAPES, SMOKE, Shape
-from .timing import machine, write_json
+from .timing import write_json
 from .value_ffn_large import large_rows, large_shape
 from .value_ffn_layer import layer_measures
 
@@ -116,48 +115,21 @@ def describe(measured: Sequence[Row | Quantity]) -> str:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.value_ffn",
-        description="Times value_ffn, optimizers and layers on a GPU, bfloat16, cold caches.",
-        epilog="; ".join(f"{name}: {section.what}" for name, section in SECTIONS.items()),
+    sections = {name: section.what for name, section in SECTIONS.items()}
+    parser = section_parser(
+        "bench.value_ffn",
+        "Times value_ffn, optimizers and layers on a GPU, bfloat16, cold caches.",
+        sections,
+        shapes="SBM",
+        shape_help="step, training and state have no B; large has a shape of its own",
+        repeats=20,
     )
-    parser.add_argument("--section", nargs="+", choices=SECTIONS, help="default: all")
-    parser.add_argument(
-        "--shape",
-        nargs="+",
-        choices=list("SBM"),
-        default=list("SBM"),
-        help="step, training and state have no B; large has a shape of its own",
-    )
-    parser.add_argument("--repeats", type=int, default=20, help="timed runs of each (default 20)")
-    parser.add_argument("--warmup", type=int, default=3, help="untimed runs of each (default 3)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the record here")
-    parser.add_argument("--smoke", action="store_true", help="tiny, 2 repeats: does it run")
-    arguments = parser.parse_args(argv)
-    asked = arguments.section or list(SECTIONS)
-    arguments.sections = [name for name in SECTIONS if name in asked]
-    if arguments.smoke:
-        arguments.repeats, arguments.warmup = 2, 1
-    if arguments.repeats < 2:
-        parser.error("--repeats must be at least 2")
-    return arguments
+    return parse_sections(parser, sections, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0 whether targets are met or missed; 1 where a result is wrong or unavailable."""
-    arguments = parse(argv)
-    reason = bench_ops.unavailable("cuda")
-    if reason is not None:
-        print(f"bench.value_ffn: {reason}", file=sys.stderr)
-        return 1
-    where = machine(torch.device("cuda"))
-    print("\n".join(f"{key}: {value}" for key, value in where.items()))
-    print(f"bfloat16, cold caches, median [quartiles] of {arguments.repeats}, microseconds")
-    wrong = run(arguments, where)
-    for message in wrong:
-        print(f"wrong: {message}", file=sys.stderr)
-    return 1 if wrong else 0
+    return run_on_gpu("bench.value_ffn", parse(argv), run)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-// Eight neighbouring weights, or moments, of an optimizer step: moved, updated and rounded
-// together.
+// Eight neighbouring weights, or moments, of an optimizer step: updated and rounded together.
 //
 // The bits are those of common/table_update_math.h. Where all eight are of usual size, a step takes
 // fewer instructions here: the quotients and roots of the intrinsics without their tests for every
 // element, and random rounding without those for NaN, infinity and overflow.
 #pragma once
 
+#include "fast_math.cuh"
 #include "table_gradient.cuh"
 
 namespace ultramem::cuda::table_kernels {
@@ -51,26 +51,15 @@ __device__ __forceinline__ float smallest(const Chunk& x) {
 // Whether stochastic rounding to bfloat16 needs no care.
 __device__ __forceinline__ bool rounds_usually(float bound) { return bound < 0x1p127f; }
 
-__device__ __forceinline__ float approximate_reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ float approximate_reciprocal_root(float x) {
-  float y;
-  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // Rounded correctly for x from 2^-100 to 2^100.
 __device__ __forceinline__ float usual_root(float x) {
-  const float inverse = approximate_reciprocal_root(x);
+  const float inverse = reciprocal_root_fast(x);
   const float y = x * inverse;
   return fmaf(fmaf(-y, y, x), 0.5f * inverse, y);
 }
 // Rounded correctly where |a|, |b| and |a / b| are from 2^-120 to 2^120 and |a| is from 2^-90 on.
 __device__ __forceinline__ float usual_quotient(float a, float b) {
-  float inverse = approximate_reciprocal(b);
+  float inverse = reciprocal_fast(b);
   inverse = fmaf(fmaf(-b, inverse, 1.0f), inverse, inverse);
   float y = a * inverse;
   y = fmaf(fmaf(-b, y, a), inverse, y);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common.cuh"
+#include "fast_math.cuh"
 
 namespace ultramem::cuda {
 
@@ -12,28 +13,6 @@ inline constexpr uint32_t kNanBits = 0x7fffffffu;
 __device__ __forceinline__ float threshold_at(uint32_t rank) {
   rank -= rank == 0x7fffffffu;
   return __uint_as_float((rank & 0x80000000u) ? rank & 0x7fffffffu : ~rank);
-}
-
-__device__ __forceinline__ float log2_fast(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ float reciprocal_fast(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ float sqrt_fast(float x) {
-  float y;
-  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
 }
 
 // Narrows down a value that between min and max of a set's numbers are above, for a caller who
