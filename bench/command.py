@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from ultramem_cuda.profiling.timing import machine
+
 from . import ops as bench_ops
-from .timing import machine
 
 
 def section_parser(

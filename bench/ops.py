@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ultramem_cuda import _library, ops
+from ultramem_cuda.profiling.timing import Candidate, Timing, machine, measure, write_json
 
 from . import eager
 from .report import aligned
 from .shapes import DISTRIBUTIONS, SHAPES, SMOKE, Shape, draw_slots
-from .timing import Candidate, Timing, machine, measure, write_json
 
 OPERATORS = ("tucker_query", "product_key_topk", "value_ffn")
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .timing import Timing
+from ultramem_cuda.profiling.timing import Timing
 
 __all__ = ["Quantity", "Row", "aligned", "quantities", "table", "verdict"]
 

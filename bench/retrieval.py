@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from ultramem_cuda.profiling.timing import write_json
+
 from . import retrieval_cases as cases
 from .command import parse_sections, run_on_gpu, section_parser
 from .report import Row, table, verdict
 from .shapes import SHAPES, SMOKE
-from .timing import write_json
 
 SECTIONS = {
     "table": "product_key_topk against torch eager and torch.compile, T = 8192",

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ultramem_cuda import ops
+from ultramem_cuda.profiling.timing import Candidate, Timing, capture, measure
 
 from . import eager
 from . import ops as bench_ops
 from .report import Row
 from .shapes import SHAPES, SMOKE, Shape
-from .timing import Candidate, Timing, capture, measure
 
 Calls = Sequence[Callable[[], object]]
 

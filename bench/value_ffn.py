@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ultramem_cuda.profiling.timing import write_json
+
 from . import value_ffn_cases as cases
 from .command import parse_sections, run_on_gpu, section_parser
 from .report import Quantity, Row, quantities, table
 from .retrieval_cases import Settings
 from .shapes import SHAPES, SMOKE, Shape
-from .timing import write_json
 from .value_ffn_large import large_rows, large_shape
 from .value_ffn_layer import layer_measures
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from ultramem_cuda import GradientFactors, MemoryTable
 from ultramem_cuda.optim import MemoryAdagrad, MemoryAdam, MemorySGD, clip_grad_norm_
+from ultramem_cuda.profiling.timing import Candidate, Timing
 
 from . import eager
 from . import ops as bench_ops
 from .report import Quantity, Row
 from .retrieval_cases import DTYPE, FWD, Settings, is_standard
 from .shapes import DISTRIBUTIONS, Shape, draw_slots
-from .timing import Candidate, Timing
 
 DENSE, DEFERRED = "bwd, main_grad", "bwd, deferred"
 ONE = "one"

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ultramem_cuda import MemoryTable
 from ultramem_cuda.optim import MemoryAdagrad
+from ultramem_cuda.profiling.timing import Candidate
 
 from .report import Row
 from .retrieval_cases import FWD, Settings
 from .shapes import SHAPES, SMOKE, Shape
-from .timing import Candidate
 from .value_ffn_cases import (
     DEFERRED,
     Problem,

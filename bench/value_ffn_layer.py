@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ultramem_cuda import MemoryTable, UltraMemConfig, UltraMemLayer
+from ultramem_cuda.profiling.timing import Candidate
 
 from .report import Quantity, Row
 from .retrieval_cases import DTYPE, FWD, FWD_BWD, Settings, graph_candidates, is_standard
 from .shapes import SMOKE, Shape
-from .timing import Candidate
 from .value_ffn_cases import factors_of
 
 FORWARD_BACKWARD_US = {"S": 600.0, "B": 1450.0, "M": 3200.0}

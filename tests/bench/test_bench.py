@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ultramem_cuda import ops
-from ultramem_cuda.bench import eager, timing
+from ultramem_cuda.bench import eager
 from ultramem_cuda.bench import ops as bench_ops
 from ultramem_cuda.bench.shapes import SHAPES, SMOKE, draw_slots
+from ultramem_cuda.profiling import timing
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

@@ -11,8 +11,9 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="matplotlib (requirements.txt) draws the figures")
 
-from ultramem_cuda.bench import plot_retrieval, report, timing
+from ultramem_cuda.bench import plot_retrieval, report
 from ultramem_cuda.bench.retrieval_cases import SWEEPS
+from ultramem_cuda.profiling import timing
 
 
 def of(ms: float) -> timing.Timing:

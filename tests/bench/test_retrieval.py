@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ultramem_cuda.bench import report, retrieval, timing
+from ultramem_cuda.bench import report, retrieval
 from ultramem_cuda.bench import retrieval_cases as cases
 from ultramem_cuda.bench.shapes import SHAPES, SMOKE
+from ultramem_cuda.profiling import timing
 from ultramem_cuda.python_ref import product_key_topk
 
 CPU = torch.device("cpu")

@@ -15,13 +15,13 @@ import torch
 from ultramem_cuda.bench import (
     report,
     retrieval_cases,
-    timing,
     value_ffn,
     value_ffn_large,
     value_ffn_layer,
 )
 from ultramem_cuda.bench import value_ffn_cases as cases
 from ultramem_cuda.bench.shapes import SHAPES, SMOKE, draw_slots
+from ultramem_cuda.profiling import timing
 
 CPU = torch.device("cpu")
 SETTINGS = retrieval_cases.Settings(CPU, (), 2, 1, compile=False, smoke=True)
