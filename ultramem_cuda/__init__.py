@@ -16,6 +16,7 @@ from pathlib import Path as _Path
 from . import factors, init, losses, ops, optim, stats, topology
 from ._version import __version__
 from .addressing import SlotAddressing
+from .block import ffn_with_memory
 from .config import UltraMemConfig
 from .factors import GradientFactors
 from .layer import UltraMemLayer
@@ -29,6 +30,7 @@ __all__ = [
     "UltraMemLayer",
     "__version__",
     "factors",
+    "ffn_with_memory",
     "init",
     "losses",
     "ops",

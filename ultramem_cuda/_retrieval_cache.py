@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -91,9 +91,18 @@ class StreamOrder:
             tensor.record_stream(stream)
 
 
+class CachedCores(NamedTuple):
+    """The cores [C, H, R, R] in the dtype they are used in, and their filter [H, R]."""
+
+    cores: Tensor
+    u: Tensor
+    t: Tensor
+
+
 @dataclasses.dataclass
 class CachedRetrieval:
-    """Normalised keys [H, 2, R, n, Kd] and the filter (u, t), and the parameters they came from.
+    """Normalised keys [H, 2, R, n, Kd] and what is made of the cores, and the parameters they came
+    from.
 
     ``sources`` are detached aliases: they share version counters with the parameters and keep their
     storage from being reused at the same address, so that identity, address and version together
@@ -101,7 +110,7 @@ class CachedRetrieval:
     """
 
     keys: Tensor
-    filter: tuple[Tensor, Tensor] | None
+    tucker: CachedCores | None
     parameters: tuple[nn.Parameter, ...] = ()
     sources: tuple[Tensor, ...] = ()
     versions: tuple[int, ...] = ()
@@ -109,8 +118,12 @@ class CachedRetrieval:
     order: StreamOrder = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        self.order = StreamOrder((self.keys, *(self.filter or ())))
+        self.order = StreamOrder(self.tensors)
         self.order.after_fill()
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.keys, *(self.tucker or ()))
 
     def is_current(self, parameters: tuple[nn.Parameter, ...]) -> bool:
         """Whether nothing has changed ``parameters`` since :meth:`stamp`."""
@@ -137,18 +150,16 @@ class CachedRetrieval:
         """Forget the parameters but keep the memory, which a captured graph may still read."""
         self.parameters = self.sources = self.versions = ()
 
-    def fits(self, keys: Tensor, filter_: tuple[Tensor, Tensor] | None) -> bool:
-        """Whether :meth:`update` can take this content as it is."""
-        mine, theirs = (self.keys, *(self.filter or ())), (keys, *(filter_ or ()))
-        return [(x.device, x.dtype, x.shape) for x in mine] == [
-            (x.device, x.dtype, x.shape) for x in theirs
-        ]
+    def fits(self, other: CachedRetrieval) -> bool:
+        """Whether :meth:`update` can take the other's content as it is."""
+        mine, theirs = (
+            [(x.device, x.dtype, x.shape) for x in entry.tensors] for entry in (self, other)
+        )
+        return mine == theirs
 
-    def update(self, keys: Tensor, filter_: tuple[Tensor, Tensor] | None) -> None:
-        """Write new content to the same memory: captured graphs hold its addresses."""
+    def update(self, other: CachedRetrieval) -> None:
+        """Write the other's content to the same memory: captured graphs hold its addresses."""
         self.order.before_fill()
-        self.keys.copy_(keys)
-        if self.filter is not None and filter_ is not None:
-            self.filter[0].copy_(filter_[0])
-            self.filter[1].copy_(filter_[1])
+        for mine, theirs in zip(self.tensors, other.tensors, strict=True):
+            mine.copy_(theirs)
         self.order.after_fill()

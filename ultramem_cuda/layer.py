@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from ._retrieval_cache import CachedRetrieval, is_capturing
+from ._retrieval_cache import CachedCores, CachedRetrieval, is_capturing
 from .addressing import SlotAddressing
 from .config import UltraMemConfig
 from .init import initialize_layer
 from .losses import tucker_penalty
+from .ops._checks import accumulation_dtype
 from .stats import KeyUsage, SlotUsage
 from .table import MemoryTable
 
@@ -158,27 +159,50 @@ class UltraMemLayer(nn.Module):
         Returns:
             [..., D], of x's dtype (under autocast, of autocast's).
         """
-        config = self.config
-        if x.shape[-1] != config.d_model:
+        tokens = self.flat_tokens(x, table)
+        # First, so that its backward comes last: then no gradient of x as large as a query is held
+        # while those of the queries are made.
+        pre_input = self.pre_input(tokens)
+        scores, indices = self.retrieve(tokens)
+        return self.value_proj(self.read(table, scores, indices, pre_input)).reshape(x.shape)
+
+    def flat_tokens(self, x: Tensor, table: MemoryTable) -> Tensor:
+        """x as [T, D], once it and the table are known to fit.
+
+        The first step of :meth:`forward`, as which it and the following are there for code that
+        puts other work between or beside them: pre_input, retrieve, read, ``value_proj``.
+        """
+        if x.shape[-1] != self.config.d_model:
             raise ValueError(
-                f"x: last dimension must be d_model = {config.d_model}, got shape {list(x.shape)}"
+                f"x: last dimension must be d_model = {self.config.d_model}, "
+                f"got shape {list(x.shape)}"
             )
         if not hasattr(table, "check_matches"):
             raise TypeError(f"table: must be a MemoryTable, got {type(table).__name__}")
-        table.check_matches(config)
-        tokens = x.reshape(-1, config.d_model)
-        # First, so that its backward comes last: then no gradient of x as large as a query is held
-        # while those of the queries are made.
-        pre_input = None if self.pre_proj is None else self.pre_proj(tokens)
+        table.check_matches(self.config)
+        return x.reshape(-1, self.config.d_model)
+
+    def pre_input(self, tokens: Tensor) -> Tensor | None:
+        """tokens [T, D] projected to what pre-values are multiplied with, [T, Dp], if any."""
+        return None if self.pre_proj is None else self.pre_proj(tokens)
+
+    def retrieve(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The slots of each token [T, D]: scores [T, H*M, C], virtual indices [T, H*M]."""
         query = ops.tucker_query(
             tokens,
             self.query_proj.weight,
             self.query_norm,
-            num_heads=config.num_heads,
-            eps=config.eps,
+            num_heads=self.config.num_heads,
+            eps=self.config.eps,
         )
         scores, indices = self._retrieve(query)
-        indices, scores = indices.flatten(1), scores.flatten(1, 2)
+        return scores.flatten(1, 2), indices.flatten(1)
+
+    def read(
+        self, table: MemoryTable, scores: Tensor, indices: Tensor, pre_input: Tensor | None
+    ) -> Tensor:
+        """What :meth:`retrieve` has found, weighed and summed: [T, Dv], or [T, E*Dv] without
+        summed groups."""
         if self.usage is not None:
             self.usage.update(indices)
         out = ops.value_ffn(
@@ -187,15 +211,15 @@ class UltraMemLayer(nn.Module):
             table.values,
             table.pre_values,
             pre_input,
-            activation=config.activation,
+            activation=self.config.activation,
             addressing=self.addressing,
-            sum_groups=config.sum_groups,
+            sum_groups=self.config.sum_groups,
             table_scale=table.scale,
             factors=table.factors,
         )
+        out = out.flatten(1)
         # Without pre-values the rows' dtype comes out, which need not be that of the network.
-        out = out.flatten(1).to(query.dtype)
-        return self.value_proj(out).reshape(x.shape)
+        return out if pre_input is not None else out.to(self.query_proj.weight.dtype)
 
     def _retrieve(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Scores [T, H, M, C] and virtual indices [T, H, M] of the kept slots.
@@ -205,12 +229,14 @@ class UltraMemLayer(nn.Module):
         config = self.config
         keys: Tensor = self.keys
         key_norm: Tensor | None = self.key_norm
+        cores: Tensor | None = self.cores
         u = t = sigma = None
         cached = self._cached_retrieval(query)
         with_losses = self.training and bool(config.tucker_penalty or config.key_balance)
         if cached is not None:
             keys, key_norm = cached.keys, None
-            u, t = (None, None) if cached.filter is None else cached.filter
+            if cached.tucker is not None:
+                cores, u, t = cached.tucker
         elif with_losses:
             # What the operator would make inside, made once for it and the losses.
             keys = ops.rms_norm(keys.to(query.dtype), self.key_norm, eps=config.eps)
@@ -220,7 +246,7 @@ class UltraMemLayer(nn.Module):
         scores, indices, axis_indices = ops.product_key_topk(
             query,
             keys,
-            self.cores,
+            cores,
             topk=config.topk,
             axis_topk=config.kept_per_axis,
             u=u,
@@ -305,12 +331,16 @@ class UltraMemLayer(nn.Module):
         # Ordinary tensors, also under inference_mode: they are written again in place.
         with torch.inference_mode(False), torch.no_grad():
             keys = ops.rms_norm(self.keys.to(dtype), self.key_norm, eps=self.config.eps)
-            filter_ = None if self.cores is None else ops.tucker_filter(self.cores)[:2]
+            tucker = None
+            if self.cores is not None:
+                used = self.cores.detach().to(accumulation_dtype(dtype), copy=True)
+                tucker = CachedCores(used, *ops.tucker_filter(self.cores)[:2])
+            made = CachedRetrieval(keys, tucker)
             entry = self._cache.get(dtype)
-            if entry is None or not entry.fits(keys, filter_):
-                entry = self._cache[dtype] = CachedRetrieval(keys, filter_)
+            if entry is None or not entry.fits(made):
+                entry = self._cache[dtype] = made
             else:
-                entry.update(keys, filter_)
+                entry.update(made)
             entry.stamp(self._cache_parameters())
         return entry
 

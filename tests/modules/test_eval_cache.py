@@ -246,20 +246,20 @@ def test_a_move_to_the_same_place_keeps_the_memory(overrides: dict[str, object])
     layer.eval()
     cached(layer, x, table)
     entry = layer._cache[torch.float32]
-    tensors = (entry.keys, *(entry.filter or ()))
-    addresses = [tensor.data_ptr() for tensor in tensors]
+    addresses = [tensor.data_ptr() for tensor in entry.tensors]
     layer.to("cpu").float().to(torch.float32)
     layer.key_norm.data.mul_(1.5)
     if layer.cores is not None:
         layer.cores.data[:, :, 0, 1] += 2.0
     layer.refresh_cache()
     assert layer._cache[torch.float32] is entry
-    assert [tensor.data_ptr() for tensor in (entry.keys, *(entry.filter or ()))] == addresses
+    assert [tensor.data_ptr() for tensor in entry.tensors] == addresses
     expected = um.ops.rms_norm(layer.keys, layer.key_norm, eps=layer.config.eps)
     assert torch.equal(entry.keys, expected.detach())
     if layer.cores is not None:
-        assert entry.filter is not None
-        for mine, new in zip(entry.filter, um.ops.tucker_filter(layer.cores)[:2], strict=True):
+        assert entry.tucker is not None
+        made = (layer.cores, *um.ops.tucker_filter(layer.cores)[:2])
+        for mine, new in zip(entry.tucker, made, strict=True):
             assert torch.equal(mine, new)
 
 
@@ -285,8 +285,8 @@ def test_parameters_of_another_dtype_get_memory_of_their_own() -> None:
     cached(layer, x, table)
     other = layer._cache[torch.float32]
     assert other is not entry
-    assert other.filter is not None
-    assert other.filter[0].dtype == torch.float64
+    assert other.tucker is not None
+    assert other.tucker.u.dtype == torch.float64
 
 
 @dataclasses.dataclass(eq=False)
