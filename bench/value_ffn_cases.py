@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ultramem_cuda import GradientFactors, MemoryTable
 from ultramem_cuda.optim import MemoryAdagrad, MemoryAdam, MemorySGD, clip_grad_norm_
+from ultramem_cuda.profiling import traffic
 from ultramem_cuda.profiling.timing import Candidate, Timing
 
 from . import eager
@@ -44,7 +45,8 @@ STEP_FLOOR = (
     "bytes at 3.0 TB/s: touched rows * (Dv + Dp) * 2 * (2 + bytes of states an element) "
     "+ touched rows * 2 tables * 2 * bytes of states a row (weights and states read and written "
     "once) + entries * ((Dv + Dp) * 2 + 8 + 4C) (factors gathered) + entries * 48 (keys and "
-    "entries, 8 bytes, sorted in 3 passes, each read and written); with clipping + entries * (Dv + "
+    "entries, 8 bytes, sorted in 3 passes, one for each 8 bits of N, each read and written); with "
+    "clipping + entries * (Dv + "
     "Dp) * 2 (gathered once more, for the norm must be known before the first row is changed)"
 )
 # Of a parameter that torch's fused optimizer updates; the table is given to it in such parts.
@@ -319,19 +321,19 @@ def best_gather(settings: Settings, problem: Problem, wrong: list[str]) -> Candi
 @dataclass(frozen=True)
 class OptimizerCase:
     make: Callable[..., torch.optim.Optimizer]
-    element_bytes: int
-    """Of its states, for an element of the table."""
-    row_bytes: int
-    """Of its states, for a row of a table."""
+    states: traffic.Optimizer
     bytes_target: float | None = None
     """Weights and states, for a parameter of the table."""
 
 
 OPTIMIZERS = {
-    "MemorySGD": OptimizerCase(partial(MemorySGD, lr=1e-3), 0, 0),
-    "MemoryAdagrad": OptimizerCase(partial(MemoryAdagrad, lr=1e-3), 0, 4, 2.1),
-    "MemoryAdam bf16": OptimizerCase(partial(MemoryAdam, lr=1e-3, state_dtype=DTYPE), 4, 0, 6.1),
-    "MemoryAdam fp32": OptimizerCase(partial(MemoryAdam, lr=1e-3), 8, 0),
+    case.states.name: case
+    for case in (
+        OptimizerCase(partial(MemorySGD, lr=1e-3), traffic.SGD),
+        OptimizerCase(partial(MemoryAdagrad, lr=1e-3), traffic.ADAGRAD, 2.1),
+        OptimizerCase(partial(MemoryAdam, lr=1e-3, state_dtype=DTYPE), traffic.ADAM_BF16, 6.1),
+        OptimizerCase(partial(MemoryAdam, lr=1e-3), traffic.ADAM_FP32),
+    )
 }
 
 
@@ -340,16 +342,17 @@ def step_floor_bytes(
 ) -> int:
     """Bytes that a step cannot do without, for so many touched rows and retrieved slots.
 
-    Weights (2 bytes an element) and states of each touched row are read and written once; of each
-    entry two rows of factors are gathered (bfloat16), with its slot, its C weights and grad_a; and
-    key and number of an entry, 8 bytes, are read and written by each of three passes of a sort.
-    Clipping gathers the rows of factors once more: the norm is that of whole rows, and must be
-    known before the first is changed.
+    The byte model's, with every gathered factor counted; see STEP_FLOOR.
     """
-    dims = shape.value_dim + shape.pre_value_dim
-    row_bytes = 2 * (dims * (2 + case.element_bytes) + 2 * case.row_bytes)
-    entry_bytes = (4 if clipped else 2) * dims + 8 + 4 * shape.num_cores + 8 * 2 * 3
-    return rows * row_bytes + entries * entry_bytes
+    table = traffic.Table(
+        num_slots=shape.num_slots,
+        selected=shape.selected,
+        value_dim=shape.value_dim,
+        pre_value_dim=shape.pre_value_dim,
+        num_cores=shape.num_cores,
+    )
+    recipe = traffic.Recipe(table_optimizer=case.states, clip=clipped)
+    return round(traffic.total(table.step_terms(entries, rows, recipe)).upper)
 
 
 class DenseAdamW:

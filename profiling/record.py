@@ -54,13 +54,26 @@ class Preset:
 class Bytes:
     """Bytes to and from memory that one pass needs, by the model of ``traffic.py``."""
 
-    dense: float
+    dense: float = 0.0
     """Of parameters (and gradients, states) that every token uses."""
-    gathered: float
+    gathered: float = 0.0
     """Of experts or rows, each counted for every token that uses it."""
-    distinct: float
+    distinct: float = 0.0
     """Of experts or rows, each counted once."""
-    activations: float
+    activations: float = 0.0
+
+    def __add__(self, other: Bytes) -> Bytes:
+        return Bytes(
+            self.dense + other.dense,
+            self.gathered + other.gathered,
+            self.distinct + other.distinct,
+            self.activations + other.activations,
+        )
+
+    @property
+    def parameters(self) -> Bytes:
+        """The same without activations."""
+        return dataclasses.replace(self, activations=0.0)
 
     @property
     def lower(self) -> float:

@@ -26,6 +26,7 @@ from ..examples.lm.config import KINDS, Kind, ModelConfig
 from ..examples.lm.data import Corpus
 from ..examples.lm.errors import UsageError
 from ..examples.lm.matching import matched
+from ..examples.lm.memory import memory_config
 from ..examples.lm.presets import PRESETS, Preset
 from ..examples.lm.train import RunResult, Trainer
 from ..examples.lm.usage import mean_distinct, sparse_choices
@@ -198,10 +199,10 @@ def count_traffic(trainer: Trainer, result: RunResult) -> CountedTraffic | None:
 
     def bytes_per_token(touched: Sequence[float]) -> list[float]:
         reads = [
-            layer.with_touched(batch, distinct) + beside.forward(batch)
+            layer.traffic("decode", batch, touched=distinct) + beside.traffic("decode", batch)
             for batch, distinct in zip(batches, touched, strict=True)
         ]
-        return [read.lower / batch for read, batch in zip(reads, batches, strict=True)]
+        return [read.parameters.lower / batch for read, batch in zip(reads, batches, strict=True)]
 
     return CountedTraffic(
         kind=config.kind,
@@ -213,22 +214,11 @@ def count_traffic(trainer: Trainer, result: RunResult) -> CountedTraffic | None:
     )
 
 
-def sparse_layer(config: ModelConfig) -> traffic.MoEFFN | traffic.MemoryLayer:
+def sparse_layer(config: ModelConfig) -> traffic.SparseLayer:
     """The traffic model of one sparse layer of a trained configuration."""
     if config.kind == "moe":
         return traffic.MoEFFN(
             config.d_model, config.expert_inner, config.num_experts, config.experts_per_token
         )
-    tucker = config.kind == "ultramem_v2"
-    return traffic.MemoryLayer(
-        d_model=config.d_model,
-        num_keys=config.num_keys,
-        key_dim=config.key_dim,
-        topk=config.topk,
-        value_dim=config.value_dim,
-        window=config.num_keys**2,
-        pre_value_dim=config.pre_value_dim if tucker else 0,
-        num_heads=config.memory_heads,
-        tucker_rank=2 if tucker else 1,
-        num_cores=2 if tucker else 0,
-    )
+    kind = traffic.PKMLayer if config.kind == "pkm" else traffic.MemoryLayer
+    return kind(memory_config(config))

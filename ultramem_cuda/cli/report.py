@@ -13,6 +13,7 @@ from ..examples.lm.config import KINDS, ModelConfig
 from ..examples.lm.data import Corpus
 from ..examples.lm.train import RunResult
 from ..profiling import traffic
+from ..profiling.presets import profile_preset
 from .check import Comparison, summary
 from .doctor import Sections
 from .svg import Axis, Marker, Series, line_chart
@@ -122,7 +123,7 @@ def traffic_text(counted: Sequence[CountedTraffic]) -> str:
     """The traffic tables for a terminal."""
     lines = ["OLMoE-1B-7B block and UltraMemV2 in its place (formula, bf16)"]
     lines += _text_table(_block_header(), _block_rows())
-    crossing = traffic.crossover(traffic.ULTRAMEM_BLOCK, traffic.OLMOE_MOE)
+    crossing = _block_crossover()
     lines.append(f"UltraMemV2 reads less up to {_last_batch(crossing)} tokens in a batch.")
     if counted:
         lines.append("The layers trained above (held-out text, bf16)")
@@ -205,10 +206,9 @@ version.</p>
 
 
 def _traffic(data: ReportData) -> str:
-    crossing = traffic.crossover(traffic.ULTRAMEM_BLOCK, traffic.OLMOE_MOE)
+    crossing = _block_crossover()
     batches = traffic.BATCH_SIZES
-    moe = traffic.per_token(traffic.OLMOE_MOE, batches)
-    memory = traffic.per_token(traffic.ULTRAMEM_BLOCK, batches)
+    moe, memory = _block_traffic()
     bytes_axis = Axis("bytes a token", log=True, format=_bytes)
     batch_axis = Axis("tokens in the batch", log=True, format=_si)
     formula = line_chart(
@@ -335,13 +335,28 @@ def _setting(config: ModelConfig, name: str) -> str:
     return str(getattr(config, name)) if config.kind in _USERS.get(name, KINDS) else "-"
 
 
+def _blocks() -> tuple[traffic.Layer, traffic.Layer]:
+    """An OLMoE-1B-7B block, and what UltraMemV2 has in its place."""
+    preset = profile_preset("1B-7B")
+    return preset["moe"].layer, preset["block"].layer
+
+
+def _block_traffic() -> tuple[list[traffic.TrafficRow], ...]:
+    """Parameters that the two blocks read, a token."""
+    return tuple(traffic.per_token(layer, activations=False) for layer in _blocks())
+
+
+def _block_crossover() -> int | None:
+    moe, memory = _blocks()
+    return traffic.crossover(memory, moe, activations=False)
+
+
 def _block_header() -> list[str]:
     return ["tokens", "MoE", "UltraMemV2", "distinct rows", "UltraMemV2 / MoE"]
 
 
 def _block_rows() -> list[list[str]]:
-    moe = traffic.per_token(traffic.OLMOE_MOE)
-    memory = traffic.per_token(traffic.ULTRAMEM_BLOCK)
+    moe, memory = _block_traffic()
     return [
         [
             f"{a.batch:,}",
