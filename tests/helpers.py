@@ -6,13 +6,14 @@ band within which float32 cannot tell two ranks apart.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -378,6 +379,21 @@ def check_value_ffn(
         )
         check_gradient("grad_pre_input", grads[3], expected_grads.pre_input, root(sizes.pre_input))
     return out.detach()
+
+
+# ---- CUDA ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def no_host_sync() -> Iterator[None]:
+    """What would wait for the GPU raises."""
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 # ---- other processes -----------------------------------------------------------------------------
