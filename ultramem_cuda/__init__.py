@@ -13,7 +13,7 @@ The operators are in `ultramem_cuda.ops` (and under `torch.ops.ultramem`); the c
 
 from pathlib import Path as _Path
 
-from . import factors, init, losses, ops, optim, stats, topology
+from . import factors, init, losses, nvtx, ops, optim, stats, topology
 from ._version import __version__
 from .addressing import SlotAddressing
 from .config import UltraMemConfig
@@ -31,6 +31,7 @@ __all__ = [
     "factors",
     "init",
     "losses",
+    "nvtx",
     "ops",
     "optim",
     "stats",
