@@ -77,7 +77,7 @@ def annotate(name: str | Callable[..., str]) -> Callable[[Callable[P, R]], Calla
         def annotated(*args: P.args, **kwargs: P.kwargs) -> R:
             # In this order: code that was compiled with the switch read would be compiled again
             # when it is turned.
-            if torch.compiler.is_compiling() or not _on:
+            if torch.compiler.is_compiling() or not _on or _is_traced():
                 return function(*args, **kwargs)
             torch.cuda.nvtx.range_push(name if isinstance(name, str) else name(*args, **kwargs))
             try:
@@ -88,6 +88,11 @@ def annotate(name: str | Callable[..., str]) -> Callable[[Callable[P, R]], Calla
         return annotated
 
     return decorate
+
+
+def _is_traced() -> bool:
+    # A backward that AOTAutograd traces: torch 2.11 does not call that compiling.
+    return torch._guards.TracingContext.try_get() is not None
 
 
 def _switch(on: bool) -> None:

@@ -7,8 +7,9 @@ The first profiles the target and keeps ncu's CSV; both print what each kernel r
 wrote to it, beside the model. ``--print-command`` shows the command line instead.
 
 Caches. ncu runs a kernel alone, and once more for each group of counters that do not fit at once
-(kernel replay), after it has put back what the kernel wrote. METRICS fit into one run, so that
-nothing is put back. What the kernel leaves in the L2 cache (50 MB on an H100) is the question:
+(kernel replay), after it has put back what the kernel wrote. METRICS fit into one run ("1 pass" in
+ncu's output), so that nothing is put back. What the kernel leaves in the L2 cache (50 MB on an
+H100) is the question:
 
 ``--cache-control none`` (ours): the cache is as the kernel before left it. Lines that kernel wrote
     and that were not yet written to DRAM count for whichever kernel drives them out; the last ones
