@@ -30,6 +30,7 @@ TORCH_LIBRARY = "libultramem_torch.so"
 BUNDLED = {
     "ultramem_cuda.python_ref": "python_ref",
     "ultramem_cuda.profiling": "profiling",
+    "ultramem_cuda.profiling.nsight": "profiling/nsight",
     "ultramem_cuda.examples": "examples",
     "ultramem_cuda.examples.lm": "examples/lm",
 }
@@ -102,7 +103,10 @@ class CMakeBuild(build_ext):
 setup(
     packages=[*find_packages(include=["ultramem_cuda", "ultramem_cuda.*"]), *BUNDLED],
     package_dir=BUNDLED,
-    package_data={"ultramem_cuda": ["py.typed"]},
+    package_data={
+        "ultramem_cuda": ["py.typed"],
+        "ultramem_cuda.profiling.nsight": ["*.section"],
+    },
     ext_modules=[Extension("ultramem_cuda._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

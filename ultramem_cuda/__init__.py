@@ -13,7 +13,7 @@ The operators are in `ultramem_cuda.ops` (and under `torch.ops.ultramem`); the c
 
 from pathlib import Path as _Path
 
-from . import factors, init, losses, ops, optim, stats, topology
+from . import factors, init, losses, nvtx, ops, optim, stats, topology
 from ._version import __version__
 from .addressing import SlotAddressing
 from .block import ffn_with_memory
@@ -33,6 +33,7 @@ __all__ = [
     "ffn_with_memory",
     "init",
     "losses",
+    "nvtx",
     "ops",
     "optim",
     "stats",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _library
+from . import _library, nvtx
 from ._retrieval_cache import is_capturing
 
 _HEADER_BYTES = 256
@@ -515,6 +515,7 @@ class GradientFactors:
         return sparse(sums[0]), None if sums[1] is None else sparse(sums[1])
 
     @torch.no_grad()
+    @nvtx.annotate("GradientFactors.grad_norm")
     def grad_norm(self) -> Tensor:
         """The 2-norm of both gradients as one vector: a scalar on the device, in the accumulation
         dtype. Nothing waits for the device, and no gradient table is made.

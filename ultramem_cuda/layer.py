@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import nvtx, ops
 from ._retrieval_cache import CachedCores, CachedRetrieval, is_capturing
 from .addressing import SlotAddressing
 from .config import UltraMemConfig
@@ -149,6 +149,7 @@ class UltraMemLayer(nn.Module):
             self.shuffle_index.copy_(self._draw_permutation())
         self._invalidate_cache()
 
+    @nvtx.annotate("UltraMemLayer fwd")
     def forward(self, x: Tensor, table: MemoryTable) -> Tensor:
         """Memory output for each token.
 

@@ -134,6 +134,7 @@ def test_wheel_holds_package_and_libraries(sdist: Path, wheel: Path):
         "libultramem_torch.so",
         "optim/__init__.py",
         "profiling/__init__.py",
+        "profiling/nsight/ultramem.section",
         "py.typed",
         "python_ref/__init__.py",
     } <= inside

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .. import nvtx
 from ._checks import accumulation_dtype
 
 
@@ -62,7 +63,7 @@ def register(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> None:
-    """Fake implementation, gradient formula and refusals of one operator.
+    """Fake implementation, gradient formula, its NVTX range and refusals of one operator.
 
     An operator without a formula is itself a gradient: differentiating it raises. A formula gets
     None for the outputs that nobody differentiates: torch would otherwise fill a tensor of zeros
@@ -89,6 +90,7 @@ def register(
         ctx.set_materialize_grads(False)
         setup_context(ctx, inputs, output)
 
+    @nvtx.annotate(f"{qualified} bwd")
     def differentiate(ctx: Any, *grads: Tensor | None) -> Any:
         if all(grad is None for grad in grads):
             # Of a later function that gives its input no gradient.

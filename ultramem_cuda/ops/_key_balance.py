@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _library
+from .. import _library, nvtx
 from ._checks import ArgumentChecks, accumulation_dtype, check_query_and_keys, dtype_name
 from ._common import (
     accumulation_cast,
@@ -25,6 +25,7 @@ _NORMALIZE = ("paper", "release")
 _PART_BYTES = 16_000_000
 
 
+@nvtx.annotate("ultramem::key_balance_loss fwd")
 def key_balance_loss(
     query: Tensor,
     keys: Tensor,

@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from .. import _library
+from .. import _library, nvtx
 from ._checks import (
     ArgumentChecks,
     accumulation_dtype,
@@ -57,6 +57,7 @@ def product_key_topk(
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
+@nvtx.annotate("ultramem::product_key_topk fwd")
 def product_key_topk(
     query: Tensor,
     keys: Tensor,

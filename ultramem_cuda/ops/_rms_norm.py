@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _library
+from .. import _library, nvtx
 from ._checks import ArgumentChecks
 from ._common import gain_cast, register
 
 
+@nvtx.annotate("ultramem::rms_norm fwd")
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6) -> Tensor:
     """RMS normalisation over the last dimension: ``x / sqrt(mean(x^2) + eps) * weight``.
 

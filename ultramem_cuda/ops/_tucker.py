@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _library
+from .. import _library, nvtx
 from ._checks import MAX_TUCKER_RANK, ArgumentChecks, check_rank_and_cores
 from ._common import accumulation_cast, cast_for_autocast, gain_cast, register
 
 
+@nvtx.annotate("ultramem::tucker_query fwd")
 def tucker_query(
     x: Tensor, weight: Tensor, norm_weight: Tensor, *, num_heads: int = 1, eps: float = 1e-6
 ) -> Tensor:
@@ -98,6 +99,7 @@ def _tucker_query_backward(ctx: Any, grad_query: Tensor, _: Tensor | None) -> tu
     )
 
 
+@nvtx.annotate("ultramem::tucker_filter fwd")
 def tucker_filter(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Singular values of the summed Tucker cores and the leading singular vectors.
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _library
+from .. import _library, nvtx
 from ..addressing import SlotAddressing
 from ..factors import FactorShape, GradientFactors, owner_of
 from ._checks import ArgumentChecks, accumulation_dtype, check_cores
@@ -21,6 +21,7 @@ from ._common import (
 _ACTIVATIONS = ("identity", "gelu", "relu", "silu")
 
 
+@nvtx.annotate("ultramem::value_ffn fwd")
 def value_ffn(
     indices: Tensor,
     scores: Tensor,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import _library
+from .. import _library, nvtx
 from ..table import MemoryTable, table_of
 
 
@@ -77,8 +77,7 @@ def step_cache(table: MemoryTable) -> StepCache:
     version = 0 if slots.is_inference() else slots._version
     cache: StepCache | None = factors.step_cache
     if cache is None or (cache.num_entries == num_entries and cache.version != version):
-        grouping = Grouping(*torch.ops.ultramem.table_group(slots, table.num_slots))
-        cache = StepCache(num_entries, version, grouping)
+        cache = StepCache(num_entries, version, _group(slots, table.num_slots))
         factors.step_cache = cache
     elif cache.num_entries != num_entries:
         raise RuntimeError(
@@ -86,6 +85,11 @@ def step_cache(table: MemoryTable) -> StepCache:
             "every backward before clip_grad_norm_, and zero_grad() after step()"
         )
     return cache
+
+
+@nvtx.annotate("ultramem::table_group")
+def _group(slots: Tensor, num_slots: int) -> Grouping:
+    return Grouping(*torch.ops.ultramem.table_group(slots, num_slots))
 
 
 class FactoredGradient(NamedTuple):
@@ -111,6 +115,7 @@ def factored_gradient(table: MemoryTable, param: Tensor) -> FactoredGradient | N
     )
 
 
+@nvtx.annotate("ultramem::table_grad_sum_sq")
 def sum_of_squares(table: MemoryTable, param: Tensor) -> Tensor:
     """Of the parameter's gradient, a float64 scalar on the device; step_cache's scale not applied.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .. import nvtx
 from ..table import MemoryTable
 from ._table_gradient import (
     deferred_table,
@@ -22,6 +23,7 @@ from ._table_gradient import (
 
 
 @torch.no_grad()
+@nvtx.annotate("clip_grad_norm_")
 def clip_grad_norm_(
     model_or_params: nn.Module | Tensor | Iterable[Tensor],
     max_norm: float,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import _library
+from .. import _library, nvtx
 from ..table import MemoryTable, live_optimizers, write_scaled
 from ._table_gradient import (
     deferred_table,
@@ -144,6 +144,7 @@ class MemoryOptimizer(Optimizer):
         return tensor.view(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.view(1, -1)
 
     @torch.no_grad()
+    @nvtx.annotate(lambda self, *_, **__: f"{type(self).__name__} step")
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update.
 
@@ -245,6 +246,7 @@ class MemoryOptimizer(Optimizer):
             found_inf = found if found_inf is None else torch.maximum(found_inf.to(found), found)
         return found_inf
 
+    @nvtx.annotate("ultramem::table_update")
     def _update(
         self,
         param: Tensor,
