@@ -32,6 +32,7 @@ BUNDLED = {
     "ultramem_cuda.profiling": "profiling",
     "ultramem_cuda.examples": "examples",
     "ultramem_cuda.examples.lm": "examples/lm",
+    "ultramem_cuda.bench": "bench",
 }
 
 
@@ -103,6 +104,8 @@ setup(
     packages=[*find_packages(include=["ultramem_cuda", "ultramem_cuda.*"]), *BUNDLED],
     package_dir=BUNDLED,
     package_data={"ultramem_cuda": ["py.typed"]},
+    # Which MANIFEST.in puts into the sdist.
+    exclude_package_data={"ultramem_cuda.bench": ["results/*"]},
     ext_modules=[Extension("ultramem_cuda._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )
