@@ -74,7 +74,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """ "regression", "improvement", or "" where it is neither, or noise may be the cause."""
+        """Regression, improvement, or nothing where it is neither or noise may be the cause."""
         if self.old is None or self.new is None:
             if self.old is self.new:
                 return ""

@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,6 +41,7 @@ CPU_OPERATORS = {
     "retrieval": ("tucker_query", "product_key_topk"),
     "value_ffn": ("value_ffn",),
 }
+LEFT_OUT = "left_out"
 QUICK_REPEATS = 5
 # A table of 40 GB takes long to fill.
 NOT_QUICK = ("large",)
@@ -206,33 +208,23 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m bench") -> in
         print(f"{prog}: {reason}", file=sys.stderr)
         return EXIT_WRONG
     chosen = plan(arguments)
-    problem = None
+    why_cpu = no_gpu or "--device cpu"
     if device == "cpu" and arguments.section is not None:
-        problem = f"--section: all sections need a GPU ({no_gpu or '--device cpu'})"
-    elif device == "cuda" and not chosen:
-        problem = "no section of those benches has that name and such a shape"
-    if problem is not None:
-        print(f"{prog}: error: {problem}", file=sys.stderr)
-        return EXIT_USAGE
+        return _refuse(prog, f"--section: all sections need a GPU ({why_cpu})")
+    if device == "cuda" and not chosen:
+        return _refuse(prog, "no section of those benches has that name and such a shape")
 
-    record = _empty_record(arguments, device, chosen)
+    if device == "cpu":
+        record = _cpu_record(arguments, why_cpu)
+        measuring = measure_cpu(arguments, record)
+    else:
+        record = _gpu_record(arguments, chosen)
+        measuring = measure_gpu(chosen, arguments, torch.device(device), record)
     try:
         write(record, arguments)
     except OSError as error:
-        print(f"{prog}: error: cannot write {error.filename}: {error.strerror}", file=sys.stderr)
-        return EXIT_USAGE
-    print("\n".join(f"{key}: {value}" for key, value in record.machine.items()))
-    print(
-        f"{record.dtype}, {'cold' if record.cold else 'warm'} caches, median [quartiles]\n",
-        flush=True,
-    )
-    if device == "cpu":
-        # Said before the minutes that it takes, and kept in the record.
-        record.notes = {"left_out": f"The GPU benches were left out: {no_gpu or '--device cpu'}."}
-        print(f"{record.notes['left_out']}\n", flush=True)
-        measuring = measure_cpu(arguments, record)
-    else:
-        measuring = measure_gpu(chosen, arguments, torch.device(device), record)
+        return _refuse(prog, f"cannot write {error.filename}: {error.strerror}")
+    _print_heading(record)
     for _ in measuring:
         write(record, arguments)
     print(table(record.entries))
@@ -243,18 +235,42 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m bench") -> in
     return EXIT_WRONG if record.wrong else EXIT_OK
 
 
-def _empty_record(arguments: argparse.Namespace, device: str, chosen: Plan) -> Record:
-    names = ("only", "section", "shape", "quick", "repeats", "warmup", "seed", "compile", "smoke")
-    settings = {name: getattr(arguments, name) for name in names}
-    where = machine(torch.device(device))
-    if device == "cpu":
-        options = cpu_arguments(arguments, bench_ops.OPERATORS[0])
-        shapes = [dataclasses.asdict(shape) for shape in options.shapes]
-        return Record(where, options.dtype, options.cold, shapes, settings)
-    record = Record(where, DTYPE, True, [dataclasses.asdict(SMOKE)], settings)
-    for bench, _ in chosen:
-        record.notes = {**record.notes, **bench.notes}
+def _refuse(prog: str, reason: str) -> int:
+    print(f"{prog}: error: {reason}", file=sys.stderr)
+    return EXIT_USAGE
+
+
+def _gpu_record(arguments: argparse.Namespace, chosen: Plan) -> Record:
+    shapes = [dataclasses.asdict(SMOKE)]
     if not arguments.smoke:
         every = [shape for bench, _ in chosen for shape in bench.shape_records()]
-        record.shapes = [shape for i, shape in enumerate(every) if shape not in every[:i]]
-    return record
+        shapes = [shape for i, shape in enumerate(every) if shape not in every[:i]]
+    notes = {name: note for bench, _ in chosen for name, note in bench.notes.items()}
+    where = machine(torch.device("cuda"))
+    return Record(where, DTYPE, True, shapes, _settings(arguments), notes)
+
+
+def _cpu_record(arguments: argparse.Namespace, why_cpu: str) -> Record:
+    options = cpu_arguments(arguments, bench_ops.OPERATORS[0])
+    return Record(
+        machine(torch.device("cpu")),
+        options.dtype,
+        options.cold,
+        [dataclasses.asdict(shape) for shape in options.shapes],
+        _settings(arguments),
+        {LEFT_OUT: f"The GPU benches were left out: {why_cpu}."},
+    )
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("only", "section", "shape", "quick", "repeats", "warmup", "seed", "compile", "smoke")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _print_heading(record: Record) -> None:
+    lines = [f"{key}: {value}" for key, value in record.machine.items()]
+    caches = "cold" if record.cold else "warm"
+    lines.append(f"{record.dtype}, {caches} caches, median [quartiles]")
+    if LEFT_OUT in record.notes:
+        lines += ["", record.notes[LEFT_OUT]]
+    print("\n".join(lines), end="\n\n", flush=True)
