@@ -1,7 +1,7 @@
 # make demo     set everything up and run the main job: ultramem-demo/report.html
 # make test     set everything up and run the tests
 # make lint     formatting, lint and types
-# make bench    operators against torch eager on this machine
+# make bench    every bench on the GPU; without one, CPU operators against torch eager: ultramem-bench.json
 # make sanitize the CPU kernels under AddressSanitizer and UBSan
 #
 # VENV names the virtual environment (default .venv, created where missing). `make test VENV=`
@@ -59,7 +59,7 @@ lint: $(READY)
 	PATH="$(if $(READY),$(abspath $(VENV))/bin:)$$PATH" $(PY) -m pre_commit run --all-files
 
 bench: build
-	$(PY) -m bench.ops
+	$(PY) -m bench
 
 sanitize: $(READY)
 	PATH="$(if $(READY),$(abspath $(VENV))/bin:)$$PATH" PY="$(PY)" tests/sanitize.sh $(PARALLEL)

@@ -33,6 +33,7 @@ BUNDLED = {
     "ultramem_cuda.profiling.nsight": "profiling/nsight",
     "ultramem_cuda.examples": "examples",
     "ultramem_cuda.examples.lm": "examples/lm",
+    "ultramem_cuda.bench": "bench",
 }
 
 
@@ -107,6 +108,8 @@ setup(
         "ultramem_cuda": ["py.typed"],
         "ultramem_cuda.profiling.nsight": ["*.section"],
     },
+    # Which MANIFEST.in puts into the sdist.
+    exclude_package_data={"ultramem_cuda.bench": ["results/*"]},
     ext_modules=[Extension("ultramem_cuda._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

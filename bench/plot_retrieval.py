@@ -1,18 +1,17 @@
-"""``python -m bench.plot_retrieval``: the sweeps of a bench.retrieval record, one SVG each."""
+"""``python -m bench.plot_retrieval``: the sweeps of a record, one SVG each."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
+from .record import Entry, Record, RecordError, load
 from .shapes import SHAPES
 
 # Size of a sweep -> its symbol, and what the figure is called.
@@ -27,17 +26,20 @@ PASSES = ("fwd", "bwd")
 Point = tuple[int, float]
 
 
-def points(rows: Sequence[Mapping[str, Any]], size: str, what: str) -> list[Point]:
+def sweep(record: Record) -> list[Entry]:
+    return [e for e in record.entries if (e.bench, e.section) == ("retrieval", "sweep")]
+
+
+def points(entries: Iterable[Entry], size: str, what: str) -> list[Point]:
     """(size, microseconds) of one curve, in order; what did not fit in memory has no point."""
     found = []
-    for row in rows:
-        timing = row["timings"]["ours"]
-        if size in row["sizes"] and row["what"].endswith(f", {what}") and timing is not None:
-            found.append((int(row["sizes"][size]), timing["median_ms"] * 1e3))
+    for entry in entries:
+        if size in entry.sizes and entry.what.endswith(f", {what}") and entry.value is not None:
+            found.append((int(entry.sizes[size]), entry.value))
     return sorted(found)
 
 
-def plot(record: Mapping[str, Any], size: str, path: Path) -> None:
+def plot(record: Record, size: str, path: Path) -> None:
     """Draws both passes against one size, on logarithmic axes."""
     symbol, meaning = AXES[size]
     # Text stays text, and two runs on one record give one file.
@@ -45,7 +47,7 @@ def plot(record: Mapping[str, Any], size: str, path: Path) -> None:
         figure = Figure(figsize=(5.5, 3.6), layout="constrained")
         axes = figure.subplots()
         for what, label, marker in zip(PASSES, ("forward", "backward"), "os", strict=True):
-            curve = points(record["sections"]["sweep"], size, what)
+            curve = points(sweep(record), size, what)
             if curve:
                 axes.plot(*zip(*curve, strict=True), marker=marker, markersize=4, label=label)
         axes.set_xscale("log", base=2)
@@ -55,9 +57,7 @@ def plot(record: Mapping[str, Any], size: str, path: Path) -> None:
             axis_formatter(LogFormatter())  # 200, not 2 x 10^2
         axes.set_xlabel(f"{symbol}, {meaning}")
         axes.set_ylabel("microseconds")
-        axes.set_title(
-            f"product_key_topk, {record['machine'].get('gpu', '?')}\n{_rest(size)}", size=9
-        )
+        axes.set_title(f"product_key_topk, {record.machine.get('gpu', '?')}\n{_rest(size)}", size=9)
         axes.grid(True, which="both", alpha=0.25)
         axes.legend()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,15 +75,19 @@ def _rest(size: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.plot_retrieval",
-        description="Draws the section sweep of a record that bench.retrieval --json wrote.",
+        description="Draws the section sweep of a record of python -m bench or bench.retrieval.",
     )
     parser.add_argument("record", type=Path, help="the JSON record")
     parser.add_argument(
         "--out", type=Path, default=Path("docs"), metavar="DIR", help="default: docs"
     )
     arguments = parser.parse_args(argv)
-    record = json.loads(arguments.record.read_text())
-    if not record.get("sections", {}).get("sweep"):
+    try:
+        record = load(arguments.record)
+    except RecordError as error:
+        print(f"bench.plot_retrieval: {error}", file=sys.stderr)
+        return 1
+    if not sweep(record):
         print(f"bench.plot_retrieval: {arguments.record} has no section sweep", file=sys.stderr)
         return 1
     for size, (symbol, _) in AXES.items():

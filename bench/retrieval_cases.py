@@ -18,8 +18,8 @@ from ultramem_cuda.profiling.timing import Candidate, Timing, capture, measure
 
 from . import eager
 from . import ops as bench_ops
-from .report import Row
-from .shapes import SHAPES, SMOKE, Shape
+from .report import Quantity, Row
+from .shapes import SHAPES, Shape
 
 Calls = Sequence[Callable[[], object]]
 
@@ -32,7 +32,7 @@ COMPILED_RATIO = {"S": 10.0, "B": 7.0, "M": 7.0}
 DECODE_US = {"S": 15.0, "B": 20.0, "M": 25.0}
 DECODE_TARGET_TOKENS = (1, 16, 64)
 QUERY_RATIO, QUERY_RATIO_SMALL = 1.0, 1.5
-MEMORY_BYTES = 32e6
+PEAK_MEMORY, PEAK_MEMORY_MB = "product_key_topk fwd+bwd, peak extra memory", 32.0
 # How much slower than random an adversarial order may be.
 ADVERSARIAL_RATIO = 0.5
 
@@ -52,7 +52,6 @@ class Settings:
     """How much is measured."""
 
     device: torch.device
-    shapes: tuple[Shape, ...]
     repeats: int = 30
     warmup: int = 5
     compile: bool = True
@@ -79,6 +78,12 @@ class Settings:
         if self.smoke:  # tiny parameters: it would take thousands
             return MIN_GRAPH_CALLS
         return max(MIN_GRAPH_CALLS, -(-ROTATED_BYTES // parameter_bytes))
+
+
+def release_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def is_standard(shape: Shape) -> bool:
@@ -141,36 +146,35 @@ def make_grad_scores(shape: Shape, inputs: bench_ops.Inputs) -> Tensor:
 # ---- table: product_key_topk against torch -------------------------------------------------------
 
 
-def table_rows(settings: Settings, wrong: list[str]) -> Iterator[Row]:
+def table_rows(settings: Settings, shape: Shape, wrong: list[str]) -> Iterator[Row]:
     """Forward, backward alone, and both, against eager and torch.compile of it."""
-    for shape in settings.shapes:
-        # Dynamo gives up, and runs eager without a word, after a few variants of one function.
-        torch.compiler.reset()
-        (problem,) = bench_ops.problems("product_key_topk", shape, settings.inputs(), [])
-        distance = bench_ops.disagreement(problem)
-        # Not <=, which a NaN passes.
-        if not distance <= bench_ops.AGREEMENT[DTYPE]:
-            wrong.append(f"product_key_topk at shape {shape.name}: ours and eager differ")
-        functions = {"ours": problem.functions["ours"]}
-        if settings.compile:
-            functions["compiled"] = torch.compile(problem.functions["eager"], dynamic=False)
-        functions["eager"] = problem.functions["eager"]
-        peers = tuple(name for name in functions if name != "ours")
-        for what in (FWD, BWD, FWD_BWD):
-            candidates = {
-                name: _pass(function, what, problem.leaves, problem.grad)
-                for name, function in functions.items()
-            }
-            timings = settings.times(candidates)
-            target_us, ratio_targets = _table_targets(shape, what)
-            yield Row(
-                shape.name,
-                what,
-                timings,
-                peers,
-                target_us,
-                {peer: ratio_targets[peer] for peer in peers if peer in ratio_targets},
-            )
+    # Dynamo gives up, and runs eager without a word, after a few variants of one function.
+    torch.compiler.reset()
+    (problem,) = bench_ops.problems("product_key_topk", shape, settings.inputs(), [])
+    distance = bench_ops.disagreement(problem)
+    # Not <=, which a NaN passes.
+    if not distance <= bench_ops.AGREEMENT[DTYPE]:
+        wrong.append(f"product_key_topk at shape {shape.name}: ours and eager differ")
+    functions = {"ours": problem.functions["ours"]}
+    if settings.compile:
+        functions["compiled"] = torch.compile(problem.functions["eager"], dynamic=False)
+    functions["eager"] = problem.functions["eager"]
+    peers = tuple(name for name in functions if name != "ours")
+    for what in (FWD, BWD, FWD_BWD):
+        candidates = {
+            name: _pass(function, what, problem.leaves, problem.grad)
+            for name, function in functions.items()
+        }
+        timings = settings.times(candidates)
+        target_us, ratio_targets = _table_targets(shape, what)
+        yield Row(
+            shape.name,
+            what,
+            timings,
+            peers,
+            target_us,
+            {peer: ratio_targets[peer] for peer in peers if peer in ratio_targets},
+        )
 
 
 def _table_targets(shape: Shape, what: str) -> tuple[float | None, dict[str, float]]:
@@ -266,13 +270,12 @@ def query_tokens(settings: Settings) -> tuple[int, ...]:
     return (1, 16, 64, 512, 8192) if not settings.smoke else (1, 80)
 
 
-def query_rows(settings: Settings) -> Iterator[Row]:
+def query_rows(settings: Settings, base: Shape, wrong: list[str]) -> Iterator[Row]:
     """tucker_query forward and backward against F.linear and a compiled rms_norm."""
-    for base in settings.shapes:
-        for tokens in query_tokens(settings):
-            torch.compiler.reset()
-            shape = dataclasses.replace(base, num_tokens=tokens)
-            yield _query_row(settings, shape, is_standard(base))
+    for tokens in query_tokens(settings):
+        torch.compiler.reset()
+        shape = dataclasses.replace(base, num_tokens=tokens)
+        yield _query_row(settings, shape, is_standard(base))
 
 
 def _query_row(settings: Settings, shape: Shape, has_target: bool) -> Row:
@@ -318,8 +321,7 @@ def graph_candidates(calls: Mapping[str, Calls]) -> dict[str, Candidate]:
         try:
             candidates[name] = Candidate(capture(functions).replay)
         except torch.OutOfMemoryError:
-            gc.collect()
-            torch.cuda.empty_cache()
+            release_memory()
     return candidates
 
 
@@ -330,13 +332,12 @@ def decode_tokens(settings: Settings) -> tuple[int, ...]:
     return (1, 4, 16, 64, 256) if not settings.smoke else (1, 4)
 
 
-def decode_rows(settings: Settings) -> Iterator[Row]:
+def decode_rows(settings: Settings, base: Shape, wrong: list[str]) -> Iterator[Row]:
     """tucker_query and product_key_topk, forward, as one graph of many calls."""
-    for base in settings.shapes:
-        for tokens in decode_tokens(settings):
-            shape = dataclasses.replace(base, num_tokens=tokens)
-            has_target = is_standard(base) and tokens in DECODE_TARGET_TOKENS
-            yield _decode_row(settings, shape, DECODE_US.get(shape.name) if has_target else None)
+    for tokens in decode_tokens(settings):
+        shape = dataclasses.replace(base, num_tokens=tokens)
+        has_target = is_standard(base) and tokens in DECODE_TARGET_TOKENS
+        yield _decode_row(settings, shape, DECODE_US.get(shape.name) if has_target else None)
 
 
 def _decode_row(settings: Settings, shape: Shape, target_us: float | None) -> Row:
@@ -385,28 +386,11 @@ def _decode_row(settings: Settings, shape: Shape, target_us: float | None) -> Ro
 # ---- memory --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class MemoryUse:
-    """Bytes of product_key_topk beyond what it returns, at its peak."""
+def memory_use(settings: Settings, shape: Shape, wrong: list[str]) -> Iterator[Quantity]:
+    """Peak of torch's allocator over a forward and backward beyond what they are given and return.
 
-    shape: str
-    forward: int
-    """Beyond inputs and outputs; what is saved for the backward is part of it."""
-    backward: int
-    """Beyond inputs, outputs and the gradients of query, keys and core."""
-    target: float | None
-
-    @property
-    def peak(self) -> int:
-        return max(self.forward, self.backward)
-
-    def reached(self) -> bool | None:
-        return None if self.target is None else self.peak <= self.target
-
-
-def memory_use(settings: Settings) -> MemoryUse:
-    """Peak extra memory of a forward and backward at shape S, as torch's allocator counts it."""
-    shape = SMOKE if settings.smoke else SHAPES["S"]
+    What is saved for the backward counts. The gradients of query, keys and core are returned.
+    """
     inputs = settings.inputs()
     retrieval = make_retrieval(shape, inputs)
     leaves = (retrieval.query, retrieval.keys, retrieval.core)
@@ -430,7 +414,14 @@ def memory_use(settings: Settings) -> MemoryUse:
     step()  # what is allocated once and kept, such as a library's workspace, is no part of a step
     gc.collect()
     forward, backward = step()
-    return MemoryUse(shape.name, forward, backward, None if settings.smoke else MEMORY_BYTES)
+    yield Quantity(
+        shape.name,
+        PEAK_MEMORY,
+        max(forward, backward) / 1e6,
+        "MB",
+        PEAK_MEMORY_MB if is_standard(shape) else None,
+        f"forward {forward / 1e6:.1f}, backward {backward / 1e6:.1f}",
+    )
 
 
 # ---- sweeps over one size ------------------------------------------------------------------------
@@ -449,9 +440,8 @@ SMOKE_SWEEPS: dict[str, tuple[int, ...]] = {
 }
 
 
-def sweep_rows(settings: Settings) -> Iterator[Row]:
-    """Time against n, m (= M), T and Kd, the rest as at shape S."""
-    base = SMOKE if settings.smoke else SHAPES["S"]
+def sweep_rows(settings: Settings, base: Shape, wrong: list[str]) -> Iterator[Row]:
+    """Time against n, m (= M), T and Kd, the rest as at the shape."""
     for name, values in (SMOKE_SWEEPS if settings.smoke else SWEEPS).items():
         for value in values:
             changes: dict[str, Any] = {name: value}
@@ -487,8 +477,7 @@ def _sweep_point(settings: Settings, shape: Shape, name: str) -> Iterator[Row]:
             )
             timings[what] = settings.times(candidates, calls)
     except torch.OutOfMemoryError:
-        gc.collect()
-        torch.cuda.empty_cache()
+        release_memory()
     for what, timing in timings.items():
         yield Row(shape.name, f"{label}, {what}", timing, sizes=sizes, note=note)
 
@@ -540,20 +529,16 @@ def make_ordered(order: str, shape: Shape, inputs: bench_ops.Inputs) -> Retrieva
     return dataclasses.replace(retrieval, query=query, keys=keys)
 
 
-def adversarial_rows(settings: Settings) -> Iterator[Row]:
+def adversarial_rows(settings: Settings, shape: Shape, wrong: list[str]) -> Iterator[Row]:
     """The forward under orders of the scores, against random ones."""
-    names = ("S", "M")
-    for shape in [SMOKE] if settings.smoke else [SHAPES[name] for name in names]:
-        cases = {order: make_ordered(order, shape, settings.inputs()) for order in ORDERS}
-        timings = settings.times(
-            {order: Candidate(case.raw_forward) for order, case in cases.items()}
-        )
-        for order in ORDERS:
-            found = {"ours": timings[order]} if order in timings else {}
-            if order == "random":
-                yield Row(shape.name, order, found)
-                continue
-            if "random" in timings:
-                found["random"] = timings["random"]
-            targets = {} if settings.smoke else {"random": ADVERSARIAL_RATIO}
-            yield Row(shape.name, order, found, ("random",), None, targets)
+    cases = {order: make_ordered(order, shape, settings.inputs()) for order in ORDERS}
+    timings = settings.times({order: Candidate(case.raw_forward) for order, case in cases.items()})
+    for order in ORDERS:
+        found = {"ours": timings[order]} if order in timings else {}
+        if order == "random":
+            yield Row(shape.name, order, found)
+            continue
+        if "random" in timings:
+            found["random"] = timings["random"]
+        targets = {"random": ADVERSARIAL_RATIO} if is_standard(shape) else {}
+        yield Row(shape.name, order, found, ("random",), None, targets)

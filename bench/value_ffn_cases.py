@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from ultramem_cuda.profiling.timing import Candidate, Timing
 from . import eager
 from . import ops as bench_ops
 from .report import Quantity, Row
-from .retrieval_cases import DTYPE, FWD, Settings, is_standard
+from .retrieval_cases import DTYPE, FWD, Settings, is_standard, release_memory
 from .shapes import DISTRIBUTIONS, Shape, draw_slots
 
 DENSE, DEFERRED = "bwd, main_grad", "bwd, deferred"
@@ -173,12 +172,6 @@ def fill(table: MemoryTable, shape: Shape, slots: str, inputs: bench_ops.Inputs)
         layer = dataclasses.replace(problem, indices=indices)
         layer.backward_deferred(layer.forward()[1], factors)
     factors.check()
-
-
-def release_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def relative_distance(a: Tensor, b: Tensor) -> float:

@@ -40,8 +40,8 @@ __all__ = [
     "topology",
 ]
 
-# python_ref, profiling and examples are folders of the repository's root, shipped inside this
-# package by the wheel. In a checkout they are found where they are.
+# python_ref, profiling, bench and examples are folders of the repository's root, shipped inside
+# this package by the wheel. In a checkout they are found where they are.
 _checkout = _Path(__file__).resolve().parent.parent
 if (_checkout / "python_ref" / "__init__.py").is_file():
     __path__.append(str(_checkout))

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="matplotlib (requirements.txt) draws the figures")
 
 from ultramem_cuda.bench import plot_retrieval, report
+from ultramem_cuda.bench.record import item_entries
 from ultramem_cuda.bench.retrieval_cases import SWEEPS
 from ultramem_cuda.profiling import timing
 
@@ -28,13 +29,20 @@ def sweep_record() -> dict[str, Any]:
         for what in ("fwd", "bwd")
     ]
     rows.append(report.Row("S", "num_tokens 256, fwd", {}, sizes={"num_tokens": 256}))
-    return {"machine": {"gpu": "a GPU"}, "sections": {"sweep": [row.record() for row in rows]}}
+    return {
+        "machine": {"gpu": "a GPU"},
+        "dtype": "bfloat16",
+        "shapes": [],
+        "sections": {"sweep": [row.record() for row in rows]},
+        "wrong": [],
+    }
 
 
 def test_points_are_sorted_and_leave_out_what_did_not_fit() -> None:
-    rows = sweep_record()["sections"]["sweep"]
-    assert plot_retrieval.points(rows, "num_tokens", "fwd") == [(64, 64.0), (128, 128.0)]
-    assert plot_retrieval.points(rows, "key_dim", "bwd") == [(64, 64.0), (128, 128.0)]
+    items = sweep_record()["sections"]["sweep"]
+    entries = [entry for item in items for entry in item_entries("retrieval", "sweep", item)]
+    assert plot_retrieval.points(entries, "num_tokens", "fwd") == [(64, 64.0), (128, 128.0)]
+    assert plot_retrieval.points(entries, "key_dim", "bwd") == [(64, 64.0), (128, 128.0)]
 
 
 def test_figures_are_drawn_and_the_same_each_time(
@@ -53,6 +61,9 @@ def test_figures_are_drawn_and_the_same_each_time(
         assert "microseconds" in text
         assert "a GPU" in text
         assert "backward" in text
-    record.write_text("{}")
+    record.write_text(json.dumps(sweep_record() | {"sections": {}}))
     assert plot_retrieval.main([str(record)]) == 1
     assert "no section sweep" in capsys.readouterr().err
+    record.write_text("{}")
+    assert plot_retrieval.main([str(record)]) == 1
+    assert "no record of a bench" in capsys.readouterr().err

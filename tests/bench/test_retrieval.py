@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from ultramem_cuda.bench import report, retrieval
+from ultramem_cuda.bench import command, report, retrieval
 from ultramem_cuda.bench import retrieval_cases as cases
 from ultramem_cuda.bench.shapes import SHAPES, SMOKE
 from ultramem_cuda.profiling import timing
 from ultramem_cuda.python_ref import product_key_topk
 
 CPU = torch.device("cpu")
-SETTINGS = cases.Settings(CPU, (SMOKE,), 2, 1, compile=False, smoke=True)
+SETTINGS = cases.Settings(CPU, 2, 1, compile=False, smoke=True)
+SECTIONS = retrieval.BENCH.sections
 
 
 def of(ms: float) -> timing.Timing:
@@ -114,27 +117,53 @@ def test_graphs_rotate_over_more_than_the_l2_cache(parameters: int, calls: int) 
 
 
 def test_sections_and_shapes_that_are_asked_for() -> None:
-    arguments = retrieval.parse([])
-    assert arguments.sections == list(retrieval.SECTIONS)
-    assert [s.name for s in retrieval.settings_for(arguments, "table").shapes] == list("SBML")
-    assert [s.name for s in retrieval.settings_for(arguments, "decode").shapes] == list("SBM")
-    arguments = retrieval.parse(["--section", "sweep", "table", "--shape", "M", "L"])
+    def names(section: str, arguments: argparse.Namespace) -> list[str]:
+        shapes = SECTIONS[section].shapes_of(arguments.shape, arguments.smoke)
+        return [shape.name for shape in shapes]
+
+    arguments = command.parse_bench(retrieval.BENCH, [])
+    assert arguments.sections == list(SECTIONS)
+    assert names("table", arguments) == list("SBML")
+    assert names("query", arguments) == names("decode", arguments) == list("SBM")
+    assert names("memory", arguments) == names("sweep", arguments) == ["S"]
+    arguments = command.parse_bench(
+        retrieval.BENCH, ["--section", "sweep", "table", "--shape", "M", "L"]
+    )
     assert arguments.sections == ["table", "sweep"]
-    assert [s.name for s in retrieval.settings_for(arguments, "query").shapes] == ["M"]
-    assert retrieval.settings_for(retrieval.parse(["--smoke"]), "table").shapes == (SMOKE,)
+    assert names("query", arguments) == ["M"]
+    assert names("adversarial", arguments) == ["S", "M"]
+    arguments = command.parse_bench(retrieval.BENCH, ["--smoke"])
+    assert all(names(section, arguments) == ["smoke"] for section in SECTIONS)
     for wrong in (["--section", "all"], ["--repeats", "1"], ["--shape", "cpu"]):
         with pytest.raises(SystemExit):
-            retrieval.parse(wrong)
+            command.parse_bench(retrieval.BENCH, wrong)
 
 
-def test_memory_has_two_peaks() -> None:
-    memory = cases.MemoryUse("S", 9_000_000, 33_000_000, 32e6)
-    assert memory.peak == 33_000_000
-    assert "33.0 MB <= 32: missed" in retrieval.describe_memory(memory)
-    assert retrieval.memory_record(memory)["verdict"] == "missed"
-    forward = cases.MemoryUse("S", 9_000_000, -1_000, None)
-    assert forward.peak == 9_000_000
-    assert retrieval.memory_record(forward)["verdict"] is None
+@pytest.mark.parametrize(
+    ("arguments", "compiles"), [([], True), (["--no-compile"], False), (["--smoke"], False)]
+)
+def test_compiled_peers_can_be_left_out(arguments: list[str], compiles: bool) -> None:
+    assert command.parse_bench(retrieval.BENCH, arguments).compile is compiles
+
+
+def test_memory_has_two_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs and gradients do not count; the larger of the two peaks does."""
+    shape = dataclasses.replace(SHAPES["S"], num_tokens=4)
+    inputs = SETTINGS.inputs()
+    retrieval_inputs = cases.make_retrieval(shape, inputs)
+    leaves = (retrieval_inputs.query, retrieval_inputs.keys, retrieval_inputs.core)
+    outputs = 4 * shape.topk * (shape.num_cores * 4 + 8)
+    gradients = sum(leaf.nbytes for leaf in leaves)
+    # After the forward and the backward of a step that warms up, and of the one that counts.
+    peaks = iter([0, 0, 12_000_000 + outputs, 36_000_000 + outputs + gradients])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 3_000_000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(peaks))
+    monkeypatch.setitem(SHAPES, "S", shape)
+    (peak,) = cases.memory_use(SETTINGS, shape, [])
+    assert peak.amount == pytest.approx(33.0)
+    assert peak.note == "forward 9.0, backward 33.0"
+    assert (peak.target, peak.verdict()) == (32.0, "missed")
 
 
 # ---- measuring -----------------------------------------------------------------------------------
@@ -175,10 +204,10 @@ def test_a_backward_that_does_not_fit_is_left_out() -> None:
 @pytest.mark.usefixtures("_graphs_are_loops")
 def test_every_section_has_its_rows() -> None:
     wrong: list[str] = []
-    rows = {
-        name: list(retrieval.measure_section(name, SETTINGS, wrong))
-        for name in retrieval.SECTIONS
-        if name != "memory"
+    rows: dict[str, list[Any]] = {
+        name: list(section.measure(SETTINGS, SMOKE, wrong))
+        for name, section in SECTIONS.items()
+        if name != "memory"  # which is torch.cuda's alone
     }
     assert wrong == []
     assert [row.what for row in rows["table"]] == ["fwd", "bwd", "fwd+bwd"]
@@ -202,7 +231,7 @@ def test_a_wrong_result_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         cases.eager, "product_key_topk", lambda *a, **k: (right(*a, **k)[0] * 1.1, None)
     )
     wrong: list[str] = []
-    list(cases.table_rows(SETTINGS, wrong))
+    list(cases.table_rows(SETTINGS, SMOKE, wrong))
     assert len(wrong) == 1
     assert "shape smoke" in wrong[0]
 
@@ -254,20 +283,24 @@ def test_smoke_run_on_the_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert retrieval.main(["--smoke", "--json", str(path)]) == 0
     assert torch.cuda.get_device_name() in capsys.readouterr().out
     record = json.loads(path.read_text())
-    assert list(record["sections"]) == list(retrieval.SECTIONS)
-    assert record["wrong"] == []
-    for name, rows in record["sections"].items():
-        if name == "memory":
-            assert rows["peak_bytes"] > 0
-            continue
+    assert record["bench"] == "retrieval"
+    assert list(record["sections"]) == list(SECTIONS)
+    assert record["wrong"] == record["out_of_memory"] == []
+    (memory,) = record["sections"].pop("memory")
+    assert memory["amount"] > 0
+    for rows in record["sections"].values():
+        assert rows
         for row in rows:
             assert row["out_of_memory"] == []
 
 
 @pytest.mark.gpu
 def test_a_compiled_peer_on_the_gpu() -> None:
-    settings = cases.Settings(torch.device("cuda"), (SMOKE,), 2, 1, compile=True, smoke=True)
+    settings = cases.Settings(torch.device("cuda"), 2, 1, compile=True, smoke=True)
     wrong: list[str] = []
-    rows = [*cases.table_rows(settings, wrong), *cases.query_rows(settings)]
+    rows = [
+        *cases.table_rows(settings, SMOKE, wrong),
+        *cases.query_rows(settings, SMOKE, wrong),
+    ]
     assert wrong == []
     assert all(row.record()["out_of_memory"] == [] for row in rows)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ultramem_cuda.bench import (
+    command,
     report,
     retrieval_cases,
     value_ffn,
@@ -24,7 +25,8 @@ from ultramem_cuda.bench.shapes import SHAPES, SMOKE, draw_slots
 from ultramem_cuda.profiling import timing
 
 CPU = torch.device("cpu")
-SETTINGS = retrieval_cases.Settings(CPU, (), 2, 1, compile=False, smoke=True)
+SETTINGS = retrieval_cases.Settings(CPU, 2, 1, compile=False, smoke=True)
+SECTIONS = value_ffn.BENCH.sections
 
 
 def of(us: float) -> timing.Timing:
@@ -49,7 +51,7 @@ def _graphs_are_loops(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measured(name: str, wrong: list[str]) -> list[Any]:
-    return list(value_ffn.SECTIONS[name].measure(SETTINGS, SMOKE, wrong))
+    return list(SECTIONS[name].measure(SETTINGS, SMOKE, wrong))
 
 
 # ---- targets, ratios, floors ---------------------------------------------------------------------
@@ -241,7 +243,7 @@ def test_rows_around_the_borders() -> None:
 @pytest.mark.usefixtures("_graphs_are_loops")
 def test_every_section_measures() -> None:
     wrong: list[str] = []
-    found = {name: measured(name, wrong) for name in value_ffn.SECTIONS}
+    found = {name: measured(name, wrong) for name in SECTIONS}
     assert wrong == []
     assert [row.what for row in found["table"]] == [
         f"{what}, {slots}"
@@ -254,7 +256,7 @@ def test_every_section_measures() -> None:
     assert [row.what for row in found["layer"]] == ["fwd+bwd", "fwd", "factors of a layer's tokens"]
     assert [row.what for row in found["large"]][:2] == [cases.FWD, cases.DEFERRED]
     for section in found.values():
-        assert value_ffn.describe(section)
+        assert command.describe(section)
         for item in section:
             record = json.loads(json.dumps(item.record()))
             assert record["verdict"] is None
@@ -329,27 +331,30 @@ def test_rows_read_or_stepped_wrong_are_noticed(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_sections_and_shapes_that_are_asked_for() -> None:
-    arguments = value_ffn.parse([])
-    assert arguments.sections == list(value_ffn.SECTIONS)
+    arguments = command.parse_bench(value_ffn.BENCH, [])
+    assert arguments.sections == list(SECTIONS)
 
     def names(section: str) -> list[str]:
-        return [shape.name for shape in value_ffn.shapes_of(arguments, section)]
+        shapes = SECTIONS[section].shapes_of(arguments.shape, arguments.smoke)
+        return [shape.name for shape in shapes]
 
     assert names("table") == names("layer") == list("SBM")
     assert names("step") == names("training") == names("state") == list("SM")
     assert names("large") == ["20e9"]
-    arguments = value_ffn.parse(["--section", "large", "table", "--shape", "M"])
+    arguments = command.parse_bench(
+        value_ffn.BENCH, ["--section", "large", "table", "--shape", "M"]
+    )
     assert arguments.sections == ["table", "large"]
     assert names("step") == ["M"]
-    arguments = value_ffn.parse(["--smoke"])
-    assert all(names(section) == ["smoke"] for section in value_ffn.SECTIONS)
+    arguments = command.parse_bench(value_ffn.BENCH, ["--smoke"])
+    assert all(names(section) == ["smoke"] for section in SECTIONS)
     for wrong in (["--section", "all"], ["--repeats", "1"], ["--shape", "L"]):
         with pytest.raises(SystemExit):
-            value_ffn.parse(wrong)
+            command.parse_bench(value_ffn.BENCH, wrong)
 
 
 def test_a_section_that_breaks_takes_no_other_with_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def breaks(*_: Any) -> Iterator[report.Row]:
         yield report.Row("smoke", "first", {"ours": of(1.0)})
@@ -362,22 +367,27 @@ def test_a_section_that_breaks_takes_no_other_with_it(
     def works(*_: Any) -> Iterator[report.Quantity]:
         yield report.Quantity("smoke", "bytes", 2.0, "B")
 
-    monkeypatch.setattr(
-        value_ffn,
-        "SECTIONS",
-        {
-            name: value_ffn.Section(name, "", measure)
-            for name, measure in (("step", breaks), ("large", is_too_large), ("state", works))
-        },
-    )
+    measures = {"step": breaks, "large": is_too_large, "state": works}
+    sections = {
+        name: dataclasses.replace(SECTIONS[name], measure=measure)
+        for name, measure in measures.items()
+    }
+    bench = dataclasses.replace(value_ffn.BENCH, sections=sections)
     path = tmp_path / "record.json"
-    arguments = value_ffn.parse(["--smoke", "--json", str(path)])
-    assert value_ffn.run(arguments, {"gpu": "none"}) == ["step, smoke: no such thing"]
+    arguments = command.parse_bench(bench, ["--smoke", "--json", str(path)])
+    assert command.run_bench(bench, arguments, {"gpu": "none"}) == ["step, smoke: no such thing"]
+    output = capsys.readouterr()
+    assert "ValueError: no such thing" in output.err
+    assert "large, smoke: out of memory" in output.err
+    assert "value_ffn state smoke bytes 2 B" in output.err, "rows are printed as they come"
+    assert "nothing was measured" in output.out
     record = json.loads(path.read_text())
     assert record["wrong"] == ["step, smoke: no such thing"]
     assert record["out_of_memory"] == ["large, smoke"]
     assert [len(record["sections"][name]) for name in ("step", "large", "state")] == [1, 0, 1]
-    assert [shape["name"] for shape in record["shapes"]] == ["S", "B", "M", "20e9"]
+    assert [shape["name"] for shape in record["shapes"]] == ["S", "M", "20e9"]
+    records = value_ffn.BENCH.shape_records()
+    assert [shape["name"] for shape in records] == ["S", "B", "M", "20e9"]
     assert "3.0 TB/s" in record["step_floor"]
 
 
@@ -396,4 +406,4 @@ def test_smoke_run_on_the_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert torch.cuda.get_device_name() in capsys.readouterr().out
     record = json.loads(path.read_text())
     assert record["out_of_memory"] == []
-    assert all(record["sections"][name] for name in value_ffn.SECTIONS)
+    assert all(record["sections"][name] for name in SECTIONS)

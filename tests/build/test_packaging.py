@@ -129,6 +129,7 @@ def test_wheel_holds_package_and_libraries(sdist: Path, wheel: Path):
     }
     assert {
         "__init__.py",
+        "bench/__main__.py",
         "cli/__init__.py",
         "examples/lm/__init__.py",
         "libultramem_torch.so",
@@ -144,6 +145,7 @@ def test_wheel_holds_package_and_libraries(sdist: Path, wheel: Path):
         ("ultramem_cuda", ""),
         ("python_ref", "python_ref/"),
         ("profiling", "profiling/"),
+        ("bench", "bench/"),
         ("examples/lm", "examples/lm/"),
     ]:
         modules = {
@@ -151,6 +153,7 @@ def test_wheel_holds_package_and_libraries(sdist: Path, wheel: Path):
             for file in (sdist / folder).rglob("*.py")
         }
         assert modules <= inside, modules - inside
+    assert not any(name.startswith("bench/results") for name in inside), "150 kB of records"
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"ultramem_cuda"}
 
@@ -171,6 +174,14 @@ def test_installed_wheel_works_elsewhere(wheel: Path, tmp_path: Path):
     )
     assert str(target / "ultramem_cuda" / "libultramem_torch.so") in output
     assert "no: CPU-only build" in output
+    output = run(
+        *(sys.executable, "-m", "ultramem_cuda", "bench", "--device", "cpu", "--smoke"),
+        *("--only", "retrieval", "--json", "record.json"),
+        cwd=tmp_path,
+        env=env | {"PYTHONPATH": str(target)},
+    )
+    assert "tucker_query" in output
+    assert (tmp_path / "record.json").is_file()
 
 
 @pytest.mark.usefixtures("wheel")

@@ -106,6 +106,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--quiet", action="store_true", help="print summaries only")
     command.set_defaults(run=demo.run)
+
+    # Its options, --help too, are those of `python -m bench`: here all of them are positional,
+    # since no argument begins with a NUL.
+    command = commands.add_parser(
+        "bench",
+        help="time every operator and layer, write a record and a table",
+        add_help=False,
+        prefix_chars="\0",
+    )
+    command.add_argument("arguments", nargs="*")
+    command.set_defaults(run=lambda args: _bench(args.arguments))
     return parser
 
 
@@ -137,6 +148,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_output()
         print(f"{name}: error: cannot write the output: {error.strerror}", file=sys.stderr)
         return EXIT_FAILED
+
+
+def _bench(arguments: Sequence[str]) -> int:
+    # No other command needs it.
+    from ..bench import suite
+
+    return suite.main(arguments, "ultramem bench")
 
 
 def _run(args: argparse.Namespace, name: str) -> int:
