@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from ultramem_cuda import cli
-from ultramem_cuda.cli import check, demo_training, report, svg
+from ultramem_cuda.cli import check, demo_training, report
 from ultramem_cuda.examples.lm.config import KINDS
 from ultramem_cuda.examples.lm.data import Corpus, load_corpus
 from ultramem_cuda.examples.lm.errors import UsageError
 from ultramem_cuda.examples.lm.presets import PRESETS, Preset
+from ultramem_cuda.reporting import svg
 
 VOID = frozenset({"meta"})
 
