@@ -24,6 +24,7 @@ joules by NVML, the idle GPU's included."""
 
 PHASES: Sequence[Phase] = ("decode", "training", "optimizer")
 HEADLINE_TOKENS: Mapping[Phase, int] = {"decode": 64, "training": 8192, "optimizer": 8192}
+NOT_MEASURED = "not measured"
 TOLERANCE = 0.15
 """How far two counts of the same bytes, or parameters said to match, may lie apart."""
 
@@ -137,88 +138,89 @@ def crossings(ratios: Sequence[tuple[int, float]]) -> list[Crossing]:
     return found
 
 
-_NOUNS: Mapping[Quantity, tuple[str, str, str]] = {
-    "time": ("Time", "takes less time", "takes more"),
-    "floor": ("Least time by the roofline", "could take less time", "must take more"),
-    "nvml": ("Bytes by NVML", "moves fewer bytes", "moves more"),
-    "lower": ("Bytes by the model, repeats cached", "needs fewer bytes", "needs more"),
-    "upper": ("Bytes by the model, no repeats cached", "needs fewer bytes", "needs more"),
-    "energy": ("Energy", "uses less energy", "uses more"),
+_NAMES: Mapping[Quantity, str] = {
+    "time": "Time",
+    "floor": "Least time by the roofline",
+    "nvml": "Bytes by NVML",
+    "lower": "Bytes by the model, repeats cached",
+    "upper": "Bytes by the model, never cached",
+    "energy": "Energy",
 }
 
 
 def trend(comparison: Comparison, quantity: Quantity) -> str:
-    """One sentence: where ours is less, where that ends, or that it is nowhere."""
-    ratios = comparison.ratios(quantity)
-    name, less, more = _NOUNS[quantity]
-    ours, other = comparison.ours.title, comparison.other.title
+    """One sentence: up to where ours is less, or more, or that it was not measured."""
+    name, ratios = _NAMES[quantity], comparison.ratios(quantity)
     if not ratios:
-        return f"{name}: not measured for both {ours} and {other}."
+        return f"{name}: {NOT_MEASURED}."
     found = crossings(ratios)
+    if found:
+        parts = [
+            f"{'less' if c.rising else 'more'} up to about {significant(c.tokens, 2)} tokens "
+            f"(between {c.between[0]:,} and {c.between[1]:,})"
+            for c in found
+        ]
+        beyond_it = "more" if found[-1].rising else "less"
+        return f"{name}: {', '.join(parts)}, {beyond_it} beyond."
     first, last = ratios[0][0], ratios[-1][0]
     span = f"at {first:,} tokens" if first == last else f"from {first:,} to {last:,} tokens"
-    if len(found) == 1:
-        crossing = found[0]
-        where = f"about {significant(crossing.tokens, 2)} tokens ({_between(crossing)})"
-        before, behind = (less, more) if crossing.rising else (more, less)
-        return f"{name}: {ours} {before} than {other} up to {where}, and {behind} beyond."
+    side = _side(ratios)
+    if side == "less":
+        return f"{name}: less {span}, no crossover there."
+    return f"{name}: no advantage, {side} {span}."
+
+
+def outcome(comparison: Comparison, quantity: Quantity) -> str | None:
+    """The same in a few words for a table: "less to 2,400, then more"; None: not measured."""
+    ratios = comparison.ratios(quantity)
+    found = crossings(ratios)
     if found:
-        where = ", ".join(
-            f"{significant(c.tokens, 2)} ({'to more' if c.rising else 'to less'})" for c in found
-        )
-        start = less if found[0].rising else more
-        return (
-            f"{name}: {ours} {start} than {other} at first; the ratio passes 1 {len(found)} times, "
-            f"near {where} tokens."
-        )
+        parts = [f"{'less' if c.rising else 'more'} to {significant(c.tokens, 2)}" for c in found]
+        return f"{', '.join(parts)}, then {'more' if found[-1].rising else 'less'}"
+    if not ratios:
+        return None
+    return _side(ratios) if len(ratios) == 1 else f"{_side(ratios)} throughout"
+
+
+def _side(ratios: Sequence[tuple[int, float]]) -> str:
+    """Of ratios that do not pass 1."""
     if all(ratio == 1 for _, ratio in ratios):
-        return f"{name}: the same for {ours} and {other} {span}."
-    if all(ratio <= 1 for _, ratio in ratios):
-        return f"{name}: {ours} {less} than {other} {span}; no crossover up to {last:,} tokens."
-    return f"{name}: no advantage; {ours} {more} than {other} {span}."
-
-
-def _between(crossing: Crossing) -> str:
-    low, high = crossing.between
-    return f"between {low:,} and {high:,}"
+        return "the same"
+    return "less" if all(ratio <= 1 for _, ratio in ratios) else "more"
 
 
 def verdict(comparison: Comparison) -> str:
     """One sentence at the phase's headline number of tokens, with the numbers."""
     pair = comparison.at(HEADLINE_TOKENS[comparison.phase])
-    parts = []
+    other = comparison.other.title
     time, floor, nvml, energy, lower, upper = (
         pair.ratio(quantity) for quantity in ("time", "floor", "nvml", "energy", "lower", "upper")
     )
-    ours, other = pair.ours.seconds, pair.other.seconds
-    if time is not None and ours is not None and other is not None:
+    parts = []
+    ours_s, other_s = pair.ours.seconds, pair.other.seconds
+    if time is not None and ours_s is not None and other_s is not None:
         spread = ", a difference within the spread of the runs" if _undecided(pair) else ""
-        parts.append(
-            f"takes {share(time)} time ({seconds_text(ours)} against {seconds_text(other)}{spread})"
-        )
+        against = f"{seconds_text(ours_s)} against {seconds_text(other_s)}{spread}"
+        parts.append(f"takes {share(time)} the time of {other} ({against})")
     elif floor is not None:
-        parts.append(f"by the roofline needs at least {share(floor)} time (not measured)")
+        least = f"{share(floor)} the least possible time of {other}"
+        parts.append(f"has {least} (by the roofline; times were not measured)")
     if nvml is not None:
-        parts.append(f"by NVML moves {share(nvml)} bytes")
+        parts.append(f"moves {share(nvml)} the bytes by NVML")
     if lower is not None and upper is not None:
-        parts.append(f"by the model needs {share(lower, upper)} bytes")
+        parts.append(f"needs {share(lower, upper)} the bytes by the model")
     if energy is not None:
-        parts.append(f"uses {share(energy)} energy")
+        parts.append(f"uses {share(energy)} the energy")
     tokens = f"{pair.tokens:,} token{'' if pair.tokens == 1 else 's'}"
-    return (
-        f"At {tokens}, compared with {comparison.other.title}, {comparison.ours.title} "
-        f"{listing(parts)}."
-    )
+    return f"At {tokens}, {comparison.ours.title} {listing(parts)}."
 
 
 def share(*ratios: float) -> str:
-    """What one takes of the other: "1/5.3 of the", "1.24 times the", "1/8 to 1/6.5 of the"."""
+    """What ours takes of the other: "1/5.3 of", "1.24 times", "1/8.0 to 1/6.5 of"."""
     if max(ratios) < 2 / 3:
-        texts = [f"1/{significant(1 / ratio, 2)}" for ratio in sorted(ratios)]
-        words = "of the"
+        texts, words = [f"1/{significant(1 / ratio, 2)}" for ratio in sorted(ratios)], "of"
     else:
-        texts = [f"{ratio:.2f}" for ratio in sorted(ratios)]
-        words = "times the"
+        texts, words = [f"{ratio:.2f}" for ratio in sorted(ratios)], "times"
     return f"{' to '.join(dict.fromkeys(texts))} {words}"
 
 

@@ -14,13 +14,16 @@ def significant(number: float, digits: int = 3) -> str:
     return f"{round(number, decimals):,.{max(0, decimals)}f}"
 
 
+def short(number: float, digits: int = 3) -> str:
+    """The same without zeros at the end of a fraction: "100" for "100.0", for ticks."""
+    text = significant(number, digits)
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
 def scaled(number: float, units: Sequence[tuple[float, str]], digits: int = 3) -> str:
     """A number in the largest unit it reaches, or the last: ``units`` are (size, name)."""
     size, unit = next((one for one in units if abs(number) >= one[0]), units[-1])
-    text = significant(number / size, digits)
-    # "100.0" says nothing that "100" does not, and ticks have little room.
-    text = text.rstrip("0").rstrip(".") if "." in text else text
-    return f"{text} {unit}".rstrip()
+    return f"{short(number / size, digits)} {unit}".rstrip()
 
 
 def count_text(number: float) -> str:
@@ -38,11 +41,6 @@ def seconds_text(number: float) -> str:
 
 def joules_text(number: float) -> str:
     return scaled(number, ((1.0, "J"), (1e-3, "mJ"), (1e-6, "µJ"), (1e-9, "nJ")))
-
-
-def flops_text(number: float) -> str:
-    """FLOP/s."""
-    return scaled(number, ((1e12, "TFLOP/s"), (1e9, "GFLOP/s"), (1e6, "MFLOP/s")))
 
 
 def whole(number: float) -> str:

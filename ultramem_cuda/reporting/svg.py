@@ -17,8 +17,8 @@ TICK_GAP = 46.0
 # Generous for the digits and capitals of a sans-serif at 12 px: labels must not touch.
 CHARACTER_WIDTH, LINE_HEIGHT = 7.2, 14.0
 
-Shape = Literal["circle", "square", "diamond", "up", "down"]
-SHAPES: Sequence[Shape] = ("circle", "square", "diamond", "up", "down")
+Shape = Literal["circle", "square", "diamond", "up", "down", "left", "right"]
+"""Markers; the last four are triangles that point there."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ class Series:
     ranges: Sequence[tuple[float, float]] = ()
     """(low, high) of each point, drawn as error bars."""
     labels: Sequence[str] = ()
-    """A word beside each point, left out where it would cover another."""
+    """A word for each point, shown when it is pointed at."""
+    labelled: bool = False
+    """The words stand beside the points, too, where they cover nothing."""
 
 
 @dataclass(frozen=True)
@@ -99,15 +101,6 @@ class Marker:
     text: str
 
 
-@dataclass(frozen=True)
-class Rule:
-    """A horizontal line at ``y`` with words above and below its right end."""
-
-    y: float
-    above: str = ""
-    below: str = ""
-
-
 class _Scale:
     """Maps data to pixels and picks round ticks."""
 
@@ -122,7 +115,9 @@ class _Scale:
         else:
             self._ends = smallest, largest
             padding = 0.05 * (largest - smallest) or 0.5
-        self._ends = self._ends[0] - padding, self._ends[1] + padding
+        # Bars stand on the axis.
+        below = 0.0 if self._ends[0] == 0 and not axis.log else padding
+        self._ends = self._ends[0] - below, self._ends[1] + padding
 
     def __call__(self, value: float) -> float:
         start, end = self._ends
@@ -168,7 +163,9 @@ class _Plot:
 
     def free(self, x: float, y: float, width: float) -> bool:
         """Whether a line of words at (x, y) covers none, and lies inside; takes the place if so."""
-        inside = self.frame.left <= x and x + width <= self.frame.width
+        inside = (
+            self.frame.left <= x and x + width <= self.frame.width and y < self.frame.plot_bottom
+        )
         clear = all(
             x + width < left or left + other < x or abs(y - baseline) >= LINE_HEIGHT
             for left, baseline, other in self.taken
@@ -185,21 +182,22 @@ def line_chart(
     *,
     title: str,
     markers: Sequence[Marker] = (),
-    rules: Sequence[Rule] = (),
+    rules: Sequence[float] = (),
     bands: Sequence[Band] = (),
     frame: Frame | None = None,
     end_labels: bool = True,
 ) -> str:
     """An ``<svg>`` as wide as its container. ``title`` is for screen readers.
 
-    ``end_labels`` names the lines at their right ends; without, the page has a legend.
+    ``rules`` are horizontal lines. ``end_labels`` names the lines at their right ends; without, the
+    page has a legend.
     """
     frame = frame or Frame()
     xs = [*(x for one in series for x in one.x), *(x for band in bands for x in band.x)]
     ys = [
         *(y for one in series for y in (*one.y, *(end for pair in one.ranges for end in pair))),
         *(y for band in bands for y in (*band.low, *band.high)),
-        *(rule.y for rule in rules),
+        *rules,
     ]
     plot = _Plot(
         frame,
@@ -212,8 +210,8 @@ def line_chart(
         _open(frame, title),
         *_grid(plot),
         *(_band(band, plot) for band in bands),
-        *(line for rule in rules for line in _rule(rule, plot)),
-        *(line for row, marker in enumerate(markers) for line in _marker(marker, row, plot)),
+        *(_rule(level, plot) for level in rules),
+        *_markers(markers, plot),
         *(line for one in series for line in _series(one, plot)),
         *(line for one in series for line in _point_labels(one, plot)),
         *(_end_labels(series, plot) if end_labels else ()),
@@ -262,15 +260,15 @@ def bar_chart(
     return "\n".join([*parts, "</svg>"])
 
 
-def key(style: str, shape: Shape = "circle", *, line: bool = True, dashed: bool = False) -> str:
-    """The piece of line with a marker that stands for a series in a legend."""
-    parts = ['<svg class="key" viewBox="0 0 30 12" aria-hidden="true">']
-    if line:
-        dash = ' stroke-dasharray="6 4"' if dashed else ""
-        parts.append(f'<path class="line" style="stroke:var(--{style})" d="M0 6H30"{dash}/>')
-    if not dashed:
-        parts.append(f'<path style="fill:var(--{style})" d="{_outline(shape, 15, 6)}"/>')
-    return "".join([*parts, "</svg>"])
+def key(style: str, shape: Shape = "circle", *, dashed: bool = False, marked: bool = True) -> str:
+    """The piece of line that stands for a series in a legend."""
+    dash = ' stroke-dasharray="6 4"' if dashed else ""
+    marker = _outline(shape, 15, 6)
+    point = f'<path style="fill:var(--{style})" d="{marker}"/>' if marked else ""
+    return (
+        '<svg class="key" viewBox="0 0 30 12" aria-hidden="true">'
+        f'<path class="line" style="stroke:var(--{style})" d="M0 6H30"{dash}/>{point}</svg>'
+    )
 
 
 def _open(frame: Frame, title: str) -> str:
@@ -316,36 +314,31 @@ def _grid(plot: _Plot, *, vertical: bool = True) -> list[str]:
     return parts
 
 
-def _marker(marker: Marker, row: int, plot: _Plot) -> list[str]:
+def _markers(markers: Sequence[Marker], plot: _Plot) -> list[str]:
     """Words stand on the roomier side, those of each further marker a line lower."""
-    frame, x = plot.frame, plot.x(marker.x)
-    to_left = x > (frame.left + frame.plot_right) / 2
-    top, width = frame.top + 12 + row * LINE_HEIGHT, CHARACTER_WIDTH * len(marker.text)
-    start = x - 6 - width if to_left else x + 6
-    plot.taken.append((start, top, width))
-    return [
-        f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{frame.top:g}" '
-        f'y2="{frame.plot_bottom:g}"/>',
-        f'<text class="tick halo" x="{x - 6 if to_left else x + 6:.1f}" y="{top:g}" '
-        f'text-anchor="{"end" if to_left else "start"}">{html.escape(marker.text)}</text>',
-    ]
+    frame = plot.frame
+    lines, words = [], []
+    for row, marker in enumerate(sorted(markers, key=lambda marker: marker.x)):
+        x, top = plot.x(marker.x), frame.top + 12 + row * LINE_HEIGHT
+        width = CHARACTER_WIDTH * len(marker.text)
+        to_left = x > (frame.left + frame.plot_right) / 2
+        plot.taken.append((x - 6 - width if to_left else x + 6, top, width))
+        lines.append(
+            f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{frame.top:g}" '
+            f'y2="{frame.plot_bottom:g}"/>'
+        )
+        words.append(
+            f'<text class="tick halo" x="{x - 6 if to_left else x + 6:.1f}" y="{top:g}" '
+            f'text-anchor="{"end" if to_left else "start"}">{html.escape(marker.text)}</text>'
+        )
+    return [*lines, *words]
 
 
-def _rule(rule: Rule, plot: _Plot) -> list[str]:
-    frame, y = plot.frame, plot.y(rule.y)
-    parts = [
-        f'<line class="rule" x1="{frame.left:g}" x2="{frame.plot_right:g}" '
-        f'y1="{y:.1f}" y2="{y:.1f}"/>'
-    ]
-    for text, baseline in ((rule.above, y - 5), (rule.below, y + 14)):
-        if text and frame.top < baseline < frame.plot_bottom:
-            width = CHARACTER_WIDTH * len(text)
-            plot.taken.append((frame.plot_right - width, baseline, width))
-            parts.append(
-                f'<text class="tick halo" x="{frame.plot_right - 4:g}" y="{baseline:.1f}" '
-                f'text-anchor="end">{html.escape(text)}</text>'
-            )
-    return parts
+def _rule(level: float, plot: _Plot) -> str:
+    return (
+        f'<line class="rule" x1="{plot.frame.left:g}" x2="{plot.frame.plot_right:g}" '
+        f'y1="{plot.y(level):.1f}" y2="{plot.y(level):.1f}"/>'
+    )
 
 
 def _band(band: Band, plot: _Plot) -> str:
@@ -371,9 +364,12 @@ def _series(series: Series, plot: _Plot) -> list[str]:
         )
     if series.markers or series.markers_only:
         inside = "var(--paper)" if series.hollow else f"var(--{series.style})"
-        for (x, y), x_value, y_value in zip(points, series.x, series.y, strict=True):
-            values = f"{plot.x_axis.format(x_value)}, {plot.y_axis.format(y_value)}"
-            note = f"{series.name or series.style}: {values}"
+        for i, (x, y) in enumerate(points):
+            plot.taken.append((x - 4, y + 4, 8))
+            values = [plot.x_axis.format(series.x[i]), plot.y_axis.format(series.y[i])]
+            note = (
+                f"{series.name or series.style}: {', '.join([*series.labels[i : i + 1], *values])}"
+            )
             parts.append(
                 f'<path class="point" style="fill:{inside};stroke:var(--{series.style})" '
                 f'd="{_outline(series.shape, x, y)}"><title>{html.escape(note)}</title></path>'
@@ -389,13 +385,16 @@ def _outline(shape: Shape, x: float, y: float) -> str:
         return f"M{x - 3.1:.1f} {y - 3.1:.1f}h6.2v6.2h-6.2z"
     if shape == "diamond":
         return f"M{x:.1f} {y - 4.6:.1f}l4.6 4.6l-4.6 4.6l-4.6 -4.6z"
-    sign = 1 if shape == "up" else -1
-    return f"M{x:.1f} {y - sign * 4.6:.1f}l4.6 {sign * 7.8:g}h-9.2z"
+    sign = 1 if shape in ("up", "left") else -1
+    if shape in ("up", "down"):
+        return f"M{x:.1f} {y - sign * 4.6:.1f}l4.6 {sign * 7.8:g}h-9.2z"
+    return f"M{x - sign * 4.6:.1f} {y:.1f}l{sign * 7.8:g} 4.6v-9.2z"
 
 
 def _point_labels(series: Series, plot: _Plot) -> list[str]:
     parts = []
-    for x_value, y_value, text in zip(series.x, series.y, series.labels, strict=False):
+    labels = series.labels if series.labelled else ()
+    for x_value, y_value, text in zip(series.x, series.y, labels, strict=False):
         x, y = plot.x(x_value), plot.y(y_value)
         width = CHARACTER_WIDTH * len(text)
         places = [(x + 8, y + 15), (x - 8 - width, y - 8), (x + 8, y - 8), (x - 8 - width, y + 15)]
