@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ultramem_cuda.reporting.numbers import seconds_text, significant
+from ultramem_cuda.reporting.numbers import seconds_text, short, significant
 
 from .record import Agreement, Phase, Point, Preset, Profile, Subject
 
@@ -156,14 +156,14 @@ def trend(comparison: Comparison, quantity: Quantity) -> str:
     found = crossings(ratios)
     if found:
         parts = [
-            f"{'less' if c.rising else 'more'} up to about {significant(c.tokens, 2)} tokens "
+            f"{'less' if c.rising else 'more'} up to about {short(c.tokens, 2)} tokens "
             f"(between {c.between[0]:,} and {c.between[1]:,})"
             for c in found
         ]
         beyond_it = "more" if found[-1].rising else "less"
         return f"{name}: {', '.join(parts)}, {beyond_it} beyond."
     first, last = ratios[0][0], ratios[-1][0]
-    span = f"at {first:,} tokens" if first == last else f"from {first:,} to {last:,} tokens"
+    span = f"at {tokens_text(first)}" if first == last else f"from {first:,} to {last:,} tokens"
     side = _side(ratios)
     if side == "less":
         return f"{name}: less {span}, no crossover there."
@@ -175,7 +175,7 @@ def outcome(comparison: Comparison, quantity: Quantity) -> str | None:
     ratios = comparison.ratios(quantity)
     found = crossings(ratios)
     if found:
-        parts = [f"{'less' if c.rising else 'more'} to {significant(c.tokens, 2)}" for c in found]
+        parts = [f"{'less' if c.rising else 'more'} to {short(c.tokens, 2)}" for c in found]
         return f"{', '.join(parts)}, then {'more' if found[-1].rising else 'less'}"
     if not ratios:
         return None
@@ -211,8 +211,7 @@ def verdict(comparison: Comparison) -> str:
         parts.append(f"needs {share(lower, upper)} the bytes by the model")
     if energy is not None:
         parts.append(f"uses {share(energy)} the energy")
-    tokens = f"{pair.tokens:,} token{'' if pair.tokens == 1 else 's'}"
-    return f"At {tokens}, {comparison.ours.title} {listing(parts)}."
+    return f"At {tokens_text(pair.tokens)}, {comparison.ours.title} {listing(parts)}."
 
 
 def share(*ratios: float) -> str:
@@ -222,6 +221,10 @@ def share(*ratios: float) -> str:
     else:
         texts, words = [f"{ratio:.2f}" for ratio in sorted(ratios)], "times"
     return f"{' to '.join(dict.fromkeys(texts))} {words}"
+
+
+def tokens_text(tokens: int) -> str:
+    return f"{tokens:,} token{'' if tokens == 1 else 's'}"
 
 
 def listing(parts: Sequence[str]) -> str:

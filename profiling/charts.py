@@ -15,7 +15,6 @@ from ultramem_cuda.reporting.numbers import (
     joules_text,
     seconds_text,
     short,
-    significant,
     whole,
 )
 from ultramem_cuda.reporting.page import escape
@@ -369,7 +368,7 @@ def _ratio_series(
 
 def _crossing_markers(name: str, ratios: Sequence[tuple[int, float]]) -> list[Marker]:
     return [
-        Marker(crossing.tokens, f"{name}: {significant(crossing.tokens, 2)}")
+        Marker(crossing.tokens, f"{name}: {short(crossing.tokens, 2)}")
         for crossing in crossings(ratios)
     ]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ultramem_cuda.reporting.numbers import significant
+from ultramem_cuda.reporting.numbers import short
 from ultramem_cuda.reporting.page import STYLE, document, escape
 
 from . import charts, tables
@@ -27,6 +27,7 @@ from .analysis import (
     matching,
     share,
     throttled,
+    tokens_text,
     verdict,
 )
 from .charts import Scene
@@ -205,7 +206,7 @@ def _tiles(comparison: Comparison) -> str:
             "upper",
         )
     )
-    versus = f"of {comparison.other.title} at {pair.tokens:,} tokens"
+    versus = f"of {comparison.other.title} at {tokens_text(pair.tokens)}"
     tiles = [
         (name, None if ratio is None else share(ratio).removesuffix(" of"), versus)
         for name, ratio in (
@@ -226,7 +227,7 @@ def _reach_tile(comparison: Comparison, name: str, quantity: Quantity) -> tuple[
     ratios = comparison.ratios(quantity)
     found = crossings(ratios)
     if len(found) == 1 and found[0].rising:
-        return f"{name}: less up to", f"{significant(found[0].tokens, 2)}", "tokens, then more"
+        return f"{name}: less up to", short(found[0].tokens, 2), "tokens, then more"
     if found:
         return f"{name}: passes 1", f"{len(found)} times", "see below"
     last = f"{ratios[-1][0]:,}"
@@ -263,7 +264,7 @@ def _phase(profile: Profile, preset: Preset, phase: Phase, found: list[Compariso
         parts.append(
             f"<h4>{escape(comparison.ours.title)} against {escape(comparison.other.title)}</h4>"
             f'<div class="charts pair">{charts.ratio_figure(comparison, preset)}'
-            f"<div><ul>{sentences}</ul>{tables.ratio_table(comparison)}</div></div>"
+            f"<div><ul>{sentences}</ul>{tables.ratio_table(comparison, preset)}</div></div>"
         )
     parts.append(
         "<details><summary>All numbers</summary>"

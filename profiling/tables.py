@@ -117,8 +117,8 @@ def subjects_table(preset: Preset) -> str:
     return scrolled(table(header, rows, caption=f"Subjects of {preset.name}"))
 
 
-def ratio_table(comparison: Comparison) -> str:
-    """Every number of tokens; times of both beside their ratio."""
+def ratio_table(comparison: Comparison, preset: Preset) -> str:
+    """The ratios at every number of tokens."""
 
     def ratio(quantity: Quantity) -> Callable[[Any], str | None]:
         return lambda pair: number(pair.ratio(quantity), digits=3)
@@ -137,7 +137,8 @@ def ratio_table(comparison: Comparison) -> str:
         ("never cached", ratio("upper")),
         ("energy", ratio("energy")),
     ]
-    caption = f"{comparison.ours.title} over {comparison.other.title}"
+    subjects = f"{comparison.ours.title} over {comparison.other.title}"
+    caption = f"{preset.name}, {comparison.phase}: {subjects}"
     return columns_table(columns, comparison.pairs, caption)
 
 
