@@ -75,7 +75,7 @@ thead th { vertical-align: bottom; line-height: 1.3; max-width: 8rem; } td { whi
 .words { min-width: 7rem; } .note { min-width: 16rem; overflow-wrap: anywhere; }
 .missing { color: var(--quiet); font-style: italic; font-size: .92em; white-space: normal; }
 .big .missing { font-size: 1.1rem; } table { font-size: .86rem; }
-.pair ul { margin: 0 0 1rem; padding-left: 1.2rem; }
+.pair div > ul { margin: 0 0 1rem; padding-left: 1.2rem; }
 svg .band { opacity: .13; } svg .rule { stroke: var(--ink); stroke-width: 1.2; }
 svg .small { font-size: 11px; }
 svg .halo { paint-order: stroke; stroke: var(--paper); stroke-width: 3px; }
