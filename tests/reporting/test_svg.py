@@ -89,6 +89,16 @@ def test_point_labels_do_not_cover_each_other() -> None:
         assert abs(x - other_x) > width or abs(y - other_y) >= svg.LINE_HEIGHT
 
 
+def test_labels_of_the_same_point_stand_around_it() -> None:
+    series = [
+        svg.Series(name, [1, 2], [1, 2], "moe", labels=["first", "last"], labelled=True)
+        for name in "abc"
+    ]
+    chart = svg.line_chart(series, svg.Axis("x"), svg.Axis("y"), title="same")
+    places = re.findall(r'class="small halo"[^>]* x="([\d.]+)" y="([\d.]+)">last<', chart)
+    assert len(places) == len(set(places)) == 3
+
+
 def test_words_of_markers_stand_on_lines_of_their_own() -> None:
     chart = svg.line_chart(
         [svg.Series("a", [1, 100], [1, 2], "moe")],
