@@ -3,7 +3,7 @@
 A layer (:class:`DenseFFN`, :class:`MoEFFN`, :class:`MemoryLayer`, :class:`PKMLayer`, and sums of
 them) gives ``traffic(phase, tokens)``, the bytes of a decode pass, of a training pass (forward and
 backward) or of the step behind it, and ``flops(phase, tokens)``. ``terms`` says which tensors these
-bytes are; the classes' docstrings hold them as tables.
+bytes are, and of a memory layer which operator's; the classes' docstrings hold them as tables.
 
 - ``dense``: parameters that are gone through whole whatever the batch (projections, keys, routers,
   dense FFNs), with their gradients and states.

@@ -21,6 +21,7 @@ from .traffic_terms import (
     activations,
     check_element_bytes,
     gradient_terms,
+    of_operator,
     update_terms,
     weight_terms,
 )
@@ -30,6 +31,14 @@ INT16 = 2
 # Entries are sorted by slot, as pairs of 32-bit integers, by so many bits of the slot in a pass.
 SORT_PAIR_BYTES = 8
 SORT_BITS = 8
+# Each operator's tensors of tokens: name, how often read and written.
+Accesses = dict[str, list[tuple[str, int, int]]]
+# The operators that read weights of another name.
+WEIGHT_OPERATORS = {
+    "query_proj": "tucker_query",
+    "query_norm": "tucker_query",
+    "cores and key_norm": "product_key_topk",
+}
 
 
 @dataclass(frozen=True)
@@ -166,6 +175,8 @@ class MemoryLayer(SparseLayer):
     Sizes are those of ``config``, whose ``window`` is what the layer can reach of the table. The
     step is that of one layer alone: layers that share rows touch fewer together than the sum.
 
+    A term is what one operator does to a tensor; the tables have the sums of a pass.
+
     Activations, with P = 2*H*Q*Kd and S = H*M; elements of a token, bytes of an element (e: those
     of an activation, 4: float32 or int32, 8: int64, 2: int16), and how often each pass reads +
     writes the tensor:
@@ -258,7 +269,7 @@ class MemoryLayer(SparseLayer):
     ) -> Terms:
         rows = self._resolve(tokens, touched)
         return (
-            *self._projection_terms(which, recipe),
+            *self._weight_terms(which, recipe),
             *self._key_terms(which, recipe),
             *self._table_terms(which, tokens, rows, recipe),
             *self._activations(which, tokens),
@@ -286,30 +297,44 @@ class MemoryLayer(SparseLayer):
             "value_proj": c.d_model * c.output_groups * c.value_dim,
         }
 
-    def _projection_terms(self, which: Pass, recipe: Recipe) -> Terms:
-        sizes = self._projections
-        rest = self.config.layer_parameters() - self._key_elements - sum(sizes.values())
+    def _weight_terms(self, which: Pass, recipe: Recipe) -> Terms:
+        c = self.config
+        sizes = {**self._projections, "query_norm": c.key_dim}
+        sizes["cores and key_norm"] = (
+            c.layer_parameters() - self._key_elements - sum(sizes.values())
+        )
         found: Terms = ()
-        for name, elements in (*sizes.items(), ("cores and norms", rest)):
+        for name, elements in sizes.items():
             if elements:
-                found += weight_terms(which, name, elements, self.parameter_bytes, recipe)
+                terms = weight_terms(which, name, elements, self.parameter_bytes, recipe)
+                operator = "" if which == "optimizer" else WEIGHT_OPERATORS.get(name, name)
+                found += of_operator(operator, terms)
         return found
 
     def _key_terms(self, which: Pass, recipe: Recipe) -> Terms:
         elements = self._key_elements
         if which == "optimizer":
             return update_terms("keys", "keys", elements, self.parameter_bytes, recipe)
-        normalized = elements * self.activation_bytes
-        if which == "inference":
-            return (Term("normalized keys", "keys", normalized, reads=1),)
+        nbytes = elements * self.activation_bytes
+
+        def normalized(reads: int, writes: int) -> Term:
+            return Term("normalized keys", "keys", nbytes, reads, writes)
+
+        def grad(reads: int, writes: int) -> Term:
+            return Term("grad of normalized keys", "keys", nbytes, reads, writes)
+
         keys = Term("keys", "keys", elements * self.parameter_bytes, reads=1)
+        if which == "inference":
+            return of_operator("product_key_topk", [normalized(1, 0)])
         if which == "forward":
-            return (keys, Term("normalized keys", "keys", normalized, reads=1, writes=1))
+            return (
+                *of_operator("rms_norm", [keys, normalized(0, 1)]),
+                *of_operator("product_key_topk", [normalized(1, 0)]),
+            )
+        gradient = gradient_terms("keys", "keys", elements, recipe)
         return (
-            Term("normalized keys", "keys", normalized, reads=1),
-            Term("grad of normalized keys", "keys", normalized, reads=1, writes=1),
-            keys,
-            *gradient_terms("keys", "keys", elements, recipe),
+            *of_operator("product_key_topk", [normalized(1, 0), grad(0, 1)]),
+            *of_operator("rms_norm", [grad(1, 0), keys, *gradient]),
         )
 
     def _table_terms(self, which: Pass, tokens: float, rows: float, recipe: Recipe) -> Terms:
@@ -320,76 +345,118 @@ class MemoryLayer(SparseLayer):
             return self.table.dense_step_terms(self.table_share, recipe)
         read = self.table.read(tokens, rows)
         if which != "backward":
-            return (read,)
-        if deferred:
-            return (read, *self.table.factor_terms(tokens))
-        return (read, *self.table.main_grad_terms(tokens, rows))
+            return of_operator("value_ffn", [read])
+        table = self.table
+        gradient = table.factor_terms(tokens) if deferred else table.main_grad_terms(tokens, rows)
+        return of_operator("value_ffn", [read, *gradient])
 
     # ---- activations ---------------------------------------------------------------------------
 
     def _activations(self, which: Pass, tokens: float) -> Terms:
         if which == "optimizer":
             return ()
-        if which == "backward":
-            return self._backward_activations(tokens)
-        c, e = self.config, self.activation_bytes
-        x, query, out = self.token_bytes, self._query_dim * e, c.output_groups * c.value_dim * e
-        pre = c.pre_value_dim * e
-        axes, scores = 2 * c.num_heads * c.kept_per_axis, self.taken * c.num_cores * FLOAT32
-        softmax = scores if c.score_norm == "softmax" else 0
-        training = 1 if which == "forward" else 0
-        return activations(
-            tokens,
-            [
-                ("x", x, 2 if pre else 1, 0),
-                ("pre_input", pre, 1, 1),
-                ("projection", query, 1, 1),
-                ("query", query, 1, 1),
-                ("axis_indices", axes * INT32, 1, 1),
-                ("axis_scores", axes * c.tucker_rank * FLOAT32, 1, 1),
-                ("scores", scores, 1, 1),
-                ("softmax of scores", softmax, 1, 1),
-                ("indices", self.taken * INT64, 1, 1),
-                ("grid_positions", self.taken * INT16 * training, 0, 1),
-                ("pre_activation", self.table.grad_a_bytes * self.taken * training, 0, 1),
-                ("out", out, 1, 1),
-                ("y", x, 0, 1),
-            ],
-        )
+        sizes = self._token_sizes
+        if which == "inference":  # only a backward reads them
+            sizes = {**sizes, "grid_positions": 0, "pre_activation": 0}
+        accesses = self._backward_accesses() if which == "backward" else self._forward_accesses()
+        found: Terms = ()
+        for operator, tensors in accesses.items():
+            table = [
+                (name, sizes[name.removeprefix("grad_")], reads, writes)
+                for name, reads, writes in tensors
+            ]
+            found += of_operator(operator, activations(tokens, table))
+        return found
 
-    def _backward_activations(self, tokens: float) -> Terms:
+    @property
+    def _token_sizes(self) -> dict[str, int]:
+        """Bytes of a token of each tensor; gradients are as large as what they belong to."""
         c, e = self.config, self.activation_bytes
-        x, query, out = self.token_bytes, self._query_dim * e, c.output_groups * c.value_dim * e
-        pre = c.pre_value_dim * e
-        axes, scores = 2 * c.num_heads * c.kept_per_axis, self.taken * c.num_cores * FLOAT32
-        axis_scores = axes * c.tucker_rank * FLOAT32
-        softmax = scores if c.score_norm == "softmax" else 0
-        return activations(
-            tokens,
-            [
-                ("grad_y", x, 2, 0),  # of out, and of value_proj
-                ("out", out, 1, 0),
-                ("grad_out", out, 1, 1),
-                ("indices", self.taken * INT64, 1, 0),
-                ("scores", scores, 1, 0),
-                ("pre_activation", self.table.grad_a_bytes * self.taken, 1, 0),
-                ("pre_input", pre, 1, 0),
-                ("grad_scores", scores, 1, 1),
-                ("softmax of scores", softmax, 1, 0),
-                ("grad of softmax", softmax, 1, 1),
-                ("grad_pre_input", pre, 2, 1),
-                ("grid_positions", self.taken * INT16, 1, 0),
-                ("axis_indices", axes * INT32, 1, 0),
-                ("axis_scores", axis_scores, 1, 0),
-                ("query", query, 1, 0),
-                ("grad_axis_scores", axis_scores, 2, 1),  # of the query, and of the keys
-                ("grad_query", query, 1, 1),
-                ("projection", query, 1, 0),
-                ("grad_projection", query, 2, 1),
-                ("x", x, 2 if pre else 1, 0),
-                ("grad_x", x, 1 if pre else 0, 2 if pre else 1),
+        query, axes = self._query_dim * e, 2 * c.num_heads * c.kept_per_axis
+        scores = self.taken * c.num_cores * FLOAT32
+        return {
+            "x": self.token_bytes,
+            "pre_input": c.pre_value_dim * e,
+            "projection": query,
+            "query": query,
+            "axis_indices": axes * INT32,
+            "axis_scores": axes * c.tucker_rank * FLOAT32,
+            "scores": scores,
+            "softmax": scores,
+            "indices": self.taken * INT64,
+            "grid_positions": self.taken * INT16,
+            "pre_activation": self.taken * self.table.grad_a_bytes,
+            "out": c.output_groups * c.value_dim * e,
+            "y": self.token_bytes,
+        }
+
+    @property
+    def _weights(self) -> str:
+        """What slots are weighed with."""
+        return "softmax" if self.config.score_norm == "softmax" else "scores"
+
+    def _forward_accesses(self) -> Accesses:
+        found: Accesses = {
+            "tucker_query": [("x", 1, 0), ("projection", 1, 1), ("query", 0, 1)],
+            "product_key_topk": [
+                ("query", 1, 0),
+                ("axis_indices", 1, 1),
+                ("axis_scores", 1, 1),
+                ("scores", 0, 1),
+                ("indices", 0, 1),
+                ("grid_positions", 0, 1),
             ],
-        )
+            "value_ffn": [
+                ("pre_input", 1, 0),
+                ("indices", 1, 0),
+                (self._weights, 1, 0),
+                ("pre_activation", 0, 1),
+                ("out", 0, 1),
+            ],
+            "value_proj": [("out", 1, 0), ("y", 0, 1)],
+        }
+        if self.config.pre_value_dim:
+            found["pre_proj"] = [("x", 1, 0), ("pre_input", 0, 1)]
+        if self._weights == "softmax":
+            found["softmax"] = [("scores", 1, 0), ("softmax", 0, 1)]
+        return found
+
+    def _backward_accesses(self) -> Accesses:
+        found: Accesses = {
+            # Twice: for the gradients of out, and of value_proj.
+            "value_proj": [("grad_y", 2, 0), ("out", 1, 0), ("grad_out", 0, 1)],
+            "value_ffn": [
+                ("grad_out", 1, 0),
+                ("indices", 1, 0),
+                (self._weights, 1, 0),
+                ("pre_activation", 1, 0),
+                ("pre_input", 1, 0),
+                (f"grad_{self._weights}", 0, 1),
+                ("grad_pre_input", 0, 1),
+            ],
+            "product_key_topk": [
+                ("grad_scores", 1, 0),
+                ("grid_positions", 1, 0),
+                ("axis_indices", 1, 0),
+                ("axis_scores", 1, 0),
+                ("query", 1, 0),
+                ("grad_axis_scores", 2, 1),  # of the query, and of the keys
+                ("grad_query", 0, 1),
+            ],
+            "tucker_query": [
+                ("grad_query", 1, 0),
+                ("projection", 1, 0),
+                ("grad_projection", 2, 1),
+                ("x", 1, 0),
+                ("grad_x", 0, 1),
+            ],
+        }
+        if self.config.pre_value_dim:
+            # Adds to what tucker_query gave.
+            found["pre_proj"] = [("grad_pre_input", 2, 0), ("x", 1, 0), ("grad_x", 1, 1)]
+        if self._weights == "softmax":
+            found["softmax"] = [("softmax", 1, 0), ("grad_softmax", 1, 0), ("grad_scores", 0, 1)]
+        return found
 
     # ---- FLOPs and parameters ------------------------------------------------------------------
 

@@ -7,12 +7,14 @@ A layer's pass is a list of terms, one for each tensor that lies in memory betwe
 A kernel is taken to read what it needs once and to write what it makes once. Matrix products are
 kernels of their own, with what is elementwise between them: what lies between two kernels is
 counted, though an L2 cache may hold it where tokens are few. Counters, workspaces and padding are
-not counted.
+not counted. Where a layer is made of operators, each term is what one of them does to the tensor:
+one writes it, another one reads it.
 """
 
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -37,7 +39,7 @@ INT64 = 8
 
 @dataclass(frozen=True)
 class Term:
-    """One tensor, and how often a pass goes through it."""
+    """One tensor, and how often a pass, or one operator of it, goes through it."""
 
     name: str
     part: Part
@@ -47,6 +49,10 @@ class Term:
     writes: float = 0
     distinct_nbytes: float | None = None
     """Of rows: each counted once. None where that is the same."""
+    operator: str = ""
+    """Whose kernels these are, in a memory layer's passes over tokens: a function of
+    ``ultramem_cuda.ops`` ("value_ffn"), or the layer's "pre_proj" or "value_proj"; its backward
+    has the same name. Empty elsewhere."""
 
     def bytes(self) -> Bytes:
         times = self.reads + self.writes
@@ -65,6 +71,11 @@ Terms = tuple[Term, ...]
 def total(terms: Iterable[Term]) -> Bytes:
     """What all of them move."""
     return sum((term.bytes() for term in terms), Bytes())
+
+
+def of_operator(operator: str, terms: Iterable[Term]) -> Terms:
+    """The same terms, as those of one operator."""
+    return tuple(dataclasses.replace(term, operator=operator) for term in terms)
 
 
 def activations(tokens: float, table: Sequence[tuple[str, int, int, int]]) -> Terms:

@@ -12,27 +12,28 @@ after a warm-up that lies outside of both. The same targets serve measurements i
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import importlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ultramem_cuda import MemoryTable, UltraMemConfig, UltraMemLayer, nvtx, ops
+from ultramem_cuda import MemoryTable, UltraMemConfig, nvtx, ops
 from ultramem_cuda.optim import MemoryAdam
 
-from .. import traffic
-from ..record import Bytes
+from ..presets import profile_preset
+from ..record import Bytes, Phase
+from ..subjects import Runnable, make_memory, make_moe
+from ..traffic import MemoryLayer, MoEFFN, Recipe, Table, total
 
-__all__ = ["MODELS", "SHAPES", "TARGETS", "Target"]
+__all__ = ["MODELS", "SHAPES", "TARGETS", "Model", "Target"]
 
 DTYPE = torch.bfloat16
 COPY_BYTES = 1 << 30
-_ELEMENT = 2  # bytes of DTYPE
+# What Runnable.train and _optimizer_step do.
+RECIPE = Recipe(accumulate=True)
 _SEED = 1234
 _WARMUP = 3
 
@@ -62,8 +63,8 @@ class Target:
     run: Callable[[], None]
     """One pass; on a GPU it is enqueued."""
     model: Bytes
-    """What one pass must read from and write to memory. Where the rows are drawn here, ``distinct``
-    counts those that were; else it is what uniform draws lead to expect."""
+    """What one pass must read from and write to memory, by the byte model, with the distinct rows
+    or experts that these very inputs use."""
     description: str
 
     @property
@@ -72,7 +73,8 @@ class Target:
 
         That is what DRAM sees of tables much larger than the L2 cache: two uses of a row lie, on
         average, a large part of the table apart, and the row is gone from the cache in between.
-        ``model.lower`` counts each row once.
+        ``model.lower`` counts each row once, and is what to expect of "optimizer_step" while the
+        tokens' gradients, which are what it gathers, fit in the cache.
         """
         return self.model.upper
 
@@ -80,113 +82,87 @@ class Target:
 # ---- the model -----------------------------------------------------------------------------------
 
 
-def _memory_layer(config: UltraMemConfig) -> traffic.MemoryLayer:
-    return traffic.MemoryLayer(
-        d_model=config.d_model,
-        num_keys=config.num_keys,
-        key_dim=config.key_dim,
-        topk=config.topk,
-        value_dim=config.value_dim,
-        window=config.window,
-        pre_value_dim=config.pre_value_dim,
-        num_heads=config.num_heads,
-        tucker_rank=config.tucker_rank,
-        num_cores=config.num_cores,
-        element_bytes=_ELEMENT,
+class Model(Protocol):
+    """Bytes of one pass, by its sizes and the distinct rows or experts that its tokens use."""
+
+    def __call__(
+        self, config: UltraMemConfig, num_tokens: int, touched: float | None = None
+    ) -> Bytes:
+        """``touched``: what was counted; by default what uniform draws lead to expect."""
+        ...
+
+
+def _memory(config: UltraMemConfig) -> MemoryLayer:
+    return MemoryLayer(config, DTYPE.itemsize, DTYPE.itemsize)
+
+
+def _moe_layer() -> MoEFFN:
+    """OLMoE's, whatever the shape."""
+    layer = profile_preset("1B-7B")["moe"].layer
+    assert isinstance(layer, MoEFFN)
+    return layer
+
+
+def _copy_bytes(config: UltraMemConfig, num_tokens: int, touched: float | None = None) -> Bytes:
+    return Bytes(activations=2.0 * COPY_BYTES)
+
+
+def _value_rows(config: UltraMemConfig) -> Table:
+    return Table(
+        config.num_slots,
+        config.slots_per_token,
+        config.value_dim,
+        parameter_bytes=DTYPE.itemsize,
     )
 
 
-def _copy_bytes(config: UltraMemConfig, num_tokens: int) -> Bytes:
-    return Bytes(dense=0.0, gathered=0.0, distinct=0.0, activations=2.0 * COPY_BYTES)
-
-
-def _gather_bytes(config: UltraMemConfig, num_tokens: int) -> Bytes:
+def _gather_bytes(config: UltraMemConfig, num_tokens: int, touched: float | None = None) -> Bytes:
     """Rows read and written, an int64 index each; drawn without repetition."""
     rows = num_tokens * config.slots_per_token
-    read = float(rows * config.value_dim * _ELEMENT)
-    return Bytes(dense=0.0, gathered=read, distinct=read, activations=read + 8.0 * rows)
+    read = _value_rows(config).read(num_tokens, rows)
+    return total([read]) + Bytes(activations=read.nbytes + 8.0 * rows)
 
 
-def _tucker_query_bytes(config: UltraMemConfig, num_tokens: int) -> Bytes:
-    """The weight; x read, the projection (kept for the backward) and the query written."""
-    width = 2 * config.num_heads * config.num_queries * config.key_dim
-    weight = width * config.d_model + config.key_dim
-    activations = num_tokens * (config.d_model + 2 * width)
-    return Bytes(float(weight * _ELEMENT), 0.0, 0.0, float(activations * _ELEMENT))
+def _operator_bytes(name: str) -> Model:
+    """Of one operator in the layer's inference."""
+
+    def model(config: UltraMemConfig, num_tokens: int, touched: float | None = None) -> Bytes:
+        terms = _memory(config).terms("inference", num_tokens, touched=touched)
+        return total(term for term in terms if term.operator == name)
+
+    return model
 
 
-def _product_key_topk_bytes(config: UltraMemConfig, num_tokens: int) -> Bytes:
-    """Keys; the query read, and the five outputs written."""
-    heads, kept = config.num_heads, config.kept_per_axis
-    keys = 2 * heads * config.tucker_rank * config.num_keys * config.key_dim * _ELEMENT
-    query = 2 * heads * config.num_queries * config.key_dim * _ELEMENT
-    # float32 score a core, int64 index, int16 position in the grid.
-    slots = config.slots_per_token * (4 * config.num_cores + 8 + 2)
-    # int32 key, float32 score a rank.
-    axes = 2 * heads * kept * (4 + 4 * config.tucker_rank)
-    return Bytes(float(keys), 0.0, 0.0, float(num_tokens * (query + slots + axes)))
+def _layer_bytes(phase: Phase) -> Model:
+    def model(config: UltraMemConfig, num_tokens: int, touched: float | None = None) -> Bytes:
+        return _memory(config).traffic(phase, num_tokens, touched=touched, recipe=RECIPE)
+
+    return model
 
 
-def _value_ffn_bytes(config: UltraMemConfig, num_tokens: int) -> Bytes:
-    """Rows; indices, scores and pre_input read, out and pre-activations written."""
-    rows = _memory_layer(config).forward(num_tokens)
-    # int64 index, float32 score a core, float32 pre-activation.
-    slots = config.slots_per_token * (8 + 4 * config.num_cores + 4)
-    vectors = (config.pre_value_dim + config.value_dim) * _ELEMENT
-    return Bytes(0.0, rows.gathered, rows.distinct, float(num_tokens * (slots + vectors)))
+def _moe_bytes(config: UltraMemConfig, num_tokens: int, touched: float | None = None) -> Bytes:
+    return _moe_layer().traffic("decode", num_tokens, touched=touched)
 
 
-def _memory_layer_bytes(config: UltraMemConfig, num_tokens: int) -> Bytes:
-    """Parameters and rows; x read and y written. What the operators hand on is not counted."""
-    layer = _memory_layer(config).forward(num_tokens)
-    activations = 2.0 * num_tokens * config.d_model * _ELEMENT
-    return Bytes(layer.dense, layer.gathered, layer.distinct, activations)
+def _step_bytes(config: UltraMemConfig, num_tokens: int, touched: float | None = None) -> Bytes:
+    """Of the table alone, without the step of the layer's own parameters."""
+    layer = _memory(config)
+    rows = layer.touched(num_tokens) if touched is None else touched
+    return total(layer.table.step_terms(num_tokens * layer.taken, rows, RECIPE))
 
 
-def _factor_bytes(config: UltraMemConfig) -> int:
-    """Of one token: int32 slot, float32 weight a core and grad_a; grad_out and pre_input."""
-    slots = config.slots_per_token * (4 + 4 * config.num_cores + 4)
-    return slots + (config.pre_value_dim + config.value_dim) * _ELEMENT
-
-
-def _memory_layer_training_bytes(config: UltraMemConfig, num_tokens: int) -> Bytes:
-    """Parameters read twice and their gradients written; rows read twice; x read twice and its
-    gradient written, y written and its gradient read; factors written."""
-    layer = _memory_layer(config).forward(num_tokens)
-    vectors = 5 * config.d_model * _ELEMENT
-    activations = float(num_tokens * (vectors + _factor_bytes(config)))
-    return Bytes(3 * layer.dense, 2 * layer.gathered, 2 * layer.distinct, activations)
-
-
-def _moe_bytes(config: UltraMemConfig, num_tokens: int) -> Bytes:
-    """Router and experts used; x read and y written. What dispatch moves on top is not counted."""
-    moe = traffic.OLMOE_MOE
-    read = moe.forward(num_tokens)
-    activations = 2.0 * num_tokens * moe.d_model * _ELEMENT
-    return Bytes(read.dense, read.gathered, read.distinct, activations)
-
-
-def _optimizer_step_bytes(config: UltraMemConfig, num_tokens: int) -> Bytes:
-    """Touched rows and their two bfloat16 moments read and written; factors read; keys and entries
-    of 4 bytes each sorted in 3 passes, each read and written."""
-    layer = _memory_layer(config)
-    rows = layer.touched(num_tokens) * layer.row_bytes * (1 + 2) * 2
-    entries = num_tokens * config.slots_per_token
-    return Bytes(0.0, rows, rows, num_tokens * _factor_bytes(config) + 48.0 * entries)
-
-
-MODELS: dict[str, Callable[[UltraMemConfig, int], Bytes]] = {
+MODELS: dict[str, Model] = {
     "copy": _copy_bytes,
     "gather": _gather_bytes,
-    "tucker_query": _tucker_query_bytes,
-    "product_key_topk": _product_key_topk_bytes,
-    "value_ffn": _value_ffn_bytes,
-    "memory_layer": _memory_layer_bytes,
-    "memory_layer_training": _memory_layer_training_bytes,
+    "tucker_query": _operator_bytes("tucker_query"),
+    "product_key_topk": _operator_bytes("product_key_topk"),
+    "value_ffn": _operator_bytes("value_ffn"),
+    "memory_layer": _layer_bytes("decode"),
+    "memory_layer_training": _layer_bytes("training"),
     "moe": _moe_bytes,
-    "optimizer_step": _optimizer_step_bytes,
+    "optimizer_step": _step_bytes,
 }
-"""Bytes of one pass of each target, by its sizes alone: (config, num_tokens) -> Bytes."""
+"""Bytes of one pass of each target, for those who do not run it."""
 
 
 # ---- what runs -----------------------------------------------------------------------------------
@@ -229,7 +205,7 @@ def _gather(config: UltraMemConfig, num_tokens: int, device: torch.device) -> Ta
     def run() -> None:
         torch.index_select(values, 0, indices, out=out)
 
-    row_bytes = config.value_dim * _ELEMENT
+    row_bytes = _value_rows(config).row_bytes
     description = (
         f"{rows} different rows of {row_bytes} bytes, anywhere in a table of "
         f"{config.num_slots * row_bytes / 1e9:.1f} GB, written in order"
@@ -300,93 +276,94 @@ def _value_ffn(config: UltraMemConfig, num_tokens: int, device: torch.device) ->
         )
 
     distinct = int(indices.unique().numel())
-    row_bytes = _memory_layer(config).row_bytes
-    model = MODELS["value_ffn"](config, num_tokens)
-    model = dataclasses.replace(model, distinct=float(distinct * row_bytes))
+    row_bytes = _memory(config).table.row_bytes
     description = (
         f"{indices.numel()} rows of {row_bytes} bytes, {distinct} of them different, drawn from a "
         f"window of {config.window * row_bytes / 1e9:.1f} GB"
     )
-    return Target("value_ffn", run, model, description)
+    return Target("value_ffn", run, MODELS["value_ffn"](config, num_tokens, distinct), description)
 
 
-def _layer_and_table(
-    config: UltraMemConfig, device: torch.device, grad_mode: str = "dense"
-) -> tuple[UltraMemLayer, MemoryTable]:
+def _memory_runnable(config: UltraMemConfig, device: torch.device) -> Runnable:
     torch.manual_seed(_SEED)
-    table = MemoryTable.from_config(config, dtype=DTYPE, device=device, grad_mode=grad_mode)
-    return UltraMemLayer(config, 0, dtype=DTYPE, device=device), table
+    return make_memory(config, layers=1, dtype=DTYPE, device=device)
 
 
-def _memory_layer_forward(config: UltraMemConfig, num_tokens: int, device: torch.device) -> Target:
-    layer, table = _layer_and_table(config, device)
-    layer.eval()
+def _memory_layer(config: UltraMemConfig, num_tokens: int, device: torch.device) -> Target:
+    runnable = _memory_runnable(config, device)
+    runnable.start_decode()
     x = _normal(num_tokens, config.d_model, generator=_generator(device))
 
-    @torch.no_grad()
     def run() -> None:
-        layer(x, table)
+        runnable.forward(0, x)
 
-    description = f"forward of {num_tokens} tokens, keys normalised ahead"
-    return Target("memory_layer", run, MODELS["memory_layer"](config, num_tokens), description)
+    rows = runnable.touched(0, x)
+    description = f"forward of {num_tokens} tokens on {rows} rows, keys normalised ahead"
+    model = MODELS["memory_layer"](config, num_tokens, rows)
+    return Target("memory_layer", run, model, description)
 
 
-def _forward_backward(
+def _training(
     config: UltraMemConfig, num_tokens: int, device: torch.device
-) -> tuple[Callable[[], None], MemoryTable]:
-    """A pass that leaves its factors in the table behind."""
-    layer, table = _layer_and_table(config, device, "deferred")
-    table.reserve(num_tokens, dtype=DTYPE)
+) -> tuple[Callable[[], None], Runnable, int]:
+    """A pass that leaves its factors in the table behind; and the rows that it touches."""
+    runnable = _memory_runnable(config, device)
     generator = _generator(device)
-    x = _normal(num_tokens, config.d_model, generator=generator).requires_grad_()
+    x = _normal(num_tokens, config.d_model, generator=generator)
     grad_y = _normal(num_tokens, config.d_model, generator=generator)
-    leaves = [x, *layer.parameters()]
+    rows = runnable.touched(0, x)
+    runnable.start_training(num_tokens)
 
     def run() -> None:
-        table.zero_grad()
-        # Values and pre-values are no leaves here: their gradients are the factors.
-        torch.autograd.grad(layer(x, table), leaves, grad_y)
+        runnable.clear()
+        runnable.train(0, x, grad_y)
 
-    return run, table
+    return run, runnable, rows
 
 
 def _memory_layer_training(config: UltraMemConfig, num_tokens: int, device: torch.device) -> Target:
-    run, _ = _forward_backward(config, num_tokens, device)
-    model = MODELS["memory_layer_training"](config, num_tokens)
-    description = f"forward and backward of {num_tokens} tokens, deferred gradients of the table"
+    run, _, rows = _training(config, num_tokens, device)
+    model = MODELS["memory_layer_training"](config, num_tokens, rows)
+    description = (
+        f"forward and backward of {num_tokens} tokens on {rows} rows, deferred gradients of the "
+        "table"
+    )
     return Target("memory_layer_training", run, model, description)
 
 
 def _moe(config: UltraMemConfig, num_tokens: int, device: torch.device) -> Target:
-    moe_dispatch = importlib.import_module("..moe_dispatch", __package__)
-    sizes = traffic.OLMOE_MOE
+    sizes = _moe_layer()
     torch.manual_seed(_SEED)
-    layer: Any = moe_dispatch.DroplessMoE(
+    runnable = make_moe(
         sizes.d_model,
         sizes.inner,
         sizes.num_experts,
         sizes.experts_per_token,
+        layers=1,
         dtype=DTYPE,
         device=device,
     )
+    runnable.start_decode()
     x = _normal(num_tokens, sizes.d_model, generator=_generator(device))
 
-    @torch.no_grad()
     def run() -> None:
-        layer(x)
+        runnable.forward(0, x)
 
+    experts = runnable.touched(0, x)
     description = (
         f"forward of {num_tokens} tokens, {sizes.experts_per_token} of {sizes.num_experts} experts "
-        "each (OLMoE-1B-7B's, whatever the shape)"
+        f"each, {experts} in all (OLMoE-1B-7B's, whatever the shape)"
     )
-    return Target("moe", run, MODELS["moe"](config, num_tokens), description)
+    return Target("moe", run, MODELS["moe"](config, num_tokens, experts), description)
 
 
 def _optimizer_step(config: UltraMemConfig, num_tokens: int, device: torch.device) -> Target:
-    backward, table = _forward_backward(config, num_tokens, device)
-    backward()
+    train, runnable, rows = _training(config, num_tokens, device)
+    train()
+    table = runnable.table
+    assert table is not None
+    assert table.factors is not None
     factors = table.factors
-    assert factors is not None
     optimizer = MemoryAdam(table.parameters(), lr=1e-4, state_dtype=torch.bfloat16)
 
     def run() -> None:
@@ -394,14 +371,10 @@ def _optimizer_step(config: UltraMemConfig, num_tokens: int, device: torch.devic
         factors.step_cache = None
         optimizer.step()
 
-    distinct = int(factors.slots.unique().numel())
-    layer = _memory_layer(config)
-    rows = float(distinct * layer.row_bytes * (1 + 2) * 2)
-    model = MODELS["optimizer_step"](config, num_tokens)
-    model = dataclasses.replace(model, gathered=rows, distinct=rows)
+    model = MODELS["optimizer_step"](config, num_tokens, rows)
     description = (
         f"MemoryAdam, bfloat16 moments, factors of {num_tokens} tokens: {factors.slots.numel()} "
-        f"entries on {distinct} rows"
+        f"entries on {rows} rows"
     )
     return Target("optimizer_step", run, model, description)
 
@@ -412,7 +385,7 @@ TARGETS: dict[str, Callable[[UltraMemConfig, int, torch.device], Target]] = {
     "tucker_query": _tucker_query,
     "product_key_topk": _product_key_topk,
     "value_ffn": _value_ffn,
-    "memory_layer": _memory_layer_forward,
+    "memory_layer": _memory_layer,
     "memory_layer_training": _memory_layer_training,
     "moe": _moe,
     "optimizer_step": _optimizer_step,

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import sys
-import types
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench import shapes
 from ultramem_cuda import MemoryTable, UltraMemConfig, UltraMemLayer, nvtx
 from ultramem_cuda.profiling import traffic
 from ultramem_cuda.profiling.nsight import targets
 from ultramem_cuda.profiling.nsight.targets import MODELS, SHAPES, TARGETS, Target
+from ultramem_cuda.profiling.presets import profile_preset
 from ultramem_cuda.profiling.record import Bytes
+from ultramem_cuda.profiling.subjects import Runnable
 
 CONFIG = UltraMemConfig(
     d_model=64,
@@ -30,17 +33,37 @@ CONFIG = UltraMemConfig(
     num_slots=2048,
 )
 TOKENS = 24
-OURS = [name for name in TARGETS if name != "moe"]
+LAYER = traffic.MemoryLayer(CONFIG)
+MOE = traffic.MoEFFN(32, 16, 48, 2)
+ROW_BYTES = (CONFIG.value_dim + CONFIG.pre_value_dim) * 2
 
 
 @pytest.fixture
 def build(device: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(targets, "COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(targets, "_moe_layer", lambda: MOE)
 
     def build(name: str) -> Target:
         return TARGETS[name](CONFIG, TOKENS, torch.device(device))
 
     return build
+
+
+@pytest.fixture
+def runnables(monkeypatch: pytest.MonkeyPatch) -> list[Runnable]:
+    """Those that targets make."""
+    found: list[Runnable] = []
+
+    def spied(make: Callable[..., Runnable]) -> Callable[..., Runnable]:
+        def spy(*args: Any, **kwargs: Any) -> Runnable:
+            found.append(make(*args, **kwargs))
+            return found[-1]
+
+        return spy
+
+    for name in ("make_memory", "make_moe"):
+        monkeypatch.setattr(targets, name, spied(getattr(targets, name)))
+    return found
 
 
 class Calls(TorchDispatchMode):
@@ -62,39 +85,48 @@ def nbytes(*tensors: Tensor) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", TARGETS)
 def test_runs_again_and_again(name: str, build: Any) -> None:
     target = build(name)
     for _ in range(3):
         target.run()
     assert target.name == name
     assert target.description
+    # By its sizes alone it is the same but for the rows or experts that were counted.
     expected = MODELS[name](CONFIG, TOKENS)
-    assert target.model.activations == expected.activations
     assert target.model.dense == expected.dense
-    # Drawn here or expected of uniform draws.
-    assert target.model.distinct == pytest.approx(expected.distinct, rel=0.1)
+    assert target.model.activations == expected.activations
     assert target.model_bytes == target.model.upper > 0
 
 
 @pytest.mark.parametrize("name", ["tucker_query", "product_key_topk"])
 def test_bytes_of_operators_are_those_of_their_tensors(name: str, build: Any) -> None:
+    """What lies between an operator's kernels is written and read."""
     target = build(name)
     with Calls() as calls:
         target.run()
-    (found,) = calls.found.values()
-    if name == "product_key_topk":
-        # The core and its filter are a few numbers, and not counted.
-        found = [tensor for tensor in found if tensor.numel() > CONFIG.num_cores * 4]
-    assert nbytes(*found) == target.model_bytes
+    ((called, found),) = calls.found.items()
+    assert called == name
+    if name == "tucker_query":
+        *_, projection = found
+        assert target.model_bytes == nbytes(*found, projection)
+        return
+    query, keys, core, _, _, scores, indices, axis_indices, axis_scores, _ = found
+    # The filter is made of the cores, which are a parameter; grid positions are for a backward.
+    cores = CONFIG.num_cores * CONFIG.num_heads * CONFIG.tucker_rank**2
+    assert core.numel() == cores
+    between = nbytes(axis_indices, axis_scores)
+    tensors = nbytes(query, keys, scores, indices) + 2 * between
+    assert target.model_bytes == tensors + 2 * (cores + CONFIG.key_dim)
 
 
 def test_bytes_of_value_ffn_are_those_of_its_tensors_and_rows(build: Any) -> None:
     target = build("value_ffn")
     with Calls() as calls:
         target.run()
-    indices, scores, values, pre_values, *rest = calls.found["value_ffn"]
-    assert nbytes(indices, scores, *rest) == target.model.activations
+    # Pre-activations are for a backward.
+    indices, scores, values, pre_values, pre_input, out, _ = calls.found["value_ffn"]
+    assert nbytes(indices, scores, pre_input, out) == target.model.activations
     assert indices.max() < CONFIG.window
     rows = (values[indices], pre_values[indices])
     assert nbytes(*rows) == target.model.gathered
@@ -124,70 +156,97 @@ def test_gather_refuses_more_rows_than_there_are() -> None:
         TARGETS["gather"](CONFIG, 1000, torch.device("cpu"))
 
 
+@pytest.mark.parametrize(("name", "passes"), [("memory_layer", 1), ("memory_layer_training", 2)])
+def test_rows_of_the_layer_are_those_that_it_reads(name: str, passes: int, build: Any) -> None:
+    target = build(name)
+    with Calls() as calls:
+        target.run()
+    indices, *_ = calls.found["value_ffn"]
+    assert indices.numel() == TOKENS * CONFIG.slots_per_token
+    assert target.model.gathered == passes * indices.numel() * ROW_BYTES
+    assert target.model.distinct == passes * indices.unique().numel() * ROW_BYTES
+    assert f" {indices.unique().numel()} rows" in target.description
+
+
 def test_bytes_of_the_layer() -> None:
     layer = UltraMemLayer(CONFIG, 0, dtype=torch.bfloat16)
-    model = MODELS["memory_layer"](CONFIG, TOKENS)
-    assert model.dense == nbytes(*layer.parameters())
-    assert model.activations == 2 * TOKENS * CONFIG.d_model * 2
+    parameters = nbytes(*layer.parameters())
+    assert MODELS["memory_layer"](CONFIG, TOKENS) == LAYER.traffic("decode", TOKENS)
+    assert MODELS["memory_layer"](CONFIG, TOKENS).dense == parameters
     training = MODELS["memory_layer_training"](CONFIG, TOKENS)
-    assert training.dense == 3 * model.dense
-    assert training.gathered == 2 * model.gathered
+    # Read twice, their gradients added to what is there. Normalised keys are written, read by both
+    # passes, and have a gradient that is written and read.
+    assert training.dense == 4 * parameters + 5 * nbytes(layer.keys)
     table = MemoryTable.from_config(CONFIG, dtype=torch.bfloat16, grad_mode="deferred")
     table.reserve(TOKENS)
     assert table.factors is not None
-    vectors = 5 * TOKENS * CONFIG.d_model * 2
-    assert training.activations == vectors + TOKENS * table.factors.bytes_per_token
+    backward = LAYER.terms("backward", TOKENS)
+    factors = sum(term.nbytes * term.writes for term in backward if "factors" in term.name)
+    assert factors == TOKENS * table.factors.bytes_per_token
 
 
-def test_optimizer_step_updates_touched_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    tables: list[MemoryTable] = []
-    make = targets._layer_and_table
+def test_training_leaves_the_factors_of_one_pass(build: Any, runnables: list[Runnable]) -> None:
+    target = build("memory_layer_training")
+    for _ in range(2):
+        target.run()
+    (runnable,) = runnables
+    assert runnable.table is not None
+    assert runnable.table.factors is not None
+    assert runnable.table.factors.slots.numel() == TOKENS * CONFIG.slots_per_token
+    gradients = [p.grad for p in runnable.layers.parameters()]
+    assert all(grad is not None and grad.any() for grad in gradients)
 
-    def spy(*arguments: Any) -> tuple[UltraMemLayer, MemoryTable]:
-        layer, table = make(*arguments)
-        tables.append(table)
-        return layer, table
 
-    monkeypatch.setattr(targets, "_layer_and_table", spy)
-    target = TARGETS["optimizer_step"](CONFIG, TOKENS, torch.device("cpu"))
-    (table,) = tables
+def test_optimizer_step_updates_touched_rows_alone(build: Any, runnables: list[Runnable]) -> None:
+    target = build("optimizer_step")
+    (runnable,) = runnables
+    table = runnable.table
+    assert table is not None
     before = table.values.detach().clone()
     for _ in range(3):
         target.run()
-    changed = (table.values != before).any(1).sum()
-    row_bytes = (CONFIG.value_dim + CONFIG.pre_value_dim) * 2
-    assert target.model.distinct == changed * row_bytes * 6
+    changed = int((table.values != before).any(1).sum())
+    # A row and its two moments, read and written; each token's grad_out and pre_input, once or by
+    # each entry.
+    rows, copies = changed * ROW_BYTES * 3 * 2, TOKENS * ROW_BYTES
+    assert target.model.distinct == rows + copies
+    assert target.model.gathered == rows + copies * CONFIG.slots_per_token
+    assert target.model.dense == 0  # the layer's own parameters take no part
 
 
-def test_moe_has_the_sizes_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Any] = []
-
-    class Experts(nn.Module):
-        def __init__(self, *sizes: int, dtype: torch.dtype, device: torch.device) -> None:
-            super().__init__()
-            made.append((sizes, dtype, device))
-
-        def forward(self, x: Tensor) -> Tensor:
-            made.append((x.shape, torch.is_grad_enabled()))
-            return x
-
-    module = types.ModuleType("moe_dispatch")
-    module.DroplessMoE = Experts  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "ultramem_cuda.profiling.moe_dispatch", module)
-    device = torch.device("cpu")
-    target = TARGETS["moe"](CONFIG, TOKENS, device)
+def test_moe_counts_the_experts_that_are_used(build: Any, runnables: list[Runnable]) -> None:
+    target = build("moe")
+    (runnable,) = runnables
+    (layer,) = runnable.layers
+    inputs: list[Tensor] = []
+    layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     target.run()
-    assert made == [((2048, 1024, 64, 8), torch.bfloat16, device), ((TOKENS, 2048), False)]
-    read = traffic.OLMOE_MOE.forward(TOKENS)
-    assert target.model_bytes == read.upper + 2 * TOKENS * 2048 * 2
+    (x,) = inputs
+    assert x.shape == (TOKENS, MOE.d_model)
+    experts = layer.route(x)[1].unique()
+    assert 1 < experts.numel() < MOE.num_experts
+    used = nbytes(layer.gate_up[experts], layer.down[experts])
+    assert target.model.gathered == target.model.distinct == used
+    assert target.model.dense == layer.router.nbytes
 
 
-def test_shapes_are_those_of_the_traffic_model() -> None:
-    layer = targets._memory_layer(SHAPES["M"])
-    assert layer == traffic.ULTRAMEM_MEMORY
-    for config in SHAPES.values():
+def test_moe_is_that_of_the_preset() -> None:
+    moe = targets._moe_layer()
+    assert moe == profile_preset("1B-7B")["moe"].layer
+    assert MODELS["moe"](CONFIG, TOKENS) == moe.traffic("decode", TOKENS)
+
+
+def test_shapes_are_those_that_are_measured() -> None:
+    assert SHAPES.keys() == shapes.SHAPES.keys() - {"cpu"}
+    for name, config in SHAPES.items():
+        shape = shapes.SHAPES[name]
+        assert config.kept_per_axis == shape.axis_topk
+        assert config.window == shape.window
+        fields = {field.name for field in dataclasses.fields(shape)}
+        for field in fields - {"name", "num_tokens", "axis_topk"}:
+            assert getattr(config, field) == getattr(shape, field), (name, field)
         for model in MODELS.values():
-            assert model(config, 8192).lower > 0
+            assert model(config, shape.num_tokens).lower > 0
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -130,24 +131,35 @@ def test_moe_against_its_kernels(tokens: int) -> None:
 
 class Operators(TorchDispatchMode):
     """Bytes of tokens' tensors that the operators of this package and matrix products take and
-    give."""
+    give, by operator."""
 
     COUNTED = ("ultramem.", "aten.mm.", "aten._softmax")
 
     def __init__(self) -> None:
         super().__init__()
-        self.nbytes = 0
+        self.nbytes: Counter[str] = Counter()
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if str(func).startswith(self.COUNTED):
             self.names.append(str(func))
+            name = str(func).split(".")[1].strip("_").split("_bwd")[0].split("_backward")[0]
             outputs = result if isinstance(result, (tuple, list)) else (result,)
             for tensor in (*args, *outputs):
                 if isinstance(tensor, Tensor) and TOKENS in tensor.shape:
-                    self.nbytes += tensor.nbytes
+                    self.nbytes[name] += tensor.nbytes
         return result
+
+
+def activations_by_operator(layer: traffic.Layer, which: traffic.Pass) -> Counter[str]:
+    """Those of the projections, which are matrix products, together."""
+    found: Counter[str] = Counter()
+    for term in layer.terms(which, TOKENS):
+        if term.part == "activations":
+            name = "mm" if term.operator in ("pre_proj", "value_proj") else term.operator
+            found[name] += int(term.bytes().activations)
+    return found
 
 
 @pytest.mark.parametrize("config", [CONFIG, PKM_CONFIG], ids=["memory", "pkm"])
@@ -168,27 +180,51 @@ def test_memory_layer_against_its_operators(config: UltraMemConfig) -> None:
         y = module(x, table)
     assert any("value_ffn" in name for name in forward.names)
     # The norm reads the projection, the grid what the axes kept.
-    inside = projection + axis_indices + axis_scores
-    count = moved(layer, "forward", TOKENS).activations
-    assert count == forward.nbytes + inside
+    expected = forward.nbytes
+    expected += Counter(tucker_query=projection, product_key_topk=axis_indices + axis_scores)
+    assert activations_by_operator(layer, "forward") == expected
 
     with Operators() as backward:
         y.backward(torch.randn_like(y))
     assert any("value_ffn_bwd_deferred" in name for name in backward.names)
     # Gradients of scores of kept keys, then those of the projection, are made and read twice.
-    inside = 3 * axis_scores + 3 * projection
+    expected = backward.nbytes
+    expected += Counter(tucker_query=3 * projection, product_key_topk=3 * axis_scores)
     if config.pre_value_dim:
-        inside += x.nbytes  # the second product with a result for grad_x reads the first one's
+        # The second product with a result for grad_x reads the first one's.
+        expected["mm"] += x.nbytes
     assert table.factors is not None
-    factors = TOKENS * table.factors.bytes_per_token
-    count = moved(layer, "backward", TOKENS).activations
-    assert count == backward.nbytes + inside + factors
+    expected["value_ffn"] += TOKENS * table.factors.bytes_per_token
+    assert activations_by_operator(layer, "backward") == expected
 
     # In inference the operators still write what only a backward reads.
     unused = TOKENS * config.slots_per_token * (2 + (4 if config.pre_value_dim else 0))
     assert moved(layer, "inference", TOKENS).activations == (
         moved(layer, "forward", TOKENS).activations - unused
     )
+
+
+@pytest.mark.parametrize("which", ["inference", "forward", "backward"])
+def test_parameters_are_read_by_their_operators(which: traffic.Pass) -> None:
+    module = UltraMemLayer(CONFIG, 0, dtype=torch.bfloat16)
+    expected = {
+        name.removesuffix(".weight"): parameter.nbytes
+        for name, parameter in module.named_parameters()
+    }
+    keys = expected.pop("keys")
+    expected["cores and key_norm"] = expected.pop("cores") + expected.pop("key_norm")
+    operators: dict[str, Counter[str]] = {}
+    for term in MemoryLayer(CONFIG).terms(which, TOKENS):
+        assert term.operator
+        if term.part not in ("activations", "rows") and not term.name.startswith("grad"):
+            operators.setdefault(term.operator, Counter())[term.name] += int(term.bytes().dense)
+    query = {name: expected.pop(name) for name in ("query_proj", "query_norm")}
+    assert operators.pop("tucker_query") == query
+    read = {"normalized keys": keys, "cores and key_norm": expected.pop("cores and key_norm")}
+    assert operators.pop("product_key_topk") == read
+    norm = {"inference": {}, "forward": {"keys": keys, "normalized keys": keys}}
+    assert operators.pop("rms_norm", Counter()) == norm.get(which, {"keys": keys})
+    assert operators == {name: {name: nbytes} for name, nbytes in expected.items()}
 
 
 # ---- parameters ----------------------------------------------------------------------------------
@@ -290,10 +326,16 @@ MOE = MoEFFN(24, 16, 12, 2)
 )
 def test_docstrings_hold_what_is_counted(layer: traffic.Layer, symbols: dict[str, int]) -> None:
     for which, tensors in documented(type(layer), symbols).items():
+        # Of a tensor there is a term for each operator that goes through it.
+        sizes: dict[str, set[float]] = {}
+        times: dict[str, tuple[float, float]] = {}
+        for term in layer.terms(which, 7):  # type: ignore[arg-type]
+            if term.part == "activations" and "factors" not in term.name:
+                sizes.setdefault(term.name, set()).add(term.nbytes / 7)
+                reads, writes = times.get(term.name, (0, 0))
+                times[term.name] = reads + term.reads, writes + term.writes
         counted = {
-            term.name: (term.nbytes / 7, f"{term.reads:g}+{term.writes:g}")
-            for term in layer.terms(which, 7)  # type: ignore[arg-type]
-            if term.part == "activations" and "factors" not in term.name
+            name: (*size, f"{times[name][0]:g}+{times[name][1]:g}") for name, size in sizes.items()
         }
         assert counted == tensors
 
