@@ -193,8 +193,8 @@ class RetrievalShape(ctypes.Structure):
 def retrieval_path(shape: RetrievalShape, compute_capability: int) -> tuple[str, str]:
     """Which kernels product_key_topk's forward runs on a GPU of that compute capability, and why.
 
-    The path is "generic", "tensor cores (sm_90)", "tensor cores, few tokens (sm_90)" or "tensor
-    cores (sm_80)", of which the last is for every GPU from sm_80 on.
+    The path is "generic", "tensor cores (sm_90)", "tensor cores, few tokens" or "tensor cores
+    (sm_80)", of which the last two are for every GPU from sm_80 on.
 
     Args:
         compute_capability: 10 * major + minor. No such GPU needs to be there.

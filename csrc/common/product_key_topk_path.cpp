@@ -37,16 +37,18 @@ const char* why_not_80(const ProductKeyTopkParams& p) {
   // No product: tokens may be many.
   if (p.num_tokens < kTensorCore80MinTokenHeads &&
       p.num_tokens * p.num_heads < kTensorCore80MinTokenHeads) {
-    return "fewer than 64 tokens times heads, which tensor cores take on sm_90 only";
+    return "fewer than 64 tokens times heads, and n or their scores are too many for the kernels "
+           "for few tokens";
   }
   return nullptr;
 }
 
 bool few_tokens(const ProductKeyTopkParams& p) {
-  return p.num_heads <= kTensorCore90SmallHeads &&
-         (p.num_tokens <= kTensorCore90SmallTokens ||
-          (p.num_tokens <= kTensorCore90SmallTokenHeads &&
-           p.num_tokens * p.num_heads <= kTensorCore90SmallTokenHeads));
+  // No product before its factors are known to be small.
+  return p.num_keys <= kTensorCoreSmallMaxKeys && p.num_tokens <= kTensorCoreSmallTokenHeads &&
+         p.num_heads <= kTensorCoreSmallTokenHeads &&
+         p.num_tokens * p.num_heads <= kTensorCoreSmallTokenHeads &&
+         8 * p.num_tokens * p.num_heads * p.tucker_rank * p.num_keys <= kTensorCoreSmallBytes;
 }
 
 struct PathAndReason {
@@ -58,12 +60,12 @@ PathAndReason choose(const ProductKeyTopkParams& p, int compute_capability) {
   if (const char* obstacle = why_generic(p, compute_capability); obstacle != nullptr) {
     return {RetrievalPath::kGeneric, obstacle};
   }
+  if (few_tokens(p)) {
+    return {RetrievalPath::kTensorCoreSmall,
+            "few tokens; dtype, compute capability, n, Kd and m allow it"};
+  }
   const char* not_90 = why_not_90(p, compute_capability);
   if (not_90 == nullptr) {
-    if (few_tokens(p)) {
-      return {RetrievalPath::kTensorCore90Small,
-              "few tokens; dtype, compute capability, n, Kd and m allow it"};
-    }
     return {RetrievalPath::kTensorCore90, "dtype, compute capability, n, Kd and m allow it"};
   }
   if (const char* obstacle = why_not_80(p); obstacle != nullptr) {

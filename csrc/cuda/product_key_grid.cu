@@ -14,6 +14,7 @@
 // own.
 #include <algorithm>
 
+#include "async_copy.cuh"
 #include "block_topk.cuh"
 #include "common.cuh"
 #include "kernel_registry.h"
@@ -127,6 +128,8 @@ __global__ void __launch_bounds__(kThreads, kPlanes == 2 ? 7 : 5)
   const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
   const int64_t token_head = int64_t{blockIdx.x} * (blockDim.x / kWarpSize) + warp;
+  wait_for_prerequisite_grid();
+  release_dependent_grid();
   if (token_head >= p.num_tokens * p.num_heads) return;
   unsigned char* shared = shared_bytes + warp * layout.bytes;
   auto* stored_maxima = reinterpret_cast<float*>(shared + layout.maxima);
@@ -196,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, kPlanes == 2 ? 7 : 5)
 }
 
 template <int kPlanes>
-Status launch(const ProductKeyTopkParams& p, Stream stream) {
+Status launch(const ProductKeyTopkParams& p, Stream stream, bool overlapping) {
   const GridLayout<kPlanes> layout(p);
   // As many tokens a block as leave room for two blocks.
   constexpr int64_t kBlockBytes = 96 * 1024;
@@ -204,8 +207,12 @@ Status launch(const ProductKeyTopkParams& p, Stream stream) {
       static_cast<int>(std::clamp(kBlockBytes / layout.bytes, int64_t{1}, int64_t{kTokens}));
   const auto kernel = product_key_topk_fwd_grid_kernel<kPlanes>;
   ULTRAMEM_RETURN_IF_ERROR(allow_shared_memory(kernel, layout.bytes * tokens));
-  kernel<<<static_cast<unsigned>(ceil_div(p.num_tokens * p.num_heads, tokens)), tokens * kWarpSize,
-           layout.bytes * tokens, stream>>>(p, layout);
+  const dim3 blocks(static_cast<unsigned>(ceil_div(p.num_tokens * p.num_heads, tokens)));
+  if (overlapping) {
+    return launch_overlapping(kernel, blocks, tokens * kWarpSize, layout.bytes * tokens, stream, p,
+                              layout);
+  }
+  kernel<<<blocks, tokens * kWarpSize, layout.bytes * tokens, stream>>>(p, layout);
   return launch_status();
 }
 
@@ -219,7 +226,8 @@ ULTRAMEM_REGISTER_KERNEL(grid_4, "product_key_topk_fwd_grid<4>", kThreads,
 Status launch_grid(const ProductKeyTopkParams& params, Stream stream, bool overlapping) {
   if (grid_block_applies(params)) return launch_grid_block(params, stream, overlapping);
   if (grid_small_applies(params)) return launch_grid_small(params, stream, overlapping);
-  return params.tucker_rank <= 2 ? launch<2>(params, stream) : launch<4>(params, stream);
+  return params.tucker_rank <= 2 ? launch<2>(params, stream, overlapping)
+                                 : launch<4>(params, stream, overlapping);
 }
 
 }  // namespace ultramem::cuda

@@ -1,7 +1,7 @@
 // Product-key retrieval, forward: the best m keys of either axis, then the best M pairs of them.
 //
 // Here: which kernels do it, and the axis stage for any dtype, shape and device. The scores of all
-// keys never reach memory. Sums are fp32, in an order that depends on the shape
+// keys never reach memory, but for those of few tokens. Sums are fp32, in an order that depends on the shape
 // of a key alone: equal keys get bitwise equal ranks, and a token's result does not depend on how
 // many tokens it comes with.
 #include "block_topk.cuh"
@@ -347,8 +347,8 @@ enum class AxisStage { kGeneric, kSmall, kCandidates, kResident, kLists, kMma };
 
 // For sizes that check_product_key_topk lets pass.
 AxisStage axis_stage(const ProductKeyTopkParams& p) {
-#if defined(ULTRAMEM_WITH_SM90A)
   if (axis_small_applies(p)) return AxisStage::kSmall;
+#if defined(ULTRAMEM_WITH_SM90A)
   if (axis_wgmma_applies(p)) {
     if (axis_candidates_applies(p)) return AxisStage::kCandidates;
     return axis_resident_applies(p) ? AxisStage::kResident : AxisStage::kLists;
@@ -362,6 +362,8 @@ AxisStage axis_stage(const ProductKeyTopkParams& p) {
 size_t product_key_topk_fwd_workspace(const ProductKeyTopkParams& params) {
   if (!check_product_key_topk(params).ok() || params.num_tokens == 0) return 0;
   switch (axis_stage(params)) {
+    case AxisStage::kSmall:
+      return axis_small_workspace(params);
 #if defined(ULTRAMEM_WITH_SM90A)
     case AxisStage::kCandidates:
       return axis_candidates_workspace(params);
@@ -379,9 +381,9 @@ Status product_key_topk_fwd_axes(const ProductKeyTopkParams& params, Stream stre
   ULTRAMEM_RETURN_IF_ERROR(check_product_key_topk(params));
   if (params.num_tokens == 0) return {};
   switch (axis_stage(params)) {
-#if defined(ULTRAMEM_WITH_SM90A)
     case AxisStage::kSmall:
       return launch_axis_small(params, stream);
+#if defined(ULTRAMEM_WITH_SM90A)
     case AxisStage::kCandidates:
       return launch_axis_candidates(params, stream);
     case AxisStage::kResident:

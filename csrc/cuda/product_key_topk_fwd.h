@@ -51,9 +51,10 @@ inline bool axis_resident_applies(const ProductKeyTopkParams& p) {
 size_t axis_resident_workspace(const ProductKeyTopkParams& params);
 Status launch_axis_resident(const ProductKeyTopkParams& params, Stream stream);
 
-// On the tensor cores as well, for few tokens, where axis_small_applies. In builds with that code
-// only.
+// On those of sm_80 and later as well, for few tokens, where axis_small_applies. Needs
+// axis_small_workspace(params) bytes of workspace.
 bool axis_small_applies(const ProductKeyTopkParams& params);
+size_t axis_small_workspace(const ProductKeyTopkParams& params);
 Status launch_axis_small(const ProductKeyTopkParams& params, Stream stream);
 
 // The best topk pairs of the kept keys: scores, indices and grid_positions. `overlapping`: what is

@@ -501,13 +501,22 @@ Status launch_slots(void (*kernel)(Params, SlotArguments), const Params& params,
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, max_shared_bytes));
   const dim3 grid(static_cast<unsigned>(num_tokens * launch.arguments.token_blocks));
   const int threads = launch.num_warps * kWarpSize;
+  // Blocks that begin early and fill the GPU while they wait keep out what another stream could do
+  // meanwhile; of a few, or of those of more than one wave, this is no loss.
+  const bool overlapping = 2 * grid.x <= static_cast<unsigned>(num_multiprocessors) ||
+                           grid.x > static_cast<unsigned>(num_multiprocessors);
   if (launch.arguments.token_blocks > 1) {
-    return launch_overlapping_clusters(kernel, grid, launch.arguments.token_blocks, threads,
-                                       static_cast<int>(launch.shared_bytes), stream, params,
-                                       launch.arguments);
+    return launch_clusters_as(overlapping, kernel, grid, launch.arguments.token_blocks, threads,
+                              static_cast<int>(launch.shared_bytes), stream, params,
+                              launch.arguments);
   }
-  return launch_overlapping(kernel, grid, threads, launch.shared_bytes, stream, params,
-                            launch.arguments);
+  if (overlapping) {
+    return launch_overlapping(kernel, grid, threads, launch.shared_bytes, stream, params,
+                              launch.arguments);
+  }
+  kernel<<<grid, threads, static_cast<size_t>(launch.shared_bytes), stream>>>(params,
+                                                                              launch.arguments);
+  return launch_status();
 }
 
 }  // namespace ultramem::cuda::value_ffn

@@ -65,8 +65,8 @@ ULTRAMEM_EXPORT const char* ultramem_product_key_topk_fwd_path(const UltramemRet
       return "generic";
     case ultramem::RetrievalPath::kTensorCore90:
       return "tensor cores (sm_90)";
-    case ultramem::RetrievalPath::kTensorCore90Small:
-      return "tensor cores, few tokens (sm_90)";
+    case ultramem::RetrievalPath::kTensorCoreSmall:
+      return "tensor cores, few tokens";
     case ultramem::RetrievalPath::kTensorCore80:
       return "tensor cores (sm_80)";
   }

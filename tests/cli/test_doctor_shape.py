@@ -65,18 +65,21 @@ def test_standard_shapes_run_on_tensor_cores(name: str, capsys: pytest.CaptureFi
         ("T=1", True),
         ("T=64", True),
         ("T=64,H=16", True),
-        ("T=1,H=17", False),
-        ("T=512", True),
-        ("T=256,H=2", True),
-        ("T=513", False),
-        ("T=257,H=2", False),
+        ("T=1,H=1024", True),
+        ("T=1024", True),
+        ("T=512,H=2", True),
+        ("T=1025", False),
+        ("T=513,H=2", False),
+        # 32 MiB of scores
+        ("T=128,n=8192,R=4", True),
+        ("T=129,n=8192,R=4", False),
     ],
 )
 def test_few_tokens_have_a_kernel_of_their_own(
     sizes: str, few: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     printed = doctor(f"{BASE},{sizes}", capsys)
-    assert ("tensor cores, few tokens (sm_90): few tokens; " in printed) == few
+    assert ("tensor cores, few tokens: few tokens; " in printed) == few
     assert ("tensor cores (sm_90): " in printed) != few
 
 
@@ -84,7 +87,7 @@ LARGEST = "n=8192,Kd=1024,m=128,M=1024,R=4,C=4,H=3,Q=1"
 GENERIC = "generic"
 SM_80 = "tensor cores (sm_80)"
 SM_90 = "tensor cores (sm_90)"
-FEW_SM_90 = "tensor cores, few tokens (sm_90)"
+FEW = "tensor cores, few tokens"
 
 
 @pytest.mark.parametrize(
@@ -95,18 +98,20 @@ FEW_SM_90 = "tensor cores, few tokens (sm_90)"
         pytest.param(f"{BASE},dtype=fp16", 90, SM_90, "allow it", marks=needs_sm90a),
         pytest.param(f"{BASE},mode=additive", 90, SM_90, "allow it", marks=needs_sm90a),
         pytest.param("n=1,Kd=8,M=1", 90, SM_90, "allow it", marks=needs_sm90a),
-        pytest.param(f"{LARGEST},T=64", 90, FEW_SM_90, "few tokens", marks=needs_sm90a),
-        pytest.param(f"{BASE},T=1", 90, FEW_SM_90, "few tokens", marks=needs_sm90a),
+        pytest.param(f"{LARGEST},T=64", 90, SM_90, "allow it", marks=needs_sm90a),
+        (f"{LARGEST},T=40", 90, FEW, "few tokens"),
+        (f"{BASE},T=1", 90, FEW, "few tokens"),
         pytest.param("n=8193,Kd=192,M=32", 90, SM_80, "n is above 8192", marks=needs_sm90a),
         (f"{LARGEST},n=65536", 90, SM_80, "sm_90"),
         (BASE, 80, SM_80, "sm_90"),
         (BASE, 89, SM_80, "sm_90"),
         (BASE, 100, SM_80, "sm_90"),
         (f"{LARGEST},n=65536", 120, SM_80, "sm_90"),
-        (f"{BASE},mode=additive,T=64", 80, SM_80, "sm_90"),
-        (f"{BASE},T=8,H=8", 80, SM_80, "sm_90"),
-        (f"{BASE},T=1", 80, GENERIC, "fewer than 64 tokens times heads"),
-        (f"{BASE},T=9,H=7", 80, GENERIC, "fewer than 64 tokens times heads"),
+        (f"{BASE},mode=additive,T=64", 80, FEW, "few tokens"),
+        (f"{BASE},T=8,H=8", 120, FEW, "few tokens"),
+        (f"{BASE},T=1", 80, FEW, "few tokens"),
+        (f"{BASE},T=1", 75, GENERIC, "compute capability 8.0"),
+        ("n=8193,Kd=192,M=32,T=64", 80, SM_80, "sm_90"),
         ("n=8193,Kd=192,M=32,T=63", 90, GENERIC, "fewer than 64 tokens times heads"),
         (BASE, 75, GENERIC, "compute capability 8.0"),
         (f"{BASE},dtype=fp32", 90, GENERIC, "float32"),

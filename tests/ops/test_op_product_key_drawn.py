@@ -339,11 +339,14 @@ def test_drawn_configurations(batch: int) -> None:
 
 
 def draw_few_tokens(seed: int) -> Config:
-    """At most 64 tokens, in the dtypes and the multiples of 8 that the kernel for them takes."""
+    """In the dtypes and the multiples of 8 that the kernels for few tokens take, which choose their
+    tiles by the number of tokens: up to 8, 16, 64, more."""
     rng = random.Random(~seed)
     config = draw(seed, GPU)
     heads, key_dim = config.heads, -(-config.key_dim // 8) * 8
     tokens = rng.choice((1, 2, 8, 9, 16, 17, 31, 32, 33, 63, 64, rng.randint(1, 64)))
+    if rng.random() < 0.3:
+        tokens = rng.choice((65, 127, 128, 129, 200, 256))
     if rng.random() < 0.2:
         heads, key_dim = 4, rng.choice((8, 24, 40, 72))
     while tokens > 1 and (
@@ -363,7 +366,7 @@ def test_drawn_configurations_of_few_tokens(batch: int) -> None:
 
 
 # More than the kernel for few tokens takes; with so many heads, more blocks than run at once.
-MANY_TOKENS = 512
+MANY_TOKENS = 1024
 MANY_HEADS = 17
 # Of one configuration, [token and head, kept rows x kept columns].
 MANY_GRID = 32_000_000
@@ -373,7 +376,7 @@ def draw_many_tokens(seed: int) -> Config:
     """For every kernel for many tokens, in the dtypes and the multiples of 8 that they take."""
     rng = random.Random(seed ^ 0x5EED)
     config = draw(seed, GPU)
-    heads, tokens = config.heads, rng.choice((513, 530, 600, 1100))
+    heads, tokens = config.heads, rng.choice((1024, 1060, 1200, 2200)) // config.heads + 1
     if rng.random() < 0.5:
         heads, tokens = MANY_HEADS, rng.choice((193, 200, 256))
     key_dim = -(-config.key_dim // 8) * 8
@@ -446,7 +449,7 @@ def test_drawn_configurations_of_many_keys(batch: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", range(2))
 def test_a_token_is_the_same_in_any_company(batch: int) -> None:
-    """Bit by bit, among up to 64 tokens, as long as the same kernels take them."""
+    """Bit by bit, among up to 256 tokens, as long as the same kernels take them."""
     major, minor = torch.cuda.get_device_capability()
     for seed in range(batch * BATCH // 2, (batch + 1) * BATCH // 2):
         config = draw_few_tokens(seed)._replace(kind="normal")
@@ -521,11 +524,12 @@ def test_what_is_drawn_of_few_tokens() -> None:
     assert {config.cores for config in configs} == {0, 1, 2, 3, 4}
     assert {config.queries == config.rank for config in configs} == {True, False}
     assert {8, 24, 40} <= {config.key_dim for config in configs}
-    assert {1, 2, 16, 17, 32, 33, 64} <= {config.tokens for config in configs}
+    assert {1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129} <= {config.tokens for config in configs}
+    assert any(config.tokens > 64 and config.key_dim > 256 for config in configs)
     assert max(config.axis_topk for config in configs) == 128
     assert max(config.num_keys for config in configs) == 8192
     for config in configs:
-        assert 1 <= config.tokens <= 64
+        assert 1 <= config.tokens <= 256
         assert config.key_dim % 8 == 0
 
 

@@ -34,21 +34,21 @@ class Shape(NamedTuple):
     topk: int
 
 
-# n is a multiple of no tile. Many tokens: T * H is above 512.
+# n is a multiple of no tile. Many tokens: T * H is above 1024.
 SHAPES = {
     "few_rank_1": Shape(9, 2, 1, 1, 701, 72, 16, 40),
     "few_rank_2": Shape(60, 1, 2, 2, 650, 200, 48, 64),
-    "several_rank_2": Shape(150, 2, 2, 2, 701, 72, 16, 40),
-    "many_rank_1": Shape(600, 1, 1, 1, 701, 136, 33, 64),
-    "many_short_keys": Shape(260, 2, 2, 2, 701, 72, 16, 40),
-    "many_rank_2": Shape(530, 1, 2, 1, 650, 200, 48, 64),
+    "several_rank_2": Shape(150, 2, 2, 2, 701, 320, 16, 40),
+    "many_rank_1": Shape(1100, 1, 1, 1, 701, 136, 33, 64),
+    "many_short_keys": Shape(520, 2, 2, 2, 701, 72, 16, 40),
+    "many_rank_2": Shape(1060, 1, 2, 1, 650, 200, 48, 64),
 }
 # Grids of all keys, and of all but two.
 WHOLE_SHAPES = {
     "few_m_is_n": Shape(17, 1, 2, 2, 65, 40, 65, 200),
-    "many_m_is_n": Shape(520, 1, 2, 2, 65, 40, 65, 200),
+    "many_m_is_n": Shape(1040, 1, 2, 2, 65, 40, 65, 200),
     "few_m_is_128": Shape(40, 1, 1, 1, 130, 40, 128, 300),
-    "many_m_is_128": Shape(258, 2, 2, 1, 130, 40, 128, 300),
+    "many_m_is_128": Shape(520, 2, 2, 1, 130, 40, 128, 300),
 }
 CPU_TOKENS = 40
 
@@ -154,17 +154,15 @@ def test_the_shapes_reach_all_kernels(name: str, dtype: torch.dtype) -> None:
         topk=shape.topk,
         dtype=_library.RetrievalShape.DTYPES[dtype],
     )
+    many = name.startswith("many")
+    assert (shape.tokens * shape.heads > 1024) == many
     path, _ = _library.retrieval_path(fields, 80)
-    assert path == ("generic" if name.startswith("few") else "tensor cores (sm_80)")
+    assert path == ("tensor cores (sm_80)" if many else "tensor cores, few tokens")
     path, _ = _library.retrieval_path(fields, 90)
     fields.num_tokens = 8192
     if _library.retrieval_path(fields, 90)[0] == "tensor cores (sm_80)":
         pytest.skip("built without code for sm_90a")
-    if name.startswith("few"):
-        assert path == "tensor cores, few tokens (sm_90)"
-    elif name.startswith("many"):
-        assert shape.tokens * shape.heads > 512
-        assert path == "tensor cores (sm_90)"
+    assert path == ("tensor cores (sm_90)" if many else "tensor cores, few tokens")
 
 
 @pytest.mark.parametrize("kind", LINES)

@@ -438,7 +438,19 @@ _OPERATORS: dict[str, Callable[[_Bench], Iterator[Result]]] = {
     "product_key_topk, additive": partial(
         _product_key_topk, mode="additive", heads=2, queries=1, rank=1, cores=1
     ),
-    # Few tokens, of which a cluster of blocks takes 32.
+    # Few tokens, and some, with longer keys: larger tiles.
+    "product_key_topk, some tokens": partial(
+        _product_key_topk,
+        mode="tucker",
+        heads=1,
+        queries=2,
+        rank=2,
+        cores=2,
+        tokens=150,
+        num_keys=300,
+        key_dim=328,
+        topk=40,
+    ),
     "product_key_topk, few tokens": partial(
         _product_key_topk,
         mode="tucker",
@@ -482,7 +494,7 @@ _OPERATORS: dict[str, Callable[[_Bench], Iterator[Result]]] = {
         queries=1,
         rank=2,
         cores=2,
-        tokens=530,
+        tokens=1060,
         num_keys=300,
         key_dim=72,
         topk=96,
@@ -494,7 +506,7 @@ _OPERATORS: dict[str, Callable[[_Bench], Iterator[Result]]] = {
         queries=4,
         rank=4,
         cores=1,
-        tokens=530,
+        tokens=1060,
         num_keys=150,
         key_dim=24,
     ),
@@ -505,7 +517,7 @@ _OPERATORS: dict[str, Callable[[_Bench], Iterator[Result]]] = {
         queries=1,
         rank=1,
         cores=1,
-        tokens=530,
+        tokens=1060,
         num_keys=300,
         key_dim=72,
         topk=40,

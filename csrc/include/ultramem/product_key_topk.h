@@ -20,10 +20,11 @@ enum class ScoreMode : int32_t { kTucker = 0, kAdditive = 1 };
 
 // The kernels that the forward runs on a GPU.
 enum class RetrievalPath : int32_t {
-  kGeneric = 0,            // scores by FMAs in float32: every shape, and exact for float32 inputs
-  kTensorCore90 = 1,       // scores by the tensor cores of compute capability 9.0
-  kTensorCore90Small = 2,  // the same for few tokens: the keys shared out over a cluster of blocks
-  kTensorCore80 = 3,       // by tensor cores as compute capability 8.0 and every later one has them
+  kGeneric = 0,          // scores by FMAs in float32: every shape, and exact for float32 inputs
+  kTensorCore90 = 1,     // scores by the tensor cores of compute capability 9.0
+  kTensorCoreSmall = 2,  // for few tokens, by those that 8.0 and every later one has: all scores of
+                         // a call are kept, in the L2 cache as a rule
+  kTensorCore80 = 3,     // by the same for many tokens
 };
 
 // What all but kGeneric take, of bfloat16 and float16; query and keys at addresses that are
@@ -31,13 +32,13 @@ enum class RetrievalPath : int32_t {
 inline constexpr int64_t kTensorCoreMaxKeyDim = 1024;
 inline constexpr int64_t kTensorCoreKeyDimMultiple = 8;  // rows of 16 bytes
 inline constexpr int64_t kTensorCore90MaxKeys = 8192;
-// kTensorCore90Small: a cluster of blocks takes up to 32 tokens of a head, few clusters run at
-// once. Up to so many tokens, or so many tokens times heads; of few heads.
-inline constexpr int64_t kTensorCore90SmallTokens = 64;
-inline constexpr int64_t kTensorCore90SmallTokenHeads = 512;
-inline constexpr int64_t kTensorCore90SmallHeads = 16;
-// kTensorCore80: what those of 9.0 do not take. From so many tokens times heads on: of fewer, each
-// has a block for either side in the generic kernels.
+// kTensorCoreSmall: up to so many tokens times heads, keys, and bytes of scores (4 for each token,
+// head, side, rank and key).
+inline constexpr int64_t kTensorCoreSmallTokenHeads = 1024;
+inline constexpr int64_t kTensorCoreSmallMaxKeys = 8192;
+inline constexpr int64_t kTensorCoreSmallBytes = int64_t{32} << 20;
+// kTensorCore80: what kTensorCore90 and kTensorCoreSmall do not take. From so many tokens times
+// heads on: of fewer, each has a block for either side in the generic kernels.
 inline constexpr int64_t kTensorCore80MaxKeys = 65536;
 inline constexpr int64_t kTensorCore80MinTokenHeads = 64;
 
