@@ -18,7 +18,7 @@ import torch
 
 from ultramem_cuda import __version__, _library
 
-__all__ = ["Candidate", "Timing", "capture", "machine", "measure", "write_json"]
+__all__ = ["Candidate", "Timing", "capture", "machine", "measure", "write_json", "write_text"]
 
 # Larger than any cache to flush, and on the GPU long enough (0.3 ms at 3 TB/s) for the host to
 # enqueue what follows: otherwise small operators would show their launches instead.
@@ -194,8 +194,13 @@ def _cpu_name() -> str:
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Writes a record, whole or not at all."""
+    """Writes a record, whole or not at all; ValueError for NaN and infinity, which are no JSON."""
+    write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -3,55 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import html.parser
 import json
 import math
 import multiprocessing
-import re
 from pathlib import Path
 
 import pytest
 import torch
+from html_page import Page
 
 from ultramem_cuda import cli
-from ultramem_cuda.cli import check, demo_training, report, svg
+from ultramem_cuda.cli import check, demo_training, report
 from ultramem_cuda.examples.lm.config import KINDS
 from ultramem_cuda.examples.lm.data import Corpus, load_corpus
 from ultramem_cuda.examples.lm.errors import UsageError
 from ultramem_cuda.examples.lm.presets import PRESETS, Preset
-
-VOID = frozenset({"meta"})
-
-
-class Page(html.parser.HTMLParser):
-    """Collects elements and text; fails on tags that do not nest."""
-
-    def __init__(self, content: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: dict[str, list[str]] = {}
-        self.feed(content)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        for tag in set(self.open):
-            self.text.setdefault(tag, []).append(data)
-
-    def all_text(self, tag: str) -> str:
-        return " ".join(self.text.get(tag, []))
 
 
 @pytest.fixture(scope="module")
@@ -230,38 +196,6 @@ def test_unwritable_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     (tmp_path / "file").write_text("in the way")
     assert cli.main(["demo", "--out", str(tmp_path / "file" / "out"), "--device", "cpu"]) == 2
     assert "argument --out: cannot create" in capsys.readouterr().err
-
-
-def points(chart: str) -> list[list[tuple[float, float]]]:
-    return [
-        [tuple(map(float, pair.split(","))) for pair in found.split()]  # type: ignore[misc]
-        for found in re.findall(r'points="([^"]+)"', chart)
-    ]
-
-
-def test_chart_places_points_by_value() -> None:
-    chart = svg.line_chart(
-        [
-            svg.Series("a", [1, 10, 100], [3.0, 2.0, 1.0], "dense"),
-            svg.Series("b", [1, 10, 100], [1.0, 1.0, 1.0], "moe", dashed=True),
-        ],
-        svg.Axis("x <axis>", log=True),
-        svg.Axis("y"),
-        title="two & more",
-        markers=[svg.Marker(10, "here")],
-    )
-    Page(chart)
-    assert "x &lt;axis&gt;" in chart
-    assert 'aria-label="two &amp; more"' in chart
-    falling, flat = points(chart)
-    assert falling[0][1] < falling[1][1] < falling[2][1]
-    assert falling[1][1] - falling[0][1] == pytest.approx(falling[2][1] - falling[1][1], abs=0.2)
-    # Equal ratios are equal distances on a logarithmic axis.
-    assert falling[1][0] - falling[0][0] == pytest.approx(falling[2][0] - falling[1][0], abs=0.2)
-    assert len({y for _, y in flat}) == 1
-    assert flat[-1] == falling[-1]
-    labels = [float(y) for y in re.findall(r'class="name"[^>]* y="([\d.]+)"', chart)]
-    assert abs(labels[0] - labels[1]) >= svg.LABEL_GAP
 
 
 def test_verdict_says_what_came_out() -> None:

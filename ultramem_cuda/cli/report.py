@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import html
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..examples.lm.config import KINDS, ModelConfig
@@ -14,45 +12,17 @@ from ..examples.lm.data import Corpus
 from ..examples.lm.train import RunResult
 from ..profiling import traffic
 from ..profiling.presets import profile_preset
+from ..reporting.numbers import bytes_text, count_text
+from ..reporting.page import STYLE, document, escape, status, swatch, table
+from ..reporting.svg import Axis, Marker, Series, line_chart
 from .check import Comparison, summary
 from .doctor import Sections
-from .svg import Axis, Marker, Series, line_chart
 
-STYLE = """
-:root { color-scheme: light dark;
-  --paper: #ffffff; --ink: #1c2024; --quiet: #5c6670; --rule: #dde1e6; --panel: #f5f7f9;
-  --dense: #5c6670; --moe: #c2570c; --pkm: #7a4fc4; --ultramem_v2: #0a72b8;
-  --bad: #b3261e; --good: #1b7f3b; }
+COLOURS = """
+:root { --dense: #5c6670; --moe: #c2570c; --pkm: #7a4fc4; --ultramem_v2: #0a72b8; }
 @media (prefers-color-scheme: dark) { :root {
-  --paper: #14171a; --ink: #e4e7ea; --quiet: #9aa4ae; --rule: #31373d; --panel: #1c2125;
-  --dense: #a3adb7; --moe: #f0883e; --pkm: #b392f0; --ultramem_v2: #58b0f0;
-  --bad: #ff7b72; --good: #56c878; } }
-body { margin: 0 auto; max-width: 62rem; padding: 2rem 1.2rem 4rem; background: var(--paper);
-  color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-h1 { font-size: 1.7rem; margin: 0 0 .2rem; } h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; }
-p { max-width: 46rem; } .quiet { color: var(--quiet); font-size: .92rem; }
-.verdict { font-size: 1.15rem; border-left: 4px solid var(--ultramem_v2);
-  padding: .2rem 0 .2rem .9rem; }
-.scroll { overflow-x: auto; } svg { width: 100%; min-width: 34rem; height: auto; display: block; }
-table { border-collapse: collapse; font-size: .92rem; margin: .8rem 0; }
-th, td { padding: .28rem .8rem .28rem 0; border-bottom: 1px solid var(--rule); text-align: left;
-  vertical-align: top; }
-th { color: var(--quiet); font-weight: 600; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
-.swatch { display: inline-block; width: .75em; height: .75em; border-radius: 2px;
-  margin-right: .5em; }
-code { font-family: ui-monospace, monospace; font-size: .9em; overflow-wrap: anywhere; }
-summary { cursor: pointer; color: var(--quiet); } .bad { color: var(--bad); font-weight: 600; }
-.good { color: var(--good); }
-svg text { fill: var(--ink); font: 12px system-ui, sans-serif; }
-svg .tick { fill: var(--quiet); } svg .name { font-weight: 600; }
-svg .grid { stroke: var(--rule); } svg .axis { stroke: var(--quiet); fill: none; }
-svg .line { fill: none; stroke-width: 2.2; stroke-linejoin: round; }
-svg .mark { stroke: var(--quiet); stroke-dasharray: 2 3; }
+  --dense: #a3adb7; --moe: #f0883e; --pkm: #b392f0; --ultramem_v2: #58b0f0; } }
 """
-
-
-_NUMBER_STARTS = frozenset("0123456789+-")
 
 
 _USERS: dict[str, tuple[str, ...]] = {
@@ -136,8 +106,9 @@ def render(data: ReportData) -> str:
     body = "\n".join(
         [
             "<h1>ultramem demo</h1>",
-            f'<p class="quiet">{_e(data.created)} · {_e(data.device)} · {data.seconds:.0f} s</p>',
-            f'<p class="verdict">{_e(verdict(data.results))}</p>',
+            f'<p class="quiet">{escape(data.created)} · {escape(data.device)} · '
+            f"{data.seconds:.0f} s</p>",
+            f'<p class="verdict">{escape(verdict(data.results))}</p>',
             _training(data),
             _traffic(data),
             _check(data.comparisons),
@@ -145,14 +116,7 @@ def render(data: ReportData) -> str:
             _settings(data),
         ]
     )
-    # "</" would end the script element early.
-    payload = json.dumps(_payload(data)).replace("</", "<\\/")
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>ultramem demo</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n"
-        f'<script type="application/json" id="data">{payload}</script>\n</body>\n</html>\n'
-    )
+    return document("ultramem demo", STYLE + COLOURS, body, _payload(data))
 
 
 def _training(data: ReportData) -> str:
@@ -169,7 +133,7 @@ def _training(data: ReportData) -> str:
     ]
     chart = line_chart(
         series,
-        Axis("training bytes", format=_si),
+        Axis("training bytes", format=count_text),
         Axis("validation loss, nats a byte", format="{:.3g}".format),
         title="Validation loss against training bytes for each kind of block",
     )
@@ -178,7 +142,7 @@ def _training(data: ReportData) -> str:
         tokens = result.validation.tokens[-1]
         rows.append(
             [
-                _swatch(result.model_config.kind),
+                swatch(result.model_config.kind, result.model_config.kind),
                 f"{result.counts.active:,}",
                 f"{result.counts.total:,}",
                 f"{result.final_loss:.4f}",
@@ -188,7 +152,7 @@ def _training(data: ReportData) -> str:
         )
     header = ["kind", "active parameters", "total", "nats a byte", "kB/s", "seconds"]
     curve_rows = [
-        [_si(tokens), *(f"{result.validation.loss[i]:.4f}" for result in results)]
+        [count_text(tokens), *(f"{result.validation.loss[i]:.4f}" for result in results)]
         for i, tokens in enumerate(results[0].validation.tokens)
     ]
     kinds = [result.model_config.kind for result in results]
@@ -197,20 +161,20 @@ def _training(data: ReportData) -> str:
 that were held out. All have the active parameters of the dense one (what a byte makes use of); the
 three sparse ones have equal totals, too. Same data, order, seed and network learning rate.</p>
 <div class="scroll">{chart}</div>
-{_table(header, rows, raw_first=True)}
+{table(header, rows)}
 <p class="quiet">One seed and a very short run: a direction, not a study. At the size for CPUs,
 losses of one kind move by some 0.03 from seed to seed. Speed is that of this machine and this
 version.</p>
 <details><summary>Validation losses as numbers</summary>
-{_table(["training bytes", *kinds], curve_rows)}</details>"""
+{table(["training bytes", *kinds], curve_rows)}</details>"""
 
 
 def _traffic(data: ReportData) -> str:
     crossing = _block_crossover()
     batches = traffic.BATCH_SIZES
     moe, memory = _block_traffic()
-    bytes_axis = Axis("bytes a token", log=True, format=_bytes)
-    batch_axis = Axis("tokens in the batch", log=True, format=_si)
+    bytes_axis = Axis("bytes a token", log=True, format=bytes_text)
+    batch_axis = Axis("tokens in the batch", log=True, format=count_text)
     formula = line_chart(
         [
             Series("MoE", batches, [row.lower for row in moe], "moe"),
@@ -239,7 +203,7 @@ use anyway and each serves many tokens, while rows are still gathered token by t
 <div class="scroll">{formula}</div>
 <p class="quiet">Solid: every gathered row counted. Dashed: rows that occur twice in a batch counted
 once, as a perfect cache would have it.</p>
-{_table(_block_header(), _block_rows())}"""
+{table(_block_header(), _block_rows())}"""
     ]
     if data.counted:
         series = []
@@ -261,7 +225,7 @@ uniform choices. Points: what held-out bytes, drawn at random, really used, aver
 Below, bytes a token of the whole feed-forward part with distinct rows; in models this small
 the parts that every batch reads make up most of it.</p>
 <div class="scroll">{chart}</div>
-{_table(_counted_header(data.counted), _counted_rows(data.counted))}"""
+{table(_counted_header(data.counted), _counted_rows(data.counted))}"""
         )
     return "\n".join(parts)
 
@@ -281,7 +245,7 @@ def _check(comparisons: Sequence[Comparison]) -> str:
                 row.quantity,
                 f"{row.error:.1e}",
                 f"{row.bound:.1e}",
-                _status(all(member.ok for member in members)),
+                status(all(member.ok for member in members)),
             ]
         )
     header = ["device", "operator", "dtype", "closest to its bound", "error", "bound", ""]
@@ -289,14 +253,14 @@ def _check(comparisons: Sequence[Comparison]) -> str:
         [row.device, row.operator, row.dtype, row.quantity, f"{row.error:.1e}", f"{row.bound:.1e}"]
         for row in comparisons
     ]
-    table = _table(["device", "operator", "dtype", "quantity", "error", "bound"], rows)
+    every = table(["device", "operator", "dtype", "quantity", "error", "bound"], rows)
     return f"""<h2>Operators and gradients</h2>
-<p>{_e(summary(comparisons))}: relative L2 errors against the NumPy float64 reference, which is
+<p>{escape(summary(comparisons))}: relative L2 errors against the NumPy float64 reference, which is
 given the same rounded inputs, and the number of tokens whose kept slots differ by more than
 rounding explains (bound 0).</p>
-<div class="scroll">{_table(header, worst, raw_last=True)}</div>
+<div class="scroll">{table(header, worst)}</div>
 <details><summary>All {len(rows)} comparisons</summary>
-<div class="scroll">{table}</div>
+<div class="scroll">{every}</div>
 </details>"""
 
 
@@ -310,7 +274,7 @@ def _used_share(row: Comparison) -> float:
 def _machine(facts: Sections) -> str:
     parts = ["<h2>Build and machine</h2>"]
     for title, rows in facts.items():
-        parts.append(_table([title, ""], [[label, value] for label, value in rows]))
+        parts.append(table([title, ""], [[label, value] for label, value in rows]))
     return "\n".join(parts)
 
 
@@ -323,11 +287,11 @@ def _settings(data: ReportData) -> str:
     header = ["model", *(result.model_config.kind for result in data.results)]
     train_rows = [[name, str(value)] for name, value in dataclasses.asdict(train).items()]
     return f"""<h2>Settings</h2>
-<p>Text: {len(data.corpus.paths):,} files from <code>{_e(data.corpus.origin)}</code>, sha256
+<p>Text: {len(data.corpus.paths):,} files from <code>{escape(data.corpus.origin)}</code>, sha256
 <code>{data.corpus.sha256}</code>.</p>
-<details open><summary>Models</summary><div class="scroll">{_table(header, rows)}</div></details>
+<details open><summary>Models</summary><div class="scroll">{table(header, rows)}</div></details>
 <details><summary>Training, the same for all</summary>
-{_table(["training", ""], train_rows)}</details>"""
+{table(["training", ""], train_rows)}</details>"""
 
 
 def _setting(config: ModelConfig, name: str) -> str:
@@ -377,7 +341,11 @@ def _counted_rows(counted: Sequence[CountedTraffic]) -> list[list[str]]:
     return [
         [
             f"{batch:,}",
-            *(_bytes(x) for row in counted for x in (row.expected_bytes[i], row.counted_bytes[i])),
+            *(
+                bytes_text(x)
+                for row in counted
+                for x in (row.expected_bytes[i], row.counted_bytes[i])
+            ),
         ]
         for i, batch in enumerate(counted[0].batches)
     ]
@@ -391,59 +359,8 @@ def _text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[st
     ]
 
 
-def _table(
-    header: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    *,
-    raw_first: bool = False,
-    raw_last: bool = False,
-) -> str:
-    """An HTML table; columns of numbers are aligned to the right."""
-    lines = list(rows)
-    columns = range(len(header))
-    numeric = [i > 0 and all(line[i][:1] in _NUMBER_STARTS for line in lines) for i in columns]
-    raw = {0} if raw_first else {len(header) - 1} if raw_last else set()
-
-    def cells(tag: str, line: Sequence[str], markup: set[int]) -> str:
-        return "".join(
-            f"<{tag}{' class=n' if numeric[i] else ''}>"
-            f"{line[i] if i in markup else _e(line[i])}</{tag}>"
-            for i in columns
-        )
-
-    body = "".join(f"<tr>{cells('td', line, raw)}</tr>" for line in lines)
-    head = cells("th", header, set())
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _swatch(kind: str) -> str:
-    return f'<span class="swatch" style="background:var(--{kind})"></span>{_e(kind)}'
-
-
-def _status(ok: bool) -> str:
-    return '<span class="good">ok</span>' if ok else '<span class="bad">FAILED</span>'
-
-
 def _last_batch(crossing: int | None) -> str:
     return "any number of" if crossing is None else f"{crossing - 1:,}"
-
-
-def _si(value: float) -> str:
-    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{suffix}"
-    return f"{value:g}"
-
-
-def _bytes(value: float) -> str:
-    for size, suffix in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if value >= size:
-            return f"{value / size:.3g} {suffix}"
-    return f"{value:.3g} B"
-
-
-def _e(text: str) -> str:
-    return html.escape(text)
 
 
 def _payload(data: ReportData) -> dict[str, object]:
