@@ -39,11 +39,11 @@ def test_module_runs_and_helps() -> None:
         text=True,
         check=True,
     )
-    for command in ("doctor", "check", "train", "pack", "demo"):
+    for command in ("doctor", "check", "train", "pack", "demo", "profile"):
         assert command in result.stdout
 
 
-@pytest.mark.parametrize("command", ["doctor", "check", "train", "pack", "demo"])
+@pytest.mark.parametrize("command", ["doctor", "check", "train", "pack", "demo", "profile"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         run(command, "--help")
