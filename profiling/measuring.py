@@ -141,6 +141,8 @@ class GroupProfiler:
             except torch.OutOfMemoryError:
                 self._contenders.remove(contender)
                 self._leave_out(f"training of {contender.name}", _NO_ROOM)
+                del contender
+                free_memory(self._instruments.device, collect=True)
 
     def measure(self, phase: Phase, tokens: int) -> None:
         """One number of tokens: all subjects in turns, then their windows one by one."""

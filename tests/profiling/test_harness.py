@@ -536,6 +536,7 @@ def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         repeats=3,
         window_seconds=1.0,
         agreement_targets=("copy",),
+        ncu=False,
     )
     profile = harness.profile(plan)
     assert profile.ceilings.measured
@@ -548,6 +549,4 @@ def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     (copy,) = profile.agreement
     if copy.nvml is not None:
         assert copy.nvml == pytest.approx(copy.model, rel=0.15)
-    if copy.ncu is not None:
-        assert copy.ncu == pytest.approx(copy.model, rel=0.15)
     check_read_again(profile)
