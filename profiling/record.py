@@ -117,6 +117,20 @@ class Sampled:
     sm_clock_mhz: float | None
     throttle_reasons: Sequence[str] = ()
 
+    def of_one(self, calls: int) -> Sampled:
+        """The share of one call, where a pass was that many."""
+
+        def share(amount: float | None) -> float | None:
+            return None if amount is None else amount / calls
+
+        return dataclasses.replace(
+            self,
+            passes=self.passes * calls,
+            bytes=share(self.bytes),
+            joules=share(self.joules),
+            joules_above_idle=share(self.joules_above_idle),
+        )
+
 
 @dataclass(frozen=True)
 class Point:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ultramem_cuda import MemoryTable, UltraMemConfig, UltraMemLayer
+from ultramem_cuda import MemoryTable, UltraMemConfig, UltraMemLayer, ffn_with_memory
 from ultramem_cuda.stats import SlotUsage
 
 from .compilation import compile_static, resolve_compiled
@@ -21,7 +21,6 @@ __all__ = [
     "FFNWithMemory",
     "Runnable",
     "SwiGLUFFN",
-    "block_forward",
     "make_block",
     "make_ffn",
     "make_memory",
@@ -73,13 +72,8 @@ class SwiGLUFFN(nn.Module):
         return run(x, self.gate_up, self.down)
 
 
-def block_forward(ffn: nn.Module, memory: UltraMemLayer, x: Tensor, table: MemoryTable) -> Tensor:
-    """What a block adds to its residual stream: FFN and memory layer on the same normed x."""
-    return ffn(x) + memory(x, table)
-
-
 class FFNWithMemory(nn.Module):
-    """A dense FFN and the memory layer beside it."""
+    """A dense FFN and the memory layer beside it: what a block adds to its residual stream."""
 
     def __init__(self, ffn: SwiGLUFFN, memory: UltraMemLayer) -> None:
         super().__init__()
@@ -87,7 +81,7 @@ class FFNWithMemory(nn.Module):
         self.memory = memory
 
     def forward(self, x: Tensor, table: MemoryTable) -> Tensor:
-        return block_forward(self.ffn, self.memory, x, table)
+        return ffn_with_memory(self.ffn, self.memory, x, table)
 
 
 @dataclass
@@ -142,7 +136,7 @@ class Runnable:
     def touched(self, layer: int, x: Tensor) -> int:
         """Distinct experts, or rows of the table, that the tokens of x use; 0 for a dense layer.
 
-        Runs the layer and waits for the device.
+        Routes or retrieves, no more, and waits for the device.
         """
         module = self.layers[layer]
         if isinstance(module, DroplessMoE):
@@ -150,12 +144,9 @@ class Runnable:
         memory = module.memory if isinstance(module, FFNWithMemory) else module
         if not isinstance(memory, UltraMemLayer):
             return 0
-        before = memory.usage
-        memory.usage = usage = SlotUsage(memory.addressing, memory.keys.device)
-        try:
-            self.forward(layer, x)
-        finally:
-            memory.usage = before
+        usage = SlotUsage(memory.addressing, memory.keys.device)
+        with torch.no_grad():
+            usage.update(memory.retrieve(x)[1])
         return int(usage.counts.count_nonzero())
 
     def _call(self, layer: int, x: Tensor) -> Tensor:

@@ -100,8 +100,13 @@ def measure(
     return {name: _summary(times) for name, times in samples.items()}
 
 
-def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    """One CUDA graph of all the calls, one after the other. They are of one kind: two warm up."""
+def capture(calls: Sequence[Callable[[], object]], pool: Any = None) -> torch.cuda.CUDAGraph:
+    """One CUDA graph of all the calls, one after the other. They are of one kind: two warm up.
+
+    Args:
+        pool: memory that graphs share (``torch.cuda.graph_pool_handle()``): for those that run one
+            after the other, and of whose results nothing is kept.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -109,7 +114,7 @@ def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         for call in calls:
             call()
     return graph
@@ -168,7 +173,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cpu_cores": _available_cores(),
         "threads": torch.get_num_threads(),
-        "cpu_capability": _library.cpu_capability(),
+        "cpu_capability": _library.cpu_capability() if _library.is_loaded() else None,
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "device": device.type,
     }

@@ -39,11 +39,13 @@ def test_module_runs_and_helps() -> None:
         text=True,
         check=True,
     )
-    for command in ("doctor", "check", "train", "pack", "demo", "bench"):
+    for command in ("doctor", "check", "train", "pack", "demo", "bench", "profile"):
         assert command in result.stdout
 
 
-@pytest.mark.parametrize("command", ["doctor", "check", "train", "pack", "demo", "bench"])
+@pytest.mark.parametrize(
+    "command", ["doctor", "check", "train", "pack", "demo", "bench", "profile"]
+)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         run(command, "--help")

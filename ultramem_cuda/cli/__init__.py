@@ -12,7 +12,7 @@ from .._version import __version__
 from ..examples.lm import arguments as lm_arguments
 from ..examples.lm.errors import UsageError
 from ..examples.lm.train import TrainingDiverged
-from . import check, demo, doctor
+from . import check, demo, doctor, profile
 from .interrupts import Terminated, terminable
 
 EXIT_OK = 0
@@ -28,7 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(
         prog="ultramem",
-        description="Memory layers for transformers: examine the build, check it, train with it.",
+        description="Memory layers for transformers: examine the build, check it, train with it, "
+        "measure it.",
         epilog="exit codes: 0 success, 1 a check failed or training broke down, 2 wrong usage, "
         "130 interrupted, 141 the reader of the output is gone, 143 terminated",
     )
@@ -117,6 +118,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("arguments", nargs="*")
     command.set_defaults(run=lambda args: _bench(args.arguments))
+    command = commands.add_parser(
+        "profile",
+        help="memory layers against mixtures of experts: time, bytes, energy, and a report",
+        description="Compares memory layers with mixtures of experts of the same parameters: time, "
+        "bytes by a model, by NVML and by Nsight Compute, energy, and how near the hardware's "
+        "limits; at decode and in training. Writes profile.json, profile.csv and report.html. "
+        "Without a GPU it counts by the model alone; whatever cannot be measured is named, and "
+        "the exit code is 0.",
+    )
+    profile.add_arguments(command)
+    command.set_defaults(run=profile.run)
     return parser
 
 
