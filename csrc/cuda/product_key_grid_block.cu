@@ -4,9 +4,6 @@
 // The threads hold the ranks of all m * m pairs in registers, search a number that M pairs or some
 // more are at or above, list those in the order of positions and sort them. Ranks, order and ties
 // are those of product_key_grid.cu.
-//
-// Behind the axis stage of few tokens the block first cuts either side's keys to the best m, which
-// saves a kernel (product_key_select.cuh).
 #include <algorithm>
 
 #include "async_copy.cuh"
@@ -15,7 +12,6 @@
 #include "kernel_registry.h"
 #include "product_key_common.cuh"
 #include "product_key_grid.cuh"
-#include "product_key_select.cuh"
 #include "product_key_topk_fwd.h"
 #include "threshold_search.cuh"
 #include "warp_group.cuh"
@@ -41,12 +37,6 @@ struct BlockTraits {
   static_assert(kCellCols <= 32 && kWarps <= WarpGroup::kMaxWarps);
 };
 
-// A block that cuts the keys has half of its warps for either side, with so many sets of keys.
-constexpr int kSelectThreads = 512;
-constexpr int kSelectWarps = kSelectThreads / kWarpSize / 2;
-constexpr int kSelectSets = 2;
-constexpr int64_t kSelectMaxKeys = kSelectWarps * kSelectSets * kWarpSetKeys;
-
 template <int kPlanes, int kRows>
 struct BlockLayout {
   using TokenView = Token<kPlanes, kRows>;
@@ -59,7 +49,6 @@ struct BlockLayout {
   int candidates;  // [max_found] uint64, where they are many
   int codes;       // [max_found] uint16, in the order of ranks
   int slots;       // of the WarpGroup
-  int scratch;     // [2] SelectScratch
   int max_found;   // a power of two
   int64_t bytes;
 
@@ -74,7 +63,6 @@ struct BlockLayout {
     candidates = shared.take(int64_t{8} * max_found);
     codes = shared.take(int64_t{2} * max_found);
     slots = shared.take(4 * WarpGroup::kSlots);
-    scratch = shared.take(2 * sizeof(SelectScratch));
     bytes = shared.bytes();
   }
 };
@@ -130,19 +118,11 @@ __device__ __forceinline__ void sort_pairs(const uint16_t* found, uint32_t* rank
   __syncthreads();
 }
 
-template <int kRows, bool kSelects>
-constexpr int block_threads() {
-  return kSelects ? std::max(BlockTraits<kRows>::kThreads, kSelectThreads)
-                  : BlockTraits<kRows>::kThreads;
-}
-
-// kSelects: from the scores of all keys; else from those that the axis stage has kept.
-template <int kPlanes, int kRows, bool kSelects>
-__global__ void __launch_bounds__(block_threads<kRows, kSelects>(), 1)
+template <int kPlanes, int kRows>
+__global__ void __launch_bounds__(BlockTraits<kRows>::kThreads, 1)
     product_key_topk_fwd_grid_block_kernel(
         const __grid_constant__ ProductKeyTopkParams p,
-        const __grid_constant__ BlockLayout<kPlanes, kRows> layout,
-        const __grid_constant__ KeyScores key_scores) {
+        const __grid_constant__ BlockLayout<kPlanes, kRows> layout) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   using TokenView = typename BlockLayout<kPlanes, kRows>::TokenView;
   constexpr int kCellCols = BlockTraits<kRows>::kCellCols;
@@ -164,16 +144,6 @@ __global__ void __launch_bounds__(block_threads<kRows, kSelects>(), 1)
   read_arguments(reinterpret_cast<uintptr_t>(p.axis_scores), layout.max_found);
   wait_for_prerequisite_grid();
   release_dependent_grid();
-  if constexpr (kSelects) {
-    auto* scratch = reinterpret_cast<SelectScratch*>(shared_bytes + layout.scratch);
-    const int side = warp / kSelectWarps;
-    if (side < 2) {
-      select_keys<kSelectSets>(p, key_scores, int64_t{blockIdx.x} * 2 + side, scratch[side],
-                               1 + side, warp - side * kSelectWarps, kSelectWarps);
-    }
-    __syncthreads();
-    if (thread >= kThreads) return;
-  }
   bool finite = true;
   int32_t id = 0;
   const int own_key = thread - kRows;  // of 2 m, for those that load no scores
@@ -303,37 +273,25 @@ __global__ void __launch_bounds__(block_threads<kRows, kSelects>(), 1)
   token.write(codes, ids, thread, kThreads);
 }
 
-template <int kPlanes, int kRows, bool kSelects>
-Status launch_as(const ProductKeyTopkParams& p, Stream stream, bool overlapping) {
-  constexpr int kThreads = block_threads<kRows, kSelects>();
+template <int kPlanes, int kRows>
+Status launch(const ProductKeyTopkParams& p, Stream stream, bool overlapping) {
+  constexpr int kThreads = BlockTraits<kRows>::kThreads;
   const BlockLayout<kPlanes, kRows> layout(p);
-  const auto kernel = product_key_topk_fwd_grid_block_kernel<kPlanes, kRows, kSelects>;
-  const KeyScores scores = kSelects ? key_scores(p) : KeyScores{};
+  const auto kernel = product_key_topk_fwd_grid_block_kernel<kPlanes, kRows>;
   const dim3 blocks(static_cast<unsigned>(p.num_tokens * p.num_heads));
   if (overlapping) {
     const int64_t bytes = layout.bytes < kLoneBytes ? kLoneBytes : layout.bytes;
     ULTRAMEM_RETURN_IF_ERROR(allow_shared_memory(kernel, bytes));
-    return launch_overlapping(kernel, blocks, kThreads, bytes, stream, p, layout, scores);
+    return launch_overlapping(kernel, blocks, kThreads, bytes, stream, p, layout);
   }
-  kernel<<<blocks, kThreads, layout.bytes, stream>>>(p, layout, scores);
+  kernel<<<blocks, kThreads, layout.bytes, stream>>>(p, layout);
   return launch_status();
 }
 
-template <int kPlanes, int kRows>
-Status launch(const ProductKeyTopkParams& p, Stream stream, bool overlapping) {
-  return grid_block_selects(p) ? launch_as<kPlanes, kRows, true>(p, stream, overlapping)
-                               : launch_as<kPlanes, kRows, false>(p, stream, overlapping);
-}
-
-#define ULTRAMEM_REGISTER_BLOCK(planes, rows)                                                    \
-  ULTRAMEM_REGISTER_KERNEL(block_##planes##_##rows,                                              \
-                           "product_key_topk_fwd_grid_block<" #planes ", " #rows ">",            \
-                           (block_threads<rows, false>()),                                       \
-                           product_key_topk_fwd_grid_block_kernel<planes, rows, false>);         \
-  ULTRAMEM_REGISTER_KERNEL(select_##planes##_##rows,                                             \
-                           "product_key_topk_fwd_grid_block<" #planes ", " #rows ", selecting>", \
-                           (block_threads<rows, true>()),                                        \
-                           product_key_topk_fwd_grid_block_kernel<planes, rows, true>)
+#define ULTRAMEM_REGISTER_BLOCK(planes, rows)                                             \
+  ULTRAMEM_REGISTER_KERNEL(                                                               \
+      block_##planes##_##rows, "product_key_topk_fwd_grid_block<" #planes ", " #rows ">", \
+      BlockTraits<rows>::kThreads, product_key_topk_fwd_grid_block_kernel<planes, rows>)
 ULTRAMEM_REGISTER_BLOCK(2, 32);
 ULTRAMEM_REGISTER_BLOCK(4, 32);
 ULTRAMEM_REGISTER_BLOCK(2, 128);
@@ -343,10 +301,6 @@ ULTRAMEM_REGISTER_BLOCK(4, 128);
 
 bool grid_block_applies(const ProductKeyTopkParams& p) {
   return p.num_tokens * p.num_heads <= kMaxTokenHeads;
-}
-
-bool grid_block_selects(const ProductKeyTopkParams& p) {
-  return grid_block_applies(p) && p.num_keys <= kSelectMaxKeys && axis_small_applies(p);
 }
 
 Status launch_grid_block(const ProductKeyTopkParams& params, Stream stream, bool overlapping) {

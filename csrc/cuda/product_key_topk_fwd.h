@@ -52,8 +52,7 @@ size_t axis_resident_workspace(const ProductKeyTopkParams& params);
 Status launch_axis_resident(const ProductKeyTopkParams& params, Stream stream);
 
 // On those of sm_80 and later as well, for few tokens, where axis_small_applies. Needs
-// axis_small_workspace(params) bytes of workspace, in which it leaves the scores of all keys, and
-// nothing else, where grid_block_selects.
+// axis_small_workspace(params) bytes of workspace.
 bool axis_small_applies(const ProductKeyTopkParams& params);
 size_t axis_small_workspace(const ProductKeyTopkParams& params);
 Status launch_axis_small(const ProductKeyTopkParams& params, Stream stream);
@@ -69,8 +68,6 @@ Status launch_grid_small(const ProductKeyTopkParams& params, Stream stream, bool
 
 // The same with a block for each token and head, for few of them: where grid_block_applies.
 bool grid_block_applies(const ProductKeyTopkParams& params);
-// Whether it does the second half of axis_small, from the workspace.
-bool grid_block_selects(const ProductKeyTopkParams& params);
 Status launch_grid_block(const ProductKeyTopkParams& params, Stream stream, bool overlapping);
 
 }  // namespace ultramem::cuda

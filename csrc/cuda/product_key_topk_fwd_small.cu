@@ -3,8 +3,8 @@
 //
 // Two kernels. In the first a block multiplies a tile of keys with a tile of tokens: small tiles,
 // so that all multiprocessors read keys, and what a block reads is on its way all at once. In the
-// second a block looks after a token's side and cuts its keys to the best m
-// (product_key_select.cuh); the grid stage of few tokens and keys does that itself.
+// second a block looks after a token's side: its threads hold the ranks of the keys in registers
+// and cut them to the best m (key_selection.cuh).
 //
 // A score is the same sum over Kd whatever the key's place and the number of tokens.
 #include <algorithm>
@@ -12,9 +12,9 @@
 #include "async_copy.cuh"
 #include "common.cuh"
 #include "kernel_registry.h"
+#include "key_selection.cuh"
 #include "mma.cuh"
 #include "product_key_common.cuh"
-#include "product_key_select.cuh"
 #include "product_key_topk_fwd.h"
 #include "warp_group.cuh"
 
@@ -42,11 +42,15 @@ struct ScoreTraits {
 };
 
 struct ScoreLayout {
-  float* scores;  // KeyScores
-  int score_stride;
-  int key_tiles;  // blocks for the keys of a rank
+  float* scores;     // [T, H, 2, R, stride]
+  int score_stride;  // floats
+  int key_tiles;     // blocks for the keys of a rank
   int num_chunks;
 };
+
+int score_stride(const ProductKeyTopkParams& p) {
+  return static_cast<int>(ceil_div(p.num_keys, kSetKeys)) * kSetKeys;
+}
 
 // Grid: tile of keys, then rank, then head and side (x); tile of tokens (y).
 template <typename scalar_t, typename Traits>
@@ -180,12 +184,74 @@ constexpr int kMaxSelectWarps = WarpGroup::kMaxWarps;
 template <int kSets>
 __global__ void __launch_bounds__(kMaxSelectWarps* kWarpSize, 1)
     product_key_topk_fwd_select_kernel(const __grid_constant__ ProductKeyTopkParams p,
-                                       const __grid_constant__ KeyScores scores) {
-  __shared__ SelectScratch scratch;
+                                       const float* __restrict__ all_scores, int stride) {
+  __shared__ __align__(16) unsigned char selection_bytes[kSelectionBytes];
+  __shared__ uint32_t slots[WarpGroup::kSlots];
+  const auto thread = static_cast<int>(threadIdx.x);
+  const int warp = thread / kWarpSize;
+  const int lane = thread % kWarpSize;
+  const auto num_warps = static_cast<int>(blockDim.x) / kWarpSize;
+  const int64_t row = blockIdx.x;
+  const auto num_keys = static_cast<int>(p.num_keys);
+  const int m = p.axis_topk;
+  WarpGroup group(slots, 0, warp, num_warps);
+  const Selection selection(selection_bytes);
   wait_for_prerequisite_grid();
   release_dependent_grid();
-  select_keys<kSets>(p, scores, blockIdx.x, scratch, 0, static_cast<int>(threadIdx.x) / kWarpSize,
-                     static_cast<int>(blockDim.x) / kWarpSize);
+  float filter[kMaxTuckerRank] = {};
+#pragma unroll
+  for (int r = 0; r < kMaxTuckerRank; ++r) {
+    if (p.mode == ScoreMode::kAdditive) {
+      filter[r] = 1.0f;
+    } else if (r < p.tucker_rank) {
+      const auto* vector = static_cast<const float*>(row % 2 == 0 ? p.u : p.t);
+      filter[r] = vector[row / 2 % p.num_heads * p.tucker_rank + r];
+    }
+  }
+  const float* scores = all_scores + row * p.tucker_rank * stride;
+  OwnKeys<kSets> own;
+  own.first = warp * kWarpSetKeys + lane * kSetKeys;
+  own.stride = num_warps * kWarpSetKeys;
+#pragma unroll
+  for (int set = 0; set < kSets; ++set) {
+    const int key = own.first + set * own.stride;
+    float sums[kSetKeys] = {};
+    if (key < num_keys) {
+#pragma unroll
+      for (int r = 0; r < kMaxTuckerRank; ++r) {
+        if (r >= p.tucker_rank) break;
+        float of_rank[kSetKeys];
+        load_floats<kSetKeys>(scores + r * stride + key, of_rank);
+#pragma unroll
+        for (int e = 0; e < kSetKeys; ++e) {
+          sums[e] =
+              r == 0 ? __fmul_rn(filter[0], of_rank[e]) : __fmaf_rn(filter[r], of_rank[e], sums[e]);
+        }
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < kSetKeys; ++e) {
+      own.ranks[set * kSetKeys + e] = key + e < num_keys ? sortable(sums[e]) : 0;
+    }
+  }
+  const uint32_t best = find_best(own, static_cast<uint32_t>(m), num_keys, selection, warp, lane,
+                                  static_cast<int>(blockDim.x), group);
+  const Places<kSets> places(best, warp, lane, group);
+  int32_t* ids = p.axis_indices + row * m;
+  float* kept_scores = static_cast<float*>(p.axis_scores) + row * p.tucker_rank * m;
+#pragma unroll
+  for (int set = 0; set < kSets; ++set) {
+    uint32_t place = places.first[set];
+#pragma unroll 1
+    for (uint32_t bits = best >> 4 * set & 0xfu; bits != 0; bits &= bits - 1) {
+      const int key = own.key(set * kSetKeys) + __ffs(static_cast<int>(bits)) - 1;
+      ids[place] = key;
+      for (int r = 0; r < p.tucker_rank; ++r) {
+        kept_scores[r * m + place] = scores[r * stride + key];
+      }
+      ++place;
+    }
+  }
 }
 
 // ---- choosing and launching ---------------------------------------------------------------------
@@ -233,10 +299,12 @@ Status launch_scores_tiled(const ProductKeyTopkParams& p, const ScoreLayout& lay
 }
 
 template <int kSets>
-Status launch_select(const ProductKeyTopkParams& p, int warps, Stream stream) {
+Status launch_select(const ProductKeyTopkParams& p, const ScoreLayout& layout, int warps,
+                     Stream stream) {
   const dim3 blocks(static_cast<unsigned>(p.num_tokens * p.num_heads * 2));
   return launch_overlapping(product_key_topk_fwd_select_kernel<kSets>, blocks, warps * kWarpSize, 0,
-                            stream, p, key_scores(p));
+                            stream, p, static_cast<const float*>(layout.scores),
+                            layout.score_stride);
 }
 
 }  // namespace
@@ -253,25 +321,24 @@ bool axis_small_applies(const ProductKeyTopkParams& p) {
 }
 
 size_t axis_small_workspace(const ProductKeyTopkParams& p) {
-  return static_cast<size_t>(p.num_tokens) * p.num_heads * 2 * p.tucker_rank *
-         score_stride(p.num_keys) * sizeof(float);
+  return static_cast<size_t>(p.num_tokens) * p.num_heads * 2 * p.tucker_rank * score_stride(p) *
+         sizeof(float);
 }
 
 Status launch_axis_small(const ProductKeyTopkParams& p, Stream stream) {
   ScoreLayout layout{};
   layout.scores = static_cast<float*>(p.workspace);
-  layout.score_stride = score_stride(p.num_keys);
+  layout.score_stride = score_stride(p);
   layout.num_chunks = static_cast<int>(ceil_div(p.key_dim, kChunk));
   ULTRAMEM_RETURN_IF_ERROR(p.dtype == DType::kFloat16
                                ? launch_scores_tiled<__half>(p, layout, stream)
                                : launch_scores_tiled<__nv_bfloat16>(p, layout, stream));
-  if (grid_block_selects(p)) return {};
   int sets = 1;
   while (ceil_div(p.num_keys, sets * kWarpSetKeys) > kMaxSelectWarps) sets *= 2;
   const auto warps = static_cast<int>(ceil_div(p.num_keys, sets * kWarpSetKeys));
-  if (sets == 1) return launch_select<1>(p, warps, stream);
-  if (sets == 2) return launch_select<2>(p, warps, stream);
-  return launch_select<kMaxSets>(p, warps, stream);
+  if (sets == 1) return launch_select<1>(p, layout, warps, stream);
+  if (sets == 2) return launch_select<2>(p, layout, warps, stream);
+  return launch_select<kMaxSets>(p, layout, warps, stream);
 }
 
 }  // namespace ultramem::cuda

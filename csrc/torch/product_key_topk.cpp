@@ -105,17 +105,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> product_key_topk(
   Tensor axis_scores = context.empty({T, H, 2, params.tucker_rank, axis_topk}, acc);
   params.axis_indices = static_cast<int32_t*>(axis_indices.mutable_data_ptr());
   params.axis_scores = axis_scores.mutable_data_ptr();
-  Tensor workspace;
 #if defined(ULTRAMEM_WITH_CUDA)
+  // The workspace is given back before the outputs of the second half are allocated.
   if (context.is_cuda()) {
-    workspace = context.workspace(cuda::product_key_topk_fwd_workspace(params));
+    Tensor workspace = context.workspace(cuda::product_key_topk_fwd_workspace(params));
     params.workspace = workspace.mutable_data_ptr();
     context.check(cuda::product_key_topk_fwd_axes(params, context.stream()));
-    if (!cuda::product_key_topk_fwd_keeps_workspace(params)) {
-      // Given back before the outputs of the second half are allocated.
-      workspace = Tensor();
-      params.workspace = nullptr;
-    }
+    params.workspace = nullptr;
   }
 #endif
   Tensor scores = context.empty({T, H, topk, params.num_cores}, acc);
@@ -130,7 +126,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> product_key_topk(
     return {scores, indices, axis_indices, axis_scores, grid_positions};
   }
 #endif
-  workspace = context.workspace(cpu::product_key_topk_fwd_workspace(params, context.executor()));
+  Tensor workspace =
+      context.workspace(cpu::product_key_topk_fwd_workspace(params, context.executor()));
   params.workspace = workspace.mutable_data_ptr();
   context.check(cpu::product_key_topk_fwd(params, context.executor()));
   return {scores, indices, axis_indices, axis_scores, grid_positions};

@@ -23,7 +23,7 @@ def one_after_the_other(
     return ffn(x) + layer(x, table)
 
 
-@pytest.mark.parametrize("overrides", [{}, PKM, {"num_heads": 2, "key_expand": 2}])
+@pytest.mark.parametrize("overrides", [{}, PKM, {"num_heads": 2, "expand": 4}])
 def test_it_is_the_sum(overrides: dict[str, object], device: str) -> None:
     layer, table = layer_and_table(**overrides)
     layer, table, ffn = layer.to(device), table.to(device), make_ffn(device=device)

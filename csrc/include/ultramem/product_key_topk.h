@@ -101,11 +101,9 @@ RetrievalPath product_key_topk_fwd_path(const ProductKeyTopkParams& params, int 
                                         const char** reason = nullptr);
 size_t product_key_topk_fwd_workspace(const ProductKeyTopkParams& params);
 Status product_key_topk_fwd(const ProductKeyTopkParams& params, Stream stream);
-// Its two halves, one after the other on a stream: the second needs what the first leaves in
-// axis_indices, axis_scores and, for few tokens (product_key_topk_fwd_keeps_workspace), the
-// workspace. Else the workspace's memory may be that of scores, indices and grid_positions, which
-// the first does not touch.
-bool product_key_topk_fwd_keeps_workspace(const ProductKeyTopkParams& params);
+// Its two halves, one after the other on a stream. The first leaves axis_indices and axis_scores;
+// the second needs no workspace, whose memory may be that of scores, indices and grid_positions,
+// which the first does not touch.
 Status product_key_topk_fwd_axes(const ProductKeyTopkParams& params, Stream stream);
 Status product_key_topk_fwd_grid(const ProductKeyTopkParams& params, Stream stream);
 size_t product_key_topk_bwd_workspace(const ProductKeyTopkBwdParams& params);
