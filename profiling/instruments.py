@@ -122,7 +122,17 @@ def open_instruments(
 def _graph_recorder() -> Recorder:
     """CUDA graphs that share their memory: it is that of the largest, not of all."""
     pool = torch.cuda.graph_pool_handle()
-    return lambda calls: timing.capture(calls, pool).replay
+
+    def record(calls: Sequence[Run]) -> Run:
+        graph = timing.capture(calls, pool)
+
+        def replay(_inputs: Sequence[Run] = tuple(calls)) -> None:
+            # The graph reads what the calls hold, and holds none of it itself.
+            graph.replay()
+
+        return replay
+
+    return record
 
 
 def _open_windows(

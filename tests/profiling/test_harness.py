@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -522,6 +524,26 @@ def test_ceilings_that_cannot_be_measured(monkeypatch: pytest.MonkeyPatch, failu
     assert profile.measured
     assert any("The ceilings are those of an H100" in note for note in profile.notes)
     assert any("NVML was not asked" in note for note in profile.notes)
+
+
+def test_what_a_graph_reads_lives_as_long_as_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    replayed: list[bool] = []
+
+    class Graph:
+        def replay(self) -> None:
+            replayed.append(True)
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(instruments.timing, "capture", lambda calls, pool: Graph())
+    x = torch.ones(3)
+    seen = weakref.ref(x)
+    run = instruments._graph_recorder()([functools.partial(torch.neg, x)])
+    del x
+    assert seen() is not None
+    run()
+    assert replayed == [True]
+    del run
+    assert seen() is None
 
 
 @pytest.mark.gpu
