@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ._retrieval_cache import is_capturing
 from .layer import UltraMemLayer
 from .table import MemoryTable
 
-# By device and the caller's stream: a stream of its own for each, so that what it has allocated is
-# only ever reused behind what that caller has enqueued.
+# By device and the caller's stream.
 _side_streams: dict[tuple[torch.device, int], torch.cuda.Stream] = {}
 
 
@@ -24,7 +24,8 @@ def ffn_with_memory(
     one small kernel after the other. Without gradients on CUDA, retrieval runs on a stream of its
     own while the FFN runs on the caller's, and the memory's output projection adds to what the FFN
     has returned. Ordered with the caller's stream at both ends, and capturable in a CUDA graph.
-    With gradients, under autocast or ``torch.compile`` and elsewhere, one runs after the other.
+    With gradients, under autocast or ``torch.compile``, with hooks on ``memory`` or a subclass, and
+    elsewhere, one runs after the other.
 
     Args:
         ffn: [..., D] to [..., D]; what it returns must be a tensor of its own, which is written to.
@@ -35,31 +36,44 @@ def ffn_with_memory(
     Returns:
         [..., D].
     """
-    if not _runs_beside(x):
+    if not _runs_beside(memory, x):
         return ffn(x) + memory(x, table)
     tokens = memory.flat_tokens(x, table)
     main = torch.cuda.current_stream(x.device)
     side = _side_stream(main)
     side.wait_stream(main)
-    with torch.cuda.stream(side):
-        scores, indices = memory.retrieve(tokens)
-    pre_input = memory.pre_input(tokens)
-    projected = main.record_event()
-    y = ffn(x)
-    with torch.cuda.stream(side):
-        side.wait_event(projected)
-        read = memory.read(table, scores, indices, pre_input)
-    main.wait_stream(side)
+    try:
+        with torch.cuda.stream(side):
+            scores, indices = memory.retrieve(tokens)
+        pre_input = memory.pre_input(tokens)
+        projected = main.record_event()
+        y = ffn(x)
+        with torch.cuda.stream(side):
+            side.wait_event(projected)
+            read = memory.read(table, scores, indices, pre_input)
+    finally:
+        # Also where something was raised: what the side reads may be freed then.
+        main.wait_stream(side)
+    if not is_capturing(x.device):
+        # It is used on a stream that has not allocated it. What a capture allocates is its own, and
+        # the next use of the side stream there waits for this one's end.
+        read.record_stream(main)
     return _add_projected(memory.value_proj, read, y, x)
 
 
-def _runs_beside(x: Tensor) -> bool:
+def _runs_beside(memory: UltraMemLayer, x: Tensor) -> bool:
     return (
         x.device.type == "cuda"
         and not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cuda")
+        and type(memory) is UltraMemLayer
+        and not _has_hooks(memory)
     )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _side_stream(main: torch.cuda.Stream) -> torch.cuda.Stream:
@@ -70,14 +84,16 @@ def _side_stream(main: torch.cuda.Stream) -> torch.cuda.Stream:
 
 
 def _add_projected(value_proj: nn.Linear, read: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """y + value_proj(read), in place where y is nobody else's and nothing is hooked on."""
-    plain = (
-        type(value_proj) is nn.Linear
-        and value_proj.bias is None
-        and not (value_proj._forward_hooks or value_proj._forward_pre_hooks)
+    """y + value_proj(read), in one product where that is all of it and y may be written to."""
+    plain = type(value_proj) is nn.Linear and value_proj.bias is None
+    writable = (
+        y.shape == x.shape
+        and y.is_contiguous()
+        and y.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+        and (torch.is_inference_mode_enabled() or not y.is_inference())
     )
-    own = y.is_contiguous() and y.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
-    if plain and own and y.dtype == read.dtype == value_proj.weight.dtype:
+    same_dtype = y.dtype == read.dtype == value_proj.weight.dtype
+    if plain and writable and same_dtype and not _has_hooks(value_proj):
         y.view(-1, y.shape[-1]).addmm_(read, value_proj.weight.t())
         return y
-    return y + value_proj(read).reshape(y.shape)
+    return y + value_proj(read).reshape(x.shape)

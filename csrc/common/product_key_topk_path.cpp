@@ -37,8 +37,8 @@ const char* why_not_80(const ProductKeyTopkParams& p) {
   // No product: tokens may be many.
   if (p.num_tokens < kTensorCore80MinTokenHeads &&
       p.num_tokens * p.num_heads < kTensorCore80MinTokenHeads) {
-    return "fewer than 64 tokens times heads, and n or their scores are too many for the kernels "
-           "for few tokens";
+    return "fewer than 64 tokens times heads, and n is above 8192, more than the kernels for few "
+           "tokens take";
   }
   return nullptr;
 }

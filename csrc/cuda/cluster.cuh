@@ -63,16 +63,6 @@ __device__ __forceinline__ void store_async(uint32_t remote, float4 value,
       : "memory");
 }
 
-// The same for 8 bytes.
-__device__ __forceinline__ void store_async(uint32_t remote, float2 value,
-                                            uint32_t remote_barrier) {
-  asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];\n" ::
-          "r"(remote),
-      "f"(value.x), "f"(value.y), "r"(remote_barrier)
-      : "memory");
-}
-
 // `mbarrier_wait` for what other blocks of the cluster have written.
 __device__ __forceinline__ void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
   uint32_t done;
@@ -146,14 +136,6 @@ Status launch_clusters_as(bool overlapping, void (*kernel)(Arguments...), dim3 g
   }
   ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaLaunchKernelEx(&config, kernel, arguments...));
   return launch_status();
-}
-
-template <typename... Arguments>
-Status launch_clusters(void (*kernel)(Arguments...), unsigned num_blocks, int cluster_blocks,
-                       int block_threads, int shared_bytes, Stream stream,
-                       const Arguments&... arguments) {
-  return launch_clusters_as(false, kernel, dim3(num_blocks), cluster_blocks, block_threads,
-                            shared_bytes, stream, arguments...);
 }
 
 // `launch_overlapping` of clusters. The kernel ahead may be any: this one calls

@@ -273,6 +273,17 @@ __global__ void __launch_bounds__(BlockTraits<kRows>::kThreads, 1)
   token.write(codes, ids, thread, kThreads);
 }
 
+// kLoneBytes where a block may have as much: nowhere else do blocks begin early.
+int64_t lone_bytes() {
+  int device = 0, limit = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
+          cudaSuccess) {
+    return 0;
+  }
+  return kLoneBytes <= limit ? kLoneBytes : 0;
+}
+
 template <int kPlanes, int kRows>
 Status launch(const ProductKeyTopkParams& p, Stream stream, bool overlapping) {
   constexpr int kThreads = BlockTraits<kRows>::kThreads;
@@ -280,7 +291,7 @@ Status launch(const ProductKeyTopkParams& p, Stream stream, bool overlapping) {
   const auto kernel = product_key_topk_fwd_grid_block_kernel<kPlanes, kRows>;
   const dim3 blocks(static_cast<unsigned>(p.num_tokens * p.num_heads));
   if (overlapping) {
-    const int64_t bytes = layout.bytes < kLoneBytes ? kLoneBytes : layout.bytes;
+    const int64_t bytes = std::max(layout.bytes, lone_bytes());
     ULTRAMEM_RETURN_IF_ERROR(allow_shared_memory(kernel, bytes));
     return launch_overlapping(kernel, blocks, kThreads, bytes, stream, p, layout);
   }

@@ -1,9 +1,9 @@
 // Product-key retrieval, forward: the best m keys of either axis, then the best M pairs of them.
 //
 // Here: which kernels do it, and the axis stage for any dtype, shape and device. The scores of all
-// keys never reach memory, but for those of few tokens. Sums are fp32, in an order that depends on the shape
-// of a key alone: equal keys get bitwise equal ranks, and a token's result does not depend on how
-// many tokens it comes with.
+// keys never reach memory, but for those of few tokens. Sums are fp32, in an order that depends on
+// the shape of a key alone: equal keys get bitwise equal ranks, and among as many tokens as the
+// same kernels take, a token's result does not depend on how many they are.
 #include "block_topk.cuh"
 #include "common.cuh"
 #include "kernel_registry.h"

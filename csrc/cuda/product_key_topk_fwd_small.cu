@@ -1,5 +1,5 @@
 // Product-key retrieval, forward, axis stage for few tokens, on the tensor cores of sm_80 and
-// later: so few that the scores of all their keys stay in the L2 cache.
+// later: so few that the scores of all their keys, as a rule, stay in the L2 cache.
 //
 // Two kernels. In the first a block multiplies a tile of keys with a tile of tokens: small tiles,
 // so that all multiprocessors read keys, and what a block reads is on its way all at once. In the
@@ -89,7 +89,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   // of keys, neighbours of tokens.
   constexpr int kPassRows = Traits::kThreads / kRowPieces;
   constexpr int kRows = Traits::kKeys + Traits::kTokens;
-  static_assert(Traits::kKeys % kPassRows == 0 || kPassRows > Traits::kKeys);
   const uint32_t stages = shared_address(shared_bytes);
   const int piece = thread % kRowPieces;
   const int query = p.num_queries == 1 ? 0 : rank;
@@ -157,7 +156,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   // Row i of a product is key 2 i of the tile, row 8 + i the next; behind the last there is room
   // for one more.
   const int key = key_warp * kTileKeys + lane / 4 * 2;
-  if (key >= num_keys) return;
+  if (first_key + key >= layout.score_stride) return;
   float* to = layout.scores +
               (((first_token * p.num_heads + head) * 2 + side) * p.tucker_rank + rank) *
                   layout.score_stride +
@@ -179,12 +178,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 // ---- the best m of a token ----------------------------------------------------------------------
 
 constexpr int kMaxSelectWarps = WarpGroup::kMaxWarps;
+static_assert(kTensorCoreSmallMaxKeys <= kMaxSelectWarps * kMaxSets * kWarpSetKeys,
+              "a block holds all keys");
 
 // A block for each row of [T, H, 2].
 template <int kSets>
 __global__ void __launch_bounds__(kMaxSelectWarps* kWarpSize, 1)
     product_key_topk_fwd_select_kernel(const __grid_constant__ ProductKeyTopkParams p,
-                                       const float* __restrict__ all_scores, int stride) {
+                                       const float* all_scores, int stride) {
   __shared__ __align__(16) unsigned char selection_bytes[kSelectionBytes];
   __shared__ uint32_t slots[WarpGroup::kSlots];
   const auto thread = static_cast<int>(threadIdx.x);
@@ -306,6 +307,25 @@ Status launch_select(const ProductKeyTopkParams& p, const ScoreLayout& layout, i
                             stream, p, static_cast<const float*>(layout.scores),
                             layout.score_stride);
 }
+
+#define ULTRAMEM_REGISTER_SCORES(id, name, scalar_t, ...)                        \
+  ULTRAMEM_REGISTER_KERNEL(scores_##id, "product_key_topk_fwd_scores<" name ">", \
+                           (ScoreTraits<__VA_ARGS__>::kThreads),                 \
+                           product_key_topk_fwd_scores_kernel<scalar_t, ScoreTraits<__VA_ARGS__>>)
+ULTRAMEM_REGISTER_SCORES(bf16_8, "bf16, 8 tokens", __nv_bfloat16, 2, 1, 1);
+ULTRAMEM_REGISTER_SCORES(bf16_16, "bf16, 16 tokens", __nv_bfloat16, 2, 2, 1);
+ULTRAMEM_REGISTER_SCORES(bf16_32, "bf16, 32 tokens", __nv_bfloat16, 2, 2, 2);
+ULTRAMEM_REGISTER_SCORES(bf16_128, "bf16, 128 tokens", __nv_bfloat16, 4, 2, 8);
+ULTRAMEM_REGISTER_SCORES(f16_8, "fp16, 8 tokens", __half, 2, 1, 1);
+ULTRAMEM_REGISTER_SCORES(f16_16, "fp16, 16 tokens", __half, 2, 2, 1);
+ULTRAMEM_REGISTER_SCORES(f16_32, "fp16, 32 tokens", __half, 2, 2, 2);
+ULTRAMEM_REGISTER_SCORES(f16_128, "fp16, 128 tokens", __half, 4, 2, 8);
+ULTRAMEM_REGISTER_KERNEL(select_1, "product_key_topk_fwd_select<1>", kMaxSelectWarps* kWarpSize,
+                         product_key_topk_fwd_select_kernel<1>);
+ULTRAMEM_REGISTER_KERNEL(select_2, "product_key_topk_fwd_select<2>", kMaxSelectWarps* kWarpSize,
+                         product_key_topk_fwd_select_kernel<2>);
+ULTRAMEM_REGISTER_KERNEL(select_4, "product_key_topk_fwd_select<4>", kMaxSelectWarps* kWarpSize,
+                         product_key_topk_fwd_select_kernel<kMaxSets>);
 
 }  // namespace
 

@@ -501,8 +501,9 @@ Status launch_slots(void (*kernel)(Params, SlotArguments), const Params& params,
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, max_shared_bytes));
   const dim3 grid(static_cast<unsigned>(num_tokens * launch.arguments.token_blocks));
   const int threads = launch.num_warps * kWarpSize;
-  // Blocks that begin early and fill the GPU while they wait keep out what another stream could do
-  // meanwhile; of a few, or of those of more than one wave, this is no loss.
+  // Blocks that begin early and wait, one on nearly every multiprocessor, keep out what another
+  // stream could do there meanwhile (a FFN beside the memory layer); alone, they gain nothing by
+  // it. Few leave room, and more than that take turns anyway.
   const bool overlapping = 2 * grid.x <= static_cast<unsigned>(num_multiprocessors) ||
                            grid.x > static_cast<unsigned>(num_multiprocessors);
   if (launch.arguments.token_blocks > 1) {

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +26,7 @@ def one_after_the_other(
     return ffn(x) + layer(x, table)
 
 
-@pytest.mark.parametrize("overrides", [{}, PKM, {"num_heads": 2, "expand": 4}])
+@pytest.mark.parametrize("overrides", [{}, PKM, {"num_heads": 2, "key_expand": 2}])
 def test_it_is_the_sum(overrides: dict[str, object], device: str) -> None:
     layer, table = layer_and_table(**overrides)
     layer, table, ffn = layer.to(device), table.to(device), make_ffn(device=device)
@@ -81,6 +84,7 @@ def test_the_input_is_not_written_to(device: str) -> None:
         lambda t: t.view(-1, 24),
         lambda t: wide.t(),
         lambda t: t.double(),
+        lambda t: t[:1],
     ]
     with torch.no_grad():
         for ffn in ffns:
@@ -108,6 +112,71 @@ def test_a_value_projection_that_is_more_than_a_product(replaced: str) -> None:
     with torch.no_grad():
         expected = one_after_the_other(ffn, layer, x, table)
         torch.testing.assert_close(um.ffn_with_memory(ffn, layer, x, table), expected)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_inference_mode_around_it_or_inside(mode: Callable[[], Any], device: str) -> None:
+    layer, table = (module.to(device) for module in layer_and_table())
+    ffn, x = make_ffn(device=device), tokens(9, 24).to(device)
+    layer.eval()
+
+    @torch.inference_mode()
+    def inferred(x: Tensor) -> Tensor:
+        return ffn(x)
+
+    with mode():
+        expected = one_after_the_other(ffn, layer, x, table)
+        torch.testing.assert_close(um.ffn_with_memory(ffn, layer, x, table), expected)
+        torch.testing.assert_close(um.ffn_with_memory(inferred, layer, x, table), expected)
+
+
+def test_hooks_and_counts_of_the_memory(device: str) -> None:
+    layer, table = (module.to(device) for module in layer_and_table())
+    ffn, x = make_ffn(device=device), tokens(9, 24).to(device)
+    layer.eval()
+    layer.usage = um.stats.SlotUsage(layer.addressing)
+    with torch.no_grad():
+        expected = um.ffn_with_memory(ffn, layer, x, table)
+        assert int(layer.usage.counts.sum()) == 9 * layer.config.num_heads * layer.config.topk
+        layer.register_forward_hook(lambda module, args, output: output + 1)
+        torch.testing.assert_close(um.ffn_with_memory(ffn, layer, x, table), expected + 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_ffn_that_raises_leaves_nothing_behind(captured: bool) -> None:
+    (layer,), table, ffn = bf16_block()
+    x = torch.randn(65, 256, device="cuda", dtype=torch.bfloat16)
+
+    def raising(x: Tensor) -> Tensor:
+        raise ArithmeticError("in the middle")
+
+    with torch.no_grad():
+        expected = um.ffn_with_memory(ffn, layer, x, table)
+        around = torch.cuda.graph(torch.cuda.CUDAGraph()) if captured else nullcontext()
+        with pytest.raises(ArithmeticError, match="in the middle"), around:
+            um.ffn_with_memory(raising, layer, x, table)
+        torch.cuda.synchronize()
+        assert torch.equal(um.ffn_with_memory(ffn, layer, x, table), expected)
+
+
+@pytest.mark.gpu
+def test_threads_on_one_stream() -> None:
+    (layer,), table, ffn = bf16_block()
+    inputs = [torch.randn(200, 256, device="cuda", dtype=torch.bfloat16) for _ in range(60)]
+    with torch.no_grad():
+        expected = [um.ffn_with_memory(ffn, layer, x, table) for x in inputs]
+    torch.cuda.synchronize()
+
+    @torch.no_grad()
+    def block(x: Tensor) -> Tensor:
+        return um.ffn_with_memory(ffn, layer, x, table)
+
+    with ThreadPoolExecutor(4) as pool:
+        actual = list(pool.map(block, inputs))
+    torch.cuda.synchronize()
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 BF16 = {"d_model": 256, "num_keys": 200, "key_dim": 64, "num_slots": 40_000, "value_dim": 128}
