@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -569,6 +570,7 @@ def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             assert point.timing is not None, point
             assert 0 < point.timing.median_ms < 50
     (copy,) = profile.agreement
-    if copy.nvml is not None:
+    # NVML counts what all processes do.
+    if copy.nvml is not None and "PYTEST_XDIST_WORKER" not in os.environ:
         assert copy.nvml == pytest.approx(copy.model, rel=0.15)
     check_read_again(profile)
