@@ -156,7 +156,8 @@ class MoEFFN(SparseLayer):
     grad_x         D         e                          1+2
     =============  ========  =====  =========  =======  ========
 
-    x is read by the router and by the gather, which finds the k copies of a token in a cache.
+    x is read by the router and by the gather, as if that found the k copies of a token in a cache;
+    for thousands of tokens it does not find all (docs/profiling.md, "Where the three differ").
     ``order`` is the sort's result, its passes over a few integers a token are not counted. grad_x
     comes from the experts, and the router's product adds to it.
     """

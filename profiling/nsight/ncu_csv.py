@@ -26,6 +26,9 @@ _UNITS = {
     **{"nsecond": 1.0, "usecond": 1e3, "msecond": 1e6, "second": 1e9},
 }
 
+# Of names in the table; triton's list all operators that they fuse.
+_NAME_WIDTH = 60
+
 
 class NcuError(RuntimeError):
     """Nsight Compute is missing or refused, or its output is not understood; a sentence."""
@@ -70,20 +73,89 @@ def total(kernels: Iterable[KernelBytes], name: str = "all kernels") -> KernelBy
     )
 
 
+# Namespaces without a name. ncu drops outer namespaces, and with them the bracket of "<unnamed>";
+# behind a word it is that of template arguments.
+_UNNAMED = re.compile(r"\(anonymous namespace\)::|(?<!\w)<unnamed>::|\bunnamed>::")
+# An operator's own characters are no brackets. Of "operator ()" the first pair is its name.
+_OPERATOR = re.compile(r"\boperator ?(\(\)|\[\]|->\*?|<=>|<<=?|>>=?|[<>]=?)")
+_CLOSED_BY = {"(": ")", "<": ">", "[": "]", "{": "}"}
+# Templates that do nothing but call their argument, by which alone their kernels differ.
+_WRAPPER = re.compile(r"\b(device_kernel|Kernel2?|_kernel_agent)$")
+# Around the argument, what chooses by architecture whether there is any code.
+_GUARD = re.compile(r"\benable_\w+$")
+
+
 def base_name(kernel: str) -> str:
-    """A demangled kernel's name without return type, template arguments and parameters."""
-    for unnamed in ("(anonymous namespace)::", "<unnamed>::"):
-        kernel = kernel.replace(unnamed, "")
-    outside, depth = [], 0
-    for character in kernel:
-        depth += character == "<"
-        if depth == 0:
-            if character == "(":
-                break
-            outside.append(character)
-        depth -= character == ">"
+    """A demangled kernel's name without return type, template arguments and parameters.
+
+    Lambdas are called "lambda". Of CUTLASS's ``device_kernel<X<..>, ..>`` and its like the name of
+    what they run is kept, too: ``cutlass::device_kernel<X>``. Names may have lost their beginning,
+    as ncu cuts them; one of which nothing is left is returned whole.
+    """
+    name, arguments = _outside_brackets(_UNNAMED.sub("", kernel))
+    if _WRAPPER.search(name) and arguments:
+        wrapped, its_own = _outside_brackets(arguments)
+        if _GUARD.search(wrapped) and its_own:
+            wrapped, _ = _outside_brackets(its_own)
+        return f"{name}<{wrapped}>"
+    return name or kernel
+
+
+def _outside_brackets(kernel: str) -> tuple[str, str]:
+    """The first name in a list, and the template arguments with which it ends."""
+    outside: list[str] = []
+    arguments = ""
+    position = 0
+    while position < len(kernel):
+        character = kernel[position]
+        if operator := _OPERATOR.match(kernel, position):
+            outside.append(f"operator{operator[1]}")
+            position = operator.end()
+            continue
+        if character == ",":
+            break
+        if character not in _CLOSED_BY:
+            # A bracket that closes nothing is left of a name that was cut.
+            if character not in ")>]}":
+                outside.append(character)
+                arguments = ""
+            position += 1
+            continue
+        end = _closing(kernel, position)
+        if character == "(" and not kernel.startswith("::", end):
+            break  # the parameters; of a function that holds a lambda or a class they go on
+        if character == "<":
+            arguments = kernel[position + 1 : end - 1]
+        elif character == "[":
+            outside.append("lambda")
+        position = end
     words = "".join(outside).split()
-    return words[-1] if words else kernel
+    return (words[-1] if words else ""), arguments
+
+
+def _closing(text: str, start: int) -> int:
+    """Behind the bracket that closes the one at start; the end where it was cut off."""
+    awaited: list[str] = []
+    position = start
+    while position < len(text):
+        if operator := _OPERATOR.match(text, position):
+            position = operator.end()
+            continue
+        character = text[position]
+        position += 1
+        if character in _CLOSED_BY:
+            awaited.append(_CLOSED_BY[character])
+        elif character == ">":
+            # In parentheses it may be an arrow or a comparison.
+            if awaited[-1] == ">":
+                awaited.pop()
+        elif character in awaited:
+            # Closes comparisons, too, that opened a bracket inside.
+            while awaited.pop() != character:
+                pass
+        if not awaited:
+            return position
+    return len(text)
 
 
 # ---- parsing -------------------------------------------------------------------------------------
@@ -201,8 +273,11 @@ def table(
     model: Bytes | None = None,
     nvml: float | None = None,
 ) -> str:
-    """One pass in text: bytes of each kernel and of all, and what they should add up to."""
-    of_one = [kernel.of_one(passes) for kernel in kernels]
+    """One pass in text: bytes of each kernel and of all, and what they should add up to.
+
+    Names longer than 60 characters are cut in the middle.
+    """
+    of_one = [_shortened(kernel.of_one(passes)) for kernel in kernels]
     everything = total(of_one)
     width = max(len("model, each row once"), *(len(k.kernel) for k in [*of_one, everything]))
     lines = [
@@ -219,6 +294,16 @@ def table(
         ratio = f"ncu / this: {everything.bytes / value:.3f}" if value else ""
         lines.append(f"{name:{width}}  {'':8}  {'':8}  {'':8}  {value / 1e6:8.1f}  {ratio}")
     return "\n".join(lines)
+
+
+def _shortened(kernel: KernelBytes) -> KernelBytes:
+    """With a name that fits into the table; its beginning and its end tell kernels apart."""
+    name = kernel.kernel
+    if len(name) <= _NAME_WIDTH:
+        return kernel
+    tail = (_NAME_WIDTH - len("...")) // 2
+    head = _NAME_WIDTH - len("...") - tail
+    return dataclasses.replace(kernel, kernel=f"{name[:head]}...{name[-tail:]}")
 
 
 def _line(kernel: KernelBytes, width: int) -> str:

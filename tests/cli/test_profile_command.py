@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 from ultramem_cuda import cli
+from ultramem_cuda.cli.profile import summary
 from ultramem_cuda.profiling import harness
-from ultramem_cuda.profiling.record import Profile, read_json
+from ultramem_cuda.profiling.record import Agreement, Profile, read_json
 
 SMALL = ["--preset", "1B-7B", "--subject", "block", "moe", "--decode-tokens", "1", "64", "4096"]
 
@@ -53,6 +55,22 @@ def test_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     # Ratios of what was never measured have no column.
     (header,) = {line.split("  ")[-1] for line in printed.splitlines() if " tokens  " in line}
     assert header == "never cached"
+
+
+def test_counts_are_printed_below_a_header() -> None:
+    profile = harness.profile(harness.Settings.quick(), say=lambda line: None)
+    rows = [
+        Agreement("copy", 2147.5e6, 2147.6e6, 2146.8e6),
+        Agreement("moe", 2792.6e6, None, 3114.9e6, note="Twice."),
+    ]
+    lines = summary(dataclasses.replace(profile, agreement=rows)).splitlines()
+    start = lines.index("Bytes of one pass in three ways, in MB") + 1
+    assert [line.split() for line in lines[start : start + 3]] == [
+        ["pass", "model", "NVML", "ncu"],
+        ["copy", "2,147.5", "2,147.6", "2,146.8"],
+        ["moe", "2,792.6", "-", "3,114.9"],
+    ]
+    assert lines[start + 3].strip() == "moe: Twice."
 
 
 @pytest.mark.parametrize("option", ["--model-only", "--quick"])

@@ -228,7 +228,7 @@ def _ratios(comparison: Comparison) -> list[str]:
 
 
 def _agreement(rows: Sequence[Agreement]) -> list[str]:
-    table = [["", "model", "NVML", "ncu"]]
+    table = [["pass", "model", "NVML", "ncu"]]
     for row in rows:
         counts = (row.model, row.nvml, row.ncu)
         table.append([row.what, *("-" if c is None else f"{c / 1e6:,.1f}" for c in counts)])
