@@ -20,8 +20,8 @@ from . import record
 from .traffic import DenseFFN, Layer, MemoryLayer, MoEFFN, PKMLayer
 
 NAMES = ("227M-1.2B", "1B-7B")
-DECODE_TOKENS = tuple(1 << i for i in range(13))  # 1 to 4096
-TRAINING_TOKENS = tuple(1 << i for i in range(10, 17))  # 1024 to 65536
+DECODE_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
+TRAINING_TOKENS = (1024, 4096, 8192, 16384, 65536)
 
 ACTIVE_TOLERANCE = 0.02
 TOTAL_TOLERANCE = 0.10

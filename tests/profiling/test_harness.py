@@ -95,7 +95,7 @@ def test_without_a_gpu_there_is_the_model(monkeypatch: pytest.MonkeyPatch) -> No
     assert "the byte model alone" in profile.notes[0]
     assert "torch finds no CUDA GPU" in profile.notes[0]
     (preset,) = profile.presets
-    grids = {"decode": 14, "training": 7, "optimizer": 7}
+    grids = {"decode": 8, "training": 5, "optimizer": 5}
     assert len(profile.points) == len(preset.subjects) * sum(grids.values())
     for point in profile.points:
         layer = profile_preset(point.preset)[point.subject].layer
