@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from .report import aligned
-from .retrieval_cases import PEAK_MEMORY
 
 __all__ = [
     "OURS",
@@ -213,25 +212,10 @@ def _from_json(data: Mapping[str, Any]) -> Record | None:
     entries = [
         entry
         for section, items in data["sections"].items()
-        for item in ([_memory_item(items)] if isinstance(items, Mapping) else items)
+        for item in items
         for entry in item_entries(bench, section, item)
     ]
     return Record(**common, cold=True, entries=entries, out_of_memory=data.get("out_of_memory", []))
-
-
-def _memory_item(memory: Mapping[str, Any]) -> dict[str, Any]:
-    """The section `memory` of older records, in bytes."""
-    target = memory["target_bytes"]
-    forward, backward = (memory[f"{name}_bytes"] / 1e6 for name in ("forward", "backward"))
-    return {
-        "shape": memory["shape"],
-        "what": PEAK_MEMORY,
-        "amount": memory["peak_bytes"] / 1e6,
-        "unit": "MB",
-        "target": None if target is None else target / 1e6,
-        "verdict": memory["verdict"],
-        "note": f"forward {forward:.1f}, backward {backward:.1f}",
-    }
 
 
 # ---- tables --------------------------------------------------------------------------------------

@@ -122,6 +122,16 @@ class Crossing:
     between: tuple[int, int]
     """Measured numbers of tokens on either side."""
 
+    @property
+    def about(self) -> str:
+        """The tokens in two digits, or as many more as keep them between those on either side."""
+        low, high = self.between
+        for digits in (2, 3, 4):
+            text = short(self.tokens, digits)
+            if low <= float(text.replace(",", "")) <= high:
+                break
+        return text
+
 
 def crossings(ratios: Sequence[tuple[int, float]]) -> list[Crossing]:
     """All of them, ascending. Ratios that touch 1 and turn back do not pass it."""
@@ -156,7 +166,7 @@ def trend(comparison: Comparison, quantity: Quantity) -> str:
     found = crossings(ratios)
     if found:
         parts = [
-            f"{'less' if c.rising else 'more'} up to about {short(c.tokens, 2)} tokens "
+            f"{'less' if c.rising else 'more'} up to about {c.about} tokens "
             f"(between {c.between[0]:,} and {c.between[1]:,})"
             for c in found
         ]
@@ -175,7 +185,7 @@ def outcome(comparison: Comparison, quantity: Quantity) -> str | None:
     ratios = comparison.ratios(quantity)
     found = crossings(ratios)
     if found:
-        parts = [f"{'less' if c.rising else 'more'} to {short(c.tokens, 2)}" for c in found]
+        parts = [f"{'less' if c.rising else 'more'} to {c.about}" for c in found]
         return f"{', '.join(parts)}, then {'more' if found[-1].rising else 'less'}"
     if not ratios:
         return None

@@ -367,10 +367,7 @@ def _ratio_series(
 
 
 def _crossing_markers(name: str, ratios: Sequence[tuple[int, float]]) -> list[Marker]:
-    return [
-        Marker(crossing.tokens, f"{name}: {short(crossing.tokens, 2)}")
-        for crossing in crossings(ratios)
-    ]
+    return [Marker(crossing.tokens, f"{name}: {crossing.about}") for crossing in crossings(ratios)]
 
 
 def _legend(series: Sequence[Series]) -> list[tuple[str, str]]:

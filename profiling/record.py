@@ -335,13 +335,9 @@ def _decode_fields(kind: Any, value: object, at: str) -> Any:
     unknown = sorted(set(value) - set(types_of))
     if unknown:
         raise ValueError(f"{_within(at, str(unknown[0]))} is unknown")
-    optional = {
-        f.name
-        for f in dataclasses.fields(kind)
-        if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
-    }
     for name in types_of:
-        if name not in value and name not in optional:
+        # Also where there is a default: every field is written, and nothing is 0 for want of it.
+        if name not in value:
             raise ValueError(f"{_within(at, name)} is missing")
     return kind(
         **{name: _decode(types_of[name], item, _within(at, name)) for name, item in value.items()}

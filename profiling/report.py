@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ultramem_cuda.reporting.numbers import short
 from ultramem_cuda.reporting.page import STYLE, document, escape
 
 from . import charts, tables
@@ -226,10 +225,11 @@ def _tiles(comparison: Comparison) -> str:
 def _reach_tile(comparison: Comparison, name: str, quantity: Quantity) -> tuple[str, str, str]:
     ratios = comparison.ratios(quantity)
     found = crossings(ratios)
-    if len(found) == 1 and found[0].rising:
-        return f"{name}: less up to", short(found[0].tokens, 2), "tokens, then more"
+    if found and found[-1].rising:
+        before = f"; more below {found[-2].about}" if len(found) > 1 else ""
+        return f"{name}: less up to", found[-1].about, f"tokens, then more{before}"
     if found:
-        return f"{name}: passes 1", f"{len(found)} times", "see below"
+        return f"{name}: less from", found[-1].about, "tokens on, to the last"
     last = f"{ratios[-1][0]:,}"
     if all(ratio <= 1 for _, ratio in ratios):
         return f"{name}: less up to", last, "tokens, the last: no crossover"

@@ -124,17 +124,9 @@ def test_committed_records_are_read(name: str, bench: str, sections: set[str]) -
     assert {entry.bench for entry in found.entries} == {bench}
     assert {entry.section for entry in found.entries} == sections
     text = path.read_text()
-    entries = sum(text.count(f'"{field}":') for field in ("median_ms", "amount", "peak_bytes"))
+    entries = sum(text.count(f'"{field}":') for field in ("median_ms", "amount"))
     assert len(found.entries) == entries > 20
     assert found.machine["device"] == ("cpu" if "cpu" in name else "cuda")
-
-
-def test_memory_of_older_records_is_an_amount() -> None:
-    entries = {entry.key: entry for entry in load(RESULTS / "retrieval-h100-sweeps.json").entries}
-    (entry,) = (entry for entry in entries.values() if entry.section == "memory")
-    assert entry.value == pytest.approx(28.332)
-    assert (entry.unit, entry.target, entry.verdict) == ("MB", 32.0, "met")
-    assert entry.note == "forward 6.8, backward 28.3"
 
 
 @pytest.mark.parametrize(

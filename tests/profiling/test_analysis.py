@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ultramem_cuda.profiling import analysis, traffic
 from ultramem_cuda.profiling.analysis import Comparison, Crossing
+from ultramem_cuda.profiling.presets import profile_preset
 from ultramem_cuda.profiling.record import (
     Agreement,
     Bytes,
@@ -108,6 +109,13 @@ def test_crossings_at_and_beside_one() -> None:
     assert [round(crossing.tokens, 6) for crossing in several] == [2, 8, 128]
 
 
+def test_about_how_many_tokens_lies_between_the_measured() -> None:
+    assert Crossing(3812.4, True, (1024, 4096)).about == "3,800"
+    assert Crossing(4061.2, True, (1024, 4096)).about == "4,060"
+    assert Crossing(4095.4, True, (1024, 4096)).about == "4,095"
+    assert Crossing(1.18, False, (1, 4)).about == "1.2"
+
+
 @given(st.lists(st.floats(0.01, 100), min_size=2, max_size=8))
 def test_every_change_of_sides_is_found_between_its_neighbours(ratios: list[float]) -> None:
     pairs = [(4**i, ratio) for i, ratio in enumerate(ratios)]
@@ -122,17 +130,13 @@ def test_every_change_of_sides_is_found_between_its_neighbours(ratios: list[floa
 
 
 def test_interpolation_comes_close_to_the_formula() -> None:
-    ours, other = traffic.ULTRAMEM_BLOCK, traffic.OLMOE_MOE
+    preset = profile_preset("1B-7B")
+    ours, other = preset["block"].layer, preset["moe"].layer
     points = []
     for tokens in (256, 512, 1024, 2048, 4096, 8192):
         for name, layer in (("block", ours), ("moe", other)):
-            read = layer.forward(tokens)
             point = synthetic.point(name, tokens, None)
-            points.append(
-                dataclasses.replace(
-                    point, model=Bytes(read.dense, read.gathered, read.distinct, 0.0)
-                )
-            )
+            points.append(dataclasses.replace(point, model=layer.traffic("decode", tokens)))
     comparison = block_against_moe(synthetic.profile_of(points))
     (crossing,) = analysis.crossings(comparison.ratios("upper"))
     assert crossing.tokens == pytest.approx(traffic.crossover(ours, other), rel=0.05)

@@ -39,15 +39,6 @@ def test_floats_keep_every_bit(tmp_path: Path) -> None:
     assert read == profile.points[0]
 
 
-def test_fields_with_defaults_may_be_absent() -> None:
-    data = synthetic.full().to_json()
-    for name in ("agreement", "notes", "command"):
-        del data[name]
-    for point in data["points"]:
-        del point["note"]
-    assert Profile.from_json(data).command == ""
-
-
 def changed(path: tuple[Any, ...], value: object) -> Callable[[dict[str, Any]], None]:
     def change(data: dict[str, Any]) -> None:
         *outer, last = path
@@ -76,6 +67,9 @@ def deleted(path: tuple[Any, ...]) -> Callable[[dict[str, Any]], None]:
         (deleted(("schema",)), "not a profile: it has no schema"),
         (changed(("schema",), SCHEMA + 1), f"schema {SCHEMA + 1}; this version reads {SCHEMA}"),
         (deleted(("ceilings",)), "^ceilings is missing"),
+        # Defaults are for those who build a profile.
+        (deleted(("command",)), "^command is missing"),
+        (deleted(("points", 0, "note")), r"^points\[0\].note is missing"),
         (deleted(("points", 3, "model", "dense")), r"^points\[3\].model.dense is missing"),
         (changed(("points", 0, "colour"), 1), r"^points\[0\].colour is unknown"),
         (changed(("points", 0, "tokens"), 1.5), r"^points\[0\].tokens must be a whole number"),

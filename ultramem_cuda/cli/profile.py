@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: all)",
     )
     parser.add_argument(
-        "--decode-tokens", nargs="*", type=int, metavar="N", help="default: 1, 4, 16, ... 4096, 8192"
+        "--decode-tokens", nargs="*", type=int, metavar="N", help="default: 1, 4, ... 4096, 8192"
     )
     parser.add_argument(
         "--training-tokens",
