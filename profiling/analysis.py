@@ -15,6 +15,7 @@ from typing import Literal
 
 from ultramem_cuda.reporting.numbers import seconds_text, short, significant
 
+from .presets import ACTIVE_TOLERANCE, TOTAL_TOLERANCE
 from .record import Agreement, Phase, Point, Preset, Profile, Subject
 
 Quantity = Literal["time", "floor", "nvml", "lower", "upper", "energy"]
@@ -26,7 +27,7 @@ PHASES: Sequence[Phase] = ("decode", "training", "optimizer")
 HEADLINE_TOKENS: Mapping[Phase, int] = {"decode": 64, "training": 8192, "optimizer": 8192}
 NOT_MEASURED = "not measured"
 TOLERANCE = 0.15
-"""How far two counts of the same bytes, or parameters said to match, may lie apart."""
+"""How far two counts of the same bytes may lie apart."""
 
 
 def value(profile: Profile, point: Point, quantity: Quantity) -> float | None:
@@ -259,20 +260,23 @@ def findings(comparison: Comparison) -> list[str]:
 
 
 def matching(comparison: Comparison) -> str:
-    """One sentence: how far the two match in parameters, and whether that is within tolerance."""
+    """One sentence: how far the two match in parameters, and whether that is within what
+    ``presets`` allows."""
     ours, other = comparison.ours, comparison.other
     active = ours.active_parameters / other.active_parameters
     total = ours.total_parameters / other.total_parameters
-    wide = [
-        name for name, ratio in (("active", active), ("total", total)) if beyond(ratio, TOLERANCE)
-    ]
+    wide = []
+    if beyond(active, ACTIVE_TOLERANCE):
+        wide.append("active")
+    if beyond(total, TOTAL_TOLERANCE):
+        wide.append("total")
     text = (
         f"{ours.title} has {active:.2f} times the active and {total:.2f} times the total "
         f"parameters of {other.title}"
     )
     if wide:
         return f"{text}: not matched in {' and '.join(wide)} parameters."
-    return f"{text}: matched within {TOLERANCE:.0%}."
+    return f"{text}: matched."
 
 
 def beyond(ratio: float, tolerance: float) -> bool:

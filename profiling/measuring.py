@@ -54,10 +54,17 @@ def training_passes(tokens: int) -> int:
 class _Recorded:
     """One run of several calls."""
 
-    run: Run
+    replay: Run
+    clear: Run
+    """To be called between two replays: factors of the one before must be gone, and a graph cannot
+    hold that."""
     calls: int
     touched: float | None
     """Distinct experts or rows of a call, on average; None for a layer without either."""
+
+    def run(self) -> None:
+        self.clear()
+        self.replay()
 
 
 class GroupProfiler:
@@ -155,7 +162,7 @@ class GroupProfiler:
                 recorded[contender.name] = one
                 self._count(contender, phase, tokens, one)
         timings = timing.measure(
-            {name: Candidate(one.run) for name, one in recorded.items()},
+            {name: Candidate(one.replay, one.clear) for name, one in recorded.items()},
             self._instruments.device,
             warmup=1,
             repeats=self._settings.repeats,
@@ -196,8 +203,12 @@ class GroupProfiler:
         try:
             inputs, calls = make(contender, tokens)
             self._first_calls(contender, calls)
-            run = self._behind_clear(contender, phase, recorder(calls))
-            recorded = _Recorded(run, len(calls), self._touched(contender, inputs))
+            recorded = _Recorded(
+                recorder(calls),
+                contender.runnable.clear,
+                len(calls),
+                self._touched(contender, inputs),
+            )
         except torch.OutOfMemoryError:
             self._draft.update(self._key(contender.name, phase, tokens), note=f"It {_NO_ROOM}.")
         contender.runnable.clear()
@@ -217,17 +228,6 @@ class GroupProfiler:
         return inputs, [
             functools.partial(train, i % num_layers, x, grad_output) for i, x in enumerate(inputs)
         ]
-
-    def _behind_clear(self, contender: Contender, phase: Phase, run: Run) -> Run:
-        """Factors of the run before must be gone; a graph cannot hold that."""
-        if phase == "decode" or contender.runnable.table is None:
-            return run
-
-        def cleared() -> None:
-            contender.runnable.clear()
-            run()
-
-        return cleared
 
     def _inputs(self, contender: Contender, tokens: int, count: int) -> list[Tensor]:
         """The same for all subjects, as far as they use as many."""

@@ -30,6 +30,7 @@ from .analysis import (
     verdict,
 )
 from .charts import Scene
+from .presets import ACTIVE_TOLERANCE, TOTAL_TOLERANCE
 from .record import Phase, Preset, Profile, Subject
 from .timing import write_text
 
@@ -329,7 +330,8 @@ def _method(profile: Profile) -> str:
         "<strong>Tokens</strong> are those of one pass through one layer.",
         "<strong>Bytes by the model</strong> are parameters and activations that a pass has to "
         "move. Rows or experts that several tokens use are counted once (repeats cached, the "
-        "lower bound) or for every use (never cached, the upper); a real pass lies between. Where "
+        "lower bound) or for every use (never cached, the upper); a real pass is expected between, "
+        "or below where activations stay in the cache. Where "
         "the run counted the distinct ones that its inputs used, that count is taken instead of "
         "the expectation for uniform choices.",
         "<strong>The least time</strong> (floor) is the longer of the lower bound over the copy "
@@ -338,15 +340,17 @@ def _method(profile: Profile) -> str:
         "distance to the line above is the achieved fraction.",
         "<strong>Crossovers</strong> are interpolated between neighbouring numbers of tokens, on "
         "logarithmic axes; both neighbours are named.",
-        "<strong>Matched</strong> means that active and total parameters differ by at most "
-        f"{TOLERANCE:.0%}.",
+        f"<strong>Matched</strong> means that active parameters differ by at most "
+        f"{ACTIVE_TOLERANCE:.0%}, and all together by at most {TOTAL_TOLERANCE:.0%}.",
     ]
     if profile.measured:
         items[1:1] = [
             "<strong>Time</strong> is the median on the device, with quartiles. Decode runs as a "
             "CUDA graph of many passes over inputs and parameters that rotate, so that caches are "
-            "as cold as between the layers of a model. Training is timed with caches overwritten "
-            "before each run.",
+            "as cold as between the layers of a model. Training adds to gradients that are there: "
+            "autograd writes those of dense parameters and experts anew, reads them and adds them, "
+            "which is more than the model counts; of a table it leaves factors, and what makes "
+            "gradients of them is part of the optimizer's step, counted by the model alone.",
             "<strong>Bytes by NVML</strong> come from the DRAM utilisation over a long window in "
             "which passes follow each other, less that of the idle GPU, calibrated by a copy of "
             "known size in the same run. <strong>Energy</strong> is the GPU's over that window, "

@@ -17,7 +17,7 @@ __all__ = ["Settings", "SettingsError"]
 AGREEMENT_TARGETS = ("copy", "gather", "value_ffn", "moe")
 DECODE_TOKENS = (*PRESET_DECODE_TOKENS, 8192)
 # A window of NVML takes seconds where a timing takes milliseconds: by default these alone have one.
-WINDOW_SUBJECTS = ("block", "moe", "memory")
+WINDOW_SUBJECTS = ("block", "moe", "moe-matched", "memory")
 WINDOW_TOKENS: dict[Phase, tuple[int, ...]] = {
     "decode": (1, 4, 16, 64, 256, 1024, 4096, 8192),
     "training": (1024, 8192, 65536),
@@ -59,7 +59,7 @@ class Settings:
     window_seconds: float = 1.5
     """Of a window of NVML, without the half second before it."""
     all_windows: bool = False
-    """A window for every point; else for block, moe and memory at every fourth power of two."""
+    """A window for every point; else for the subjects and numbers of tokens above."""
     agreement_targets: Sequence[str] = AGREEMENT_TARGETS
     """Whose bytes are compared by model, NVML and ncu."""
     seed: int = 0

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         type=int,
         metavar="N",
-        help="default: 1024, 2048, 4096, ... 65536",
+        help="default: 1024, 4096, 8192, 16384, 65536",
     )
     parser.add_argument(
         "--quick", action="store_true", help="few points of one preset: one to two minutes"
@@ -73,7 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--all-windows",
         action="store_true",
-        help="bytes and energy by NVML at every point (seconds each), not at every other only",
+        help="bytes and energy by NVML at every point, seconds each (default: of the block, the "
+        "memory layer and the mixtures compared with the block)",
     )
     parser.add_argument(
         "--seconds", type=float, metavar="S", help="length of a window of NVML (default: 1.5)"
