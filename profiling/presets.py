@@ -2,7 +2,7 @@
 
 All sizes follow from ``UltraMemConfig.preset`` and the two rules here: what is compared at equal
 parameters has equal *active* parameters (those that a token uses) and, where that can be, equal
-*total* ones, of the table those of one layer's share. ``matches`` says how nearly. The
+*total* ones, of the table those of one layer's share. ``analysis.matching`` says how nearly. The
 configurations are the shapes S ("227M-1.2B") and M ("1B-7B") of ``bench/shapes.py``, from which
 they differ in nothing but that they name no number of tokens.
 """
@@ -65,28 +65,6 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Match:
-    """How nearly two subjects have the same parameters."""
-
-    ours: str
-    other: str
-    active: float
-    """Active parameters of the other over those of ours."""
-    total: float
-    """Total parameters, likewise."""
-
-    @property
-    def matched(self) -> bool:
-        return abs(self.active - 1) <= ACTIVE_TOLERANCE and abs(self.total - 1) <= TOTAL_TOLERANCE
-
-    def __str__(self) -> str:
-        return (
-            f"{self.other} against {self.ours}: {self.active - 1:+.1%} active parameters, "
-            f"{self.total - 1:+.1%} in all"
-        )
-
-
-@dataclass(frozen=True)
 class ProfilePreset:
     """Subjects of one model size, and which of them are compared."""
 
@@ -107,15 +85,6 @@ class ProfilePreset:
         """As the record has it."""
         subjects = tuple(case.subject for case in self.cases)
         return record.Preset(self.name, self.config.d_model, subjects, self.comparisons)
-
-    def matches(self) -> list[Match]:
-        """Of all comparisons; OLMoE's own experts are not matched, all others are."""
-        found = []
-        for ours, other in self.comparisons:
-            a, b = self[ours].subject, self[other].subject
-            active = b.active_parameters / a.active_parameters
-            found.append(Match(ours, other, active, b.total_parameters / a.total_parameters))
-        return found
 
 
 @cache

@@ -30,11 +30,14 @@ def ffn_with_memory(
     Args:
         ffn: [..., D] to [..., D]; what it returns must be a tensor of its own, which is written to.
         memory: the block's memory layer.
-        x: [..., D], the normed input of both.
+        x: [..., D], the normed input of both, in a dtype that both take.
         table: the model's table.
 
     Returns:
-        [..., D].
+        [..., D], of the dtype of the sum.
+
+    Raises:
+        ValueError, TypeError: as the memory layer's forward does; and what ``ffn`` raises.
     """
     if not _runs_beside(memory, x):
         return ffn(x) + memory(x, table)

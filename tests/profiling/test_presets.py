@@ -11,8 +11,8 @@ import torch
 from bench.shapes import SHAPES
 from ultramem_cuda import MemoryTable, UltraMemConfig, UltraMemLayer
 from ultramem_cuda.examples.lm.layers import MoE, SwiGLU
-from ultramem_cuda.profiling import presets, traffic
-from ultramem_cuda.profiling.presets import Match, profile_preset
+from ultramem_cuda.profiling import analysis, presets, traffic
+from ultramem_cuda.profiling.presets import profile_preset
 
 
 @pytest.fixture(params=presets.NAMES)
@@ -34,23 +34,16 @@ def test_names(preset: presets.ProfilePreset) -> None:
         profile_preset("7B")
 
 
-def test_matches(preset: presets.ProfilePreset) -> None:
-    for match in preset.matches():
-        print(match)
-        ours, other = preset[match.ours].layer, preset[match.other].layer
-        active = other.active_parameters() / ours.active_parameters()
-        total = other.total_parameters() / ours.total_parameters()
-        olmoe = preset.name == "1B-7B" and match.other == "moe"
-        close = abs(active - 1) <= 0.02 and abs(total - 1) <= 0.10
-        assert close == match.matched == (not olmoe)
-
-
-def test_a_match_says_how_near_it_is() -> None:
-    match = Match("block", "moe", 0.987, 1.031)
-    assert match.matched
-    assert str(match) == "moe against block: -1.3% active parameters, +3.1% in all"
-    assert not Match("block", "moe", 1.021, 1.0).matched
-    assert not Match("block", "moe", 1.0, 0.89).matched
+def test_matched_in_parameters(preset: presets.ProfilePreset) -> None:
+    """All that are compared, but for OLMoE's own experts."""
+    for ours, other in preset.comparisons:
+        a, b = preset[ours], preset[other]
+        active = a.layer.active_parameters() / b.layer.active_parameters()
+        total = a.layer.total_parameters() / b.layer.total_parameters()
+        matched = abs(active - 1) <= 0.02 and abs(total - 1) <= 0.10
+        assert matched == ((preset.name, other) != ("1B-7B", "moe"))
+        sentence = analysis.matching(analysis.Comparison("decode", a.subject, b.subject, ()))
+        assert sentence.endswith(": matched.") == matched
 
 
 def test_the_memory_layer_is_the_benchs_shape() -> None:
