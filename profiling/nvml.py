@@ -47,6 +47,8 @@ METRICS = (DRAM, SM, OCCUPANCY, TENSOR)
 """GPM metrics, as named after NVML_GPM_METRIC_: DRAM bandwidth of its theoretical maximum; SMs that
 were busy; warps that were active, of those that fit; time in which SMs did tensor operations."""
 
+_ALL_LINKS = 0xFFFFFFFF  # of a field, as its scope
+
 # NVML has called them throttle reasons and event reasons; the bits are the same. Two more were
 # documented once and are still set by some drivers.
 _THROTTLE_REASONS = {
@@ -181,6 +183,19 @@ class NvmlDevice:
         """The SM clock at this moment."""
         kind = self._library.pynvml.NVML_CLOCK_SM
         return self._of_whole_gpu("SM clock", "nvmlDeviceGetClockInfo", kind)
+
+    def nvlink_sent_bytes(self) -> int | Unavailable:
+        """What the GPU has sent over all its NVLinks, data alone, since a time of the driver's
+        choosing. The counter moves every few milliseconds, by KiB."""
+        field = self._library.pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX
+        request = [(field, _ALL_LINKS)]
+        found = self._of_whole_gpu("NVLink", "nvmlDeviceGetFieldValues", request)
+        if isinstance(found, Unavailable):
+            return found
+        (value,) = found
+        if value.nvmlReturn != 0:
+            return self._library.refusal("NVLink", value.nvmlReturn)
+        return int(value.value.ullVal) * 1024
 
     def throttle_reasons(self) -> tuple[str, ...] | Unavailable:
         """What keeps the clocks from their maximum at this moment, in words."""
@@ -413,6 +428,7 @@ def describe(device: NvmlDevice) -> list[str]:
         f"{name.reason if isinstance(name, Unavailable) else name}, {device.uuid}",
         *(line(metric, share, lambda value: f"{value:.2%}") for metric, share in shares.items()),
         line("energy", device.energy_joules(), lambda j: f"{j:.3f} J since the driver was loaded"),
+        line("NVLink", device.nvlink_sent_bytes(), lambda sent: f"{sent / 1e9:.3f} GB sent"),
         line("SM clock", device.sm_clock_mhz(), lambda mhz: f"{mhz} MHz"),
         line("throttle reasons", device.throttle_reasons(), lambda r: ", ".join(r) or "none"),
         line("memory", device.memory(), _in_gigabytes),

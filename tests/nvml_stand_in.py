@@ -11,7 +11,7 @@ import ctypes
 import itertools
 import math
 from collections.abc import Callable, Collection, Mapping
-from ctypes import POINTER, c_char_p, c_double, c_int, c_uint, c_ulonglong, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_int, c_long, c_uint, c_ulonglong, c_void_p
 from typing import Any
 
 import pytest
@@ -33,6 +33,7 @@ GPU_UUID = "GPU-01234567-89ab-cdef-0123-456789abcdef"
 MIG_UUID = "MIG-fedcba98-7654-3210-fedc-ba9876543210"
 _GPU, _MIG = 0x1000, 0x2000
 _GPU_INSTANCE = 7
+_NVLINK_SENT, _ALL_LINKS = 138, 0xFFFFFFFF  # a field, and its scope
 
 
 class SimulatedGpu:
@@ -148,6 +149,18 @@ class _MemoryV2(ctypes.Structure):
     )
 
 
+class _FieldValue(ctypes.Structure):
+    _fields_ = (
+        ("fieldId", c_uint),
+        ("scopeId", c_uint),
+        ("timestamp", c_long),
+        ("latencyUsec", c_long),
+        ("valueType", c_uint),
+        ("nvmlReturn", c_uint),
+        ("value", c_ulonglong),
+    )
+
+
 def _c(*argtypes: Any, restype: Any = c_int) -> Callable[[Any], Any]:
     def mark(method: Any) -> Any:
         method.prototype = ctypes.CFUNCTYPE(restype, *argtypes)
@@ -189,6 +202,7 @@ class NvmlStandIn:
         gpm_lag: float = 0.12,
         lost_at: float = math.inf,
         throttle_reasons: int = 0,
+        nvlink_kib: int | None = None,
     ) -> None:
         self.gpu = gpu
         self.returns = dict(returns or {})
@@ -200,6 +214,7 @@ class NvmlStandIn:
         self.gpm_lag = gpm_lag
         self.lost_at = lost_at
         self.throttle_reasons_bits = throttle_reasons
+        self.nvlink_kib = nvlink_kib  # None: no NVLink
         self.users = 0
         self.samples: dict[int, float | None] = {}
         self.asked: list[str] = []
@@ -333,6 +348,16 @@ class NvmlStandIn:
     @_c(c_void_p, c_uint, _INTEGER)
     def c_nvmlDeviceGetClockInfo(self, handle: int, kind: int, mhz: Any) -> int:
         mhz[0] = {0: 1755, 1: 1980, 2: 2619}[kind]
+        return SUCCESS
+
+    @_c(c_void_p, c_int, POINTER(_FieldValue))
+    def c_nvmlDeviceGetFieldValues(self, handle: int, count: int, values: Any) -> int:
+        for i in range(count):
+            known = values[i].fieldId == _NVLINK_SENT and values[i].scopeId == _ALL_LINKS
+            if known and self.nvlink_kib is not None:
+                values[i].value, values[i].nvmlReturn = self.nvlink_kib, SUCCESS
+            else:
+                values[i].nvmlReturn = NOT_SUPPORTED
         return SUCCESS
 
     def _throttle_reasons(self, handle: int, reasons: Any) -> int:

@@ -11,7 +11,9 @@ The operators are in `ultramem_cuda.ops` (and under `torch.ops.ultramem`); the c
 `ultramem`.
 """
 
+import importlib as _importlib
 from pathlib import Path as _Path
+from typing import Any as _Any
 
 from . import factors, init, losses, nvtx, ops, optim, stats, topology
 from ._version import __version__
@@ -36,9 +38,20 @@ __all__ = [
     "nvtx",
     "ops",
     "optim",
+    "parallel",
     "stats",
     "topology",
 ]
+
+# Imported at first use: torch.distributed takes a while, and not every torch has it.
+_LAZY = ("parallel",)
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _LAZY:
+        return _importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 # python_ref, profiling, bench and examples are folders of the repository's root, shipped inside
 # this package by the wheel. In a checkout they are found where they are.

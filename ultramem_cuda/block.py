@@ -23,12 +23,20 @@ def ffn_with_memory(
     Few tokens leave a GPU unused in different ways: the FFN waits for its weights, retrieval for
     one small kernel after the other. Without gradients on CUDA, retrieval runs on a stream of its
     own while the FFN runs on the caller's, and the memory's output projection adds to what the FFN
-    has returned. Ordered with the caller's stream at both ends, and capturable in a CUDA graph.
-    With gradients, under autocast or ``torch.compile``, with hooks on ``memory`` or a subclass, and
-    elsewhere, one runs after the other.
+    has returned. Under autocast, with hooks on ``memory`` or a subclass of it, one runs after the
+    other.
+
+    A table that is sharded over several GPUs makes them wait for each other. With it the whole
+    memory layer runs beside the FFN, with gradients as well: what goes over the wire, forward and
+    backward, goes while the FFN computes.
+
+    Ordered with the caller's stream at both ends, and capturable in a CUDA graph. With gradients
+    and a table that is not sharded, under ``torch.compile`` and on the CPU, one runs after the
+    other.
 
     Args:
-        ffn: [..., D] to [..., D]; what it returns must be a tensor of its own, which is written to.
+        ffn: [..., D] to [..., D]; what it returns must be a tensor of its own, which is written to
+            without gradients.
         memory: the block's memory layer.
         x: [..., D], the normed input of both, in a dtype that both take.
         table: the model's table.
@@ -39,6 +47,8 @@ def ffn_with_memory(
     Raises:
         ValueError, TypeError: as the memory layer's forward does; and what ``ffn`` raises.
     """
+    if _shares_wires(table, x):
+        return _whole_beside(ffn, memory, x, table)
     if not _runs_beside(memory, x):
         return ffn(x) + memory(x, table)
     tokens = memory.flat_tokens(x, table)
@@ -62,6 +72,35 @@ def ffn_with_memory(
         # the next use of the side stream there waits for this one's end.
         read.record_stream(main)
     return _add_projected(memory.value_proj, read, y, x)
+
+
+def _whole_beside(
+    ffn: Callable[[Tensor], Tensor], memory: UltraMemLayer, x: Tensor, table: MemoryTable
+) -> Tensor:
+    """Backwards run on the streams of their forwards, which autograd orders."""
+    main = torch.cuda.current_stream(x.device)
+    side = _side_stream(main)
+    side.wait_stream(main)
+    try:
+        with torch.cuda.stream(side):
+            out = memory(x, table)
+        y = ffn(x)
+    finally:
+        main.wait_stream(side)
+    if not is_capturing(x.device):
+        x.record_stream(side)
+        out.record_stream(main)
+    return y + out
+
+
+def _shares_wires(table: MemoryTable, x: Tensor) -> bool:
+    return (
+        x.device.type == "cuda"
+        and not torch.compiler.is_compiling()
+        and isinstance(table, MemoryTable)
+        and table.sharding is not None
+        and table.sharding.num_shards > 1
+    )
 
 
 def _runs_beside(memory: UltraMemLayer, x: Tensor) -> bool:

@@ -121,6 +121,7 @@ class GradientFactors:
     def _start_empty(self, device: torch.device) -> None:
         # What clipping and steps know of the present factors; see optim.
         self.step_cache: Any = None
+        self._gathered: GradientFactors | None = None
         self._lock = threading.Lock()
         self._stream: torch.cuda.Stream | None = None
         # See _library.FactorsState.
@@ -312,6 +313,8 @@ class GradientFactors:
             # Through `data`: graphs of compiled code have saved the arena, at this version.
             self._arena.data[:_HEADER_BYTES].zero_()
             self._count(0)
+        if self._gathered is not None:
+            self._gathered.clear()
 
     def release(self) -> None:
         """Give the buffers back, and forget the shape that the first use fixed.
@@ -327,6 +330,7 @@ class GradientFactors:
             self._shape, self._sections = None, ()
             self._replace(self._allocate(0, self.device))
             self._count(0)
+            self._gathered = None
 
     def _fix_shape(self, shape: FactorShape, op: str) -> None:
         if self._shape is not None:
@@ -486,6 +490,39 @@ class GradientFactors:
             self._shape, self._sections = None, ()
         self._start_empty(device)
 
+    # ---- over processes ------------------------------------------------------------------------
+
+    def gathered(self, group: torch.distributed.ProcessGroup) -> GradientFactors:
+        """The factors of all ranks of a group, in the order of the ranks, on each of them.
+
+        All must hold the same number of tokens. The result belongs to this object, which clears it
+        with itself.
+        """
+        num_ranks = torch.distributed.get_world_size(group)
+        tokens, gathered = self.num_tokens, self._gathered
+        if gathered is None:
+            dims = (self.num_slots, self.value_dim, self.pre_value_dim)
+            gathered = GradientFactors(*dims, dtype=self.dtype, device=self.device)
+            self._gathered = gathered
+        gathered.clear()
+        if self._shape is None:
+            return gathered
+        gathered._fix_shape(self._shape, "gathered")
+        gathered.reserve(num_ranks * tokens)
+        gathered._enter_stream()
+        for begin, end in itertools.pairwise(self._sections):
+            to, from_ = (_HEADER_BYTES + f.capacity * begin for f in (gathered, self))
+            size = tokens * (end - begin)
+            if size:
+                torch.distributed.all_gather_into_tensor(
+                    gathered._arena[to : to + num_ranks * size],
+                    self._arena[from_ : from_ + size],
+                    group=group,
+                )
+        gathered._arena[:8].view(torch.int64).fill_(num_ranks * tokens)
+        gathered._count(num_ranks * tokens)
+        return gathered
+
     # ---- as gradients --------------------------------------------------------------------------
 
     def to_dense(self) -> tuple[Tensor, Tensor | None]:
@@ -567,7 +604,7 @@ class GradientFactors:
     # ---- copies --------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = ("_arena", "_lock", "_strangers", "_stream", "step_cache")
+        dropped = ("_arena", "_gathered", "_lock", "_strangers", "_stream", "step_cache")
         return {name: value for name, value in self.__dict__.items() if name not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -206,18 +206,24 @@ class UltraMemLayer(nn.Module):
         summed groups."""
         if self.usage is not None:
             self.usage.update(indices)
-        out = ops.value_ffn(
-            indices,
-            scores,
-            table.values,
-            table.pre_values,
-            pre_input,
-            activation=self.config.activation,
-            addressing=self.addressing,
-            sum_groups=self.config.sum_groups,
-            table_scale=table.scale,
-            factors=table.factors,
-        )
+        options: dict[str, Any] = {
+            "activation": self.config.activation,
+            "addressing": self.addressing,
+            "sum_groups": self.config.sum_groups,
+        }
+        if table.sharding is not None and table.sharding.by is not None:
+            out = table.sharding.read(table, indices, scores, pre_input, **options)
+        else:
+            out = ops.value_ffn(
+                indices,
+                scores,
+                table.values,
+                table.pre_values,
+                pre_input,
+                table_scale=table.scale,
+                factors=table.factors,
+                **options,
+            )
         out = out.flatten(1)
         # Without pre-values the rows' dtype comes out, which need not be that of the network.
         return out if pre_input is not None else out.to(self.query_proj.weight.dtype)

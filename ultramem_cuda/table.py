@@ -5,15 +5,19 @@ from __future__ import annotations
 import collections
 import math
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from ._local import is_dtensor, local
 from .config import UltraMemConfig
 from .factors import GradientFactors
 from .init import table_std
+
+if TYPE_CHECKING:
+    from .parallel import TableSharding
 
 _PARAMETER_ATTRIBUTE = "_ultramem_table"
 # Rows that are scaled in float64 at once.
@@ -43,6 +47,7 @@ def table_of(parameter: Tensor) -> MemoryTable | None:
 @torch.no_grad()
 def write_scaled(to: Tensor, rows: Tensor, scale: Tensor) -> None:
     """to = rows * scale, rounded once from float64, of which there is never a whole table."""
+    to, rows = local(to), local(rows)
     scale = scale.to(rows.device, torch.float64)
     for out, part in zip(to.split(_ROWS_AT_ONCE), rows.split(_ROWS_AT_ONCE), strict=True):
         out.copy_(part.double() * scale)
@@ -98,7 +103,12 @@ class MemoryTable(nn.Module):
             Whoever reads, writes or averages the parameters themselves, or steps them with an
             optimizer of their own, must heed it; see :meth:`fold_scale`.
         factors: a :class:`~ultramem_cuda.factors.GradientFactors` with ``grad_mode="deferred"``,
-            else None. Its gradients are those of the effective weights.
+            else None. Its gradients are those of the effective weights; where the table is sharded,
+            of this rank's part, summed over the memory group.
+        sharding: a :class:`~ultramem_cuda.parallel.TableSharding` after
+            ``parallel.shard_table`` or ``parallel.replicate_table``, else None. The parameters of a
+            sharded table are DTensors; num_slots, value_dim and pre_value_dim are those of all of
+            it.
 
     Args:
         num_slots: rows, N; N times the width may pass 2^31.
@@ -112,7 +122,8 @@ class MemoryTable(nn.Module):
             ``ultramem_cuda.optim``, which apply them. One that does not know of them (class
             attribute ``handles_deferred``) raises when it is to step such a table;
             ``torch.nn.utils.clip_grad_norm_`` does not see them, ``optim.clip_grad_norm_`` does.
-            Several processes (DDP) do not exchange them: those optimizers refuse to step there.
+            In a job of several processes those optimizers refuse to step a table that
+            ``ultramem_cuda.parallel`` has neither sharded nor replicated.
         init_std: standard deviation of the normal initialisation of both parameters.
 
     ``zero_grad()`` of a module that holds the table sets ``.grad`` itself and does not call the
@@ -136,6 +147,7 @@ class MemoryTable(nn.Module):
     pre_values: nn.Parameter | None
     scale: Tensor | None
     factors: GradientFactors | None
+    sharding: TableSharding | None
 
     def __init__(
         self,
@@ -174,6 +186,7 @@ class MemoryTable(nn.Module):
         self.pre_value_dim = pre_value_dim or 0
         self.grad_mode = grad_mode
         self.init_std = init_std
+        self.sharding = None
         self.values = nn.Parameter(torch.empty(num_slots, value_dim, dtype=dtype, device=device))
         if self.pre_value_dim:
             pre_values = torch.empty(num_slots, self.pre_value_dim, dtype=dtype, device=device)
@@ -186,13 +199,7 @@ class MemoryTable(nn.Module):
         self._register_scale()
         self.factors = None
         if grad_mode == "deferred":
-            self.factors = GradientFactors(
-                num_slots,
-                value_dim,
-                self.pre_value_dim,
-                dtype=self.values.dtype,
-                device=self.values.device,
-            )
+            self.factors = self._new_factors()
             _foreign_optimizers.watch()
         self.reset_parameters()
 
@@ -218,6 +225,24 @@ class MemoryTable(nn.Module):
         table._config = config
         return table
 
+    def _new_factors(self) -> GradientFactors:
+        """For the rows and columns that are here."""
+        values = local(self.values)
+        pre_values = None if self.pre_values is None else local(self.pre_values)
+        return GradientFactors(
+            values.shape[0],
+            values.shape[1],
+            0 if pre_values is None else pre_values.shape[1],
+            dtype=values.dtype,
+            device=values.device,
+        )
+
+    def _set_sharding(self, sharding: TableSharding) -> None:
+        """The parameters are this rank's part by now."""
+        self.sharding = sharding
+        if self.grad_mode == "deferred":
+            self.factors = self._new_factors()
+
     def _register_scale(self) -> None:
         scale = None
         if self.grad_mode == "deferred":
@@ -226,10 +251,16 @@ class MemoryTable(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw both parameters from N(0, init_std^2) with torch's default generator."""
-        self.values.normal_(0.0, self.init_std)
-        if self.pre_values is not None:
-            self.pre_values.normal_(0.0, self.init_std)
+        """Draw both parameters from N(0, init_std^2) with torch's default generator.
+
+        Each rank of a sharded table draws its part, seeded by the generator of the mesh's first.
+        """
+        generator: torch.Generator | None = None
+        if self.sharding is not None and not self.values.is_meta:
+            generator = torch.Generator(self.values.device).manual_seed(self.sharding.draw_seed())
+        for parameter in (self.values, self.pre_values):
+            if parameter is not None:
+                local(parameter).normal_(0.0, self.init_std, generator=generator)
         if self.scale is not None:
             self.scale.fill_(1.0)
         self._awaits_scale = [False, False]
@@ -277,7 +308,7 @@ class MemoryTable(nn.Module):
 
         Args:
             num_tokens: of a step: those of a batch, times micro-batches, times the layers that
-                share the table.
+                share the table; of this rank alone where the table is sharded.
             config: of the layers; by default that of :meth:`from_config`. Not needed once a
                 backward has run.
             dtype: of the layers' activations (under autocast, autocast's); by default the table's.
@@ -288,16 +319,21 @@ class MemoryTable(nn.Module):
         if self.factors is None:
             raise ValueError("reserve: the table's grad_mode must be 'deferred', got 'dense'")
         config = config or self._config
+        if self.sharding is not None:
+            num_tokens *= self.sharding.num_shards
         if config is None or (self.factors.shape is not None and dtype is None):
             self.factors.reserve(num_tokens)
             return
         self.factors.reserve(
             num_tokens,
             num_selected=config.num_heads * config.topk,
-            num_cores=config.num_cores,
+            num_cores=self._cores_here(config.num_cores),
             num_groups=config.output_groups,
             dtype=dtype or self.values.dtype,
         )
+
+    def _cores_here(self, num_cores: int) -> int:
+        return num_cores if self.sharding is None else self.sharding.num_weights(num_cores)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As ``nn.Module.zero_grad``; deferred gradients are cleared, too."""
@@ -327,7 +363,12 @@ class MemoryTable(nn.Module):
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        defaults = {"factors": None, "_config": None, "_awaits_scale": [False, False]}
+        defaults = {
+            "factors": None,
+            "sharding": None,
+            "_config": None,
+            "_awaits_scale": [False, False],
+        }
         super().__setstate__({**defaults, **state})
         if "scale" not in self._buffers:  # of an older version
             self._register_scale()
@@ -410,12 +451,13 @@ class MemoryTable(nn.Module):
 
         Raises:
             ValueError: another number or width of rows.
-            NotImplementedError: the rows are sharded.
+            NotImplementedError: the parameters are DTensors that others have made.
         """
-        if hasattr(self.values, "device_mesh"):
+        if self.sharding is None and is_dtensor(self.values):
             raise NotImplementedError(
-                "table: its rows are a DTensor, which is not available in this version; leave the "
-                "table in FSDP's root unit, or exclude it from sharding"
+                "table: its parameters are DTensors; shard it by ultramem_cuda.parallel."
+                "shard_table, and give fully_shard its parameters as ignored_params (or leave the "
+                "table in FSDP's root unit)"
             )
         for name in ("num_slots", "value_dim", "pre_value_dim"):
             mine, theirs = getattr(self, name), getattr(config, name)
@@ -429,4 +471,5 @@ class MemoryTable(nn.Module):
             f"num_slots={self.num_slots}, value_dim={self.value_dim}, "
             f"pre_value_dim={self.pre_value_dim}, dtype={self.values.dtype}, "
             f"grad_mode={self.grad_mode!r}"
+            + ("" if self.sharding is None else f", {self.sharding}")
         )

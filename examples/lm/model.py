@@ -38,10 +38,9 @@ class Block(nn.Module):
         if isinstance(self.ffn, MoE):
             y, balance = self.ffn(normed.flatten(0, 1))
             return x + y.view_as(x), balance
-        y = self.ffn(normed)
-        if self.memory is not None:
-            y = y + self.memory(normed, table)
-        return x + y, None
+        if self.memory is None or table is None:
+            return x + self.ffn(normed), None
+        return x + um.ffn_with_memory(self.ffn, self.memory, normed, table), None
 
 
 class ByteLM(nn.Module):

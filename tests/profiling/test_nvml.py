@@ -174,6 +174,17 @@ def test_values(library: Library, gpu: SimulatedGpu) -> None:
     assert (shares[nvml.SM], shares[nvml.OCCUPANCY], shares[nvml.TENSOR]) == (0.75, 0.5, 0.25)
 
 
+def test_nvlink(library: Library) -> None:
+    library(nvlink_kib=5)
+    with _open() as device:
+        assert device.nvlink_sent_bytes() == 5 * 1024
+    library()
+    with _open() as device:
+        assert device.nvlink_sent_bytes() == Unavailable(
+            "NVLink: NVML says Not Supported", stand_in.NOT_SUPPORTED
+        )
+
+
 def test_throttle_reasons_of_an_older_driver(library: Library) -> None:
     library(absent=["nvmlDeviceGetCurrentClocksEventReasons"], throttle_reasons=1)
     with _open() as device:
@@ -310,6 +321,7 @@ def test_description(
 ) -> None:
     monkeypatch.setattr(time, "sleep", gpu.sleep)
     library(
+        nvlink_kib=10**6,
         metric_returns={stand_in.SM_OCCUPANCY: stand_in.NOT_SUPPORTED},
         returns={"nvmlDeviceGetTotalEnergyConsumption": stand_in.NOT_SUPPORTED},
     )
@@ -323,6 +335,7 @@ def test_description(
         "SM_OCCUPANCY": "GPM metric SM_OCCUPANCY: NVML says Not Supported",
         "ANY_TENSOR_UTIL": "25.00%",
         "energy": "nvmlDeviceGetTotalEnergyConsumption: NVML says Not Supported",
+        "NVLink": "1.024 GB sent",
         "SM clock": "1980 MHz",
         "throttle reasons": "none",
         "memory": "3.0 of 80.0 GB in use",

@@ -85,20 +85,12 @@ def value_ffn(
     _library.require(values.device.type)
     if pre_input is not None:
         (pre_input,) = cast_for_autocast(pre_input)
-    permutation: Tensor | None = None
-    window, offset, expand, shuffle, num_keys, seed = 0, 0, 1, "none", 0, 0
-    if addressing is not None:
-        if addressing.num_slots != values.shape[0]:
-            raise ValueError(
-                f"value_ffn: addressing.num_slots must be the table's {values.shape[0]} rows, "
-                f"got {addressing.num_slots}"
-            )
-        window, offset, expand = addressing.window, addressing.offset, addressing.expand
-        num_keys, seed = addressing.num_keys, addressing.seed
-        if isinstance(addressing.shuffle, Tensor):
-            permutation, shuffle = addressing.shuffle, "permutation"
-        else:
-            shuffle = addressing.shuffle or "none"
+    if addressing is not None and addressing.num_slots != values.shape[0]:
+        raise ValueError(
+            f"value_ffn: addressing.num_slots must be the table's {values.shape[0]} rows, "
+            f"got {addressing.num_slots}"
+        )
+    permutation, *place = addressing_arguments(addressing)
     trains = _tables_train(values, pre_values)
     if table_scale is not None:
         if table_scale.requires_grad:
@@ -115,7 +107,7 @@ def value_ffn(
             raise ValueError("value_ffn: factors and a main_grad of the tables exclude each other")
         if indices.dim() == 2 and scores.dim() == 3:  # else the operator says so
             like = values if pre_input is None else pre_input
-            num_groups = 1 if sum_groups else expand
+            num_groups = 1 if sum_groups or addressing is None else addressing.expand
             shape = FactorShape(indices.shape[1], scores.shape[2], num_groups, like.dtype)
             arena = factors._for_forward(values, pre_values, shape)
     out, _ = torch.ops.ultramem.value_ffn(
@@ -130,15 +122,31 @@ def value_ffn(
         pre_values_main_grad,
         arena,
         activation,
-        window,
-        offset,
-        expand,
-        shuffle,
-        num_keys,
-        seed,
+        *place,
         sum_groups,
     )
     return out
+
+
+def addressing_arguments(addressing: SlotAddressing | None) -> tuple[Any, ...]:
+    """How it reaches the operators: permutation, window, offset, expand, shuffle, num_keys, seed.
+
+    Without addressing, the index is the slot.
+    """
+    if addressing is None:
+        return None, 0, 0, 1, "none", 0, 0
+    explicit = isinstance(addressing.shuffle, Tensor)
+    permutation = addressing.shuffle if explicit else None
+    shuffle = "permutation" if explicit else addressing.shuffle or "none"
+    return (
+        permutation,
+        addressing.window,
+        addressing.offset,
+        addressing.expand,
+        shuffle,
+        addressing.num_keys,
+        addressing.seed,
+    )
 
 
 def _tables_train(values: Tensor, pre_values: Tensor | None) -> bool:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import _library, nvtx
+from .._local import local
+from ..factors import GradientFactors
 from ..table import MemoryTable, table_of
 
 
@@ -27,7 +29,8 @@ class StepCache:
     """What clipping leaves for the step, as ``factors.step_cache``; ``factors.clear()`` drops it.
 
     Attributes:
-        num_entries, version: which entries it belongs to.
+        num_entries, version: which entries of the table's factors it belongs to.
+        factors: the table's; where copies of the table have more of them, those of all copies.
         grouping: computed once a step, for both parameters and for norm and update.
         grad_scale: float32 scalar on the device that multiplies the gradients; None for 1.
         unscaled: a :class:`GradScaler` has looked at the factors and put its scale in grad_scale.
@@ -35,6 +38,7 @@ class StepCache:
 
     num_entries: int
     version: int
+    factors: GradientFactors
     grouping: Grouping
     grad_scale: Tensor | None = None
     unscaled: bool = False
@@ -55,17 +59,24 @@ def dense_gradient(param: Tensor) -> Tensor | None:
     return param.grad if param.grad is not None else getattr(param, "main_grad", None)
 
 
-def factors_of(table: MemoryTable) -> Any:
+def factors_of(table: MemoryTable) -> GradientFactors:
+    """Those of a table with deferred gradients."""
+    assert table.factors is not None
     return table.factors
 
 
+def rows_here(table: MemoryTable) -> int:
+    """Rows of the table on this rank."""
+    return int(local(table.values).shape[0])
+
+
 def has_entries(table: MemoryTable) -> bool:
-    factors = factors_of(table)
-    return factors is not None and factors.slots.shape[0] > 0
+    return table.factors is not None and table.factors.slots.shape[0] > 0
 
 
 def step_cache(table: MemoryTable) -> StepCache:
-    """That of the table's present factors; entries are sorted at the first call of a step.
+    """That of the table's present factors; at the first call of a step they are exchanged with the
+    table's copies, and sorted.
 
     Raises:
         RuntimeError: gradients came after it was computed.
@@ -77,7 +88,7 @@ def step_cache(table: MemoryTable) -> StepCache:
     version = 0 if slots.is_inference() else slots._version
     cache: StepCache | None = factors.step_cache
     if cache is None or (cache.num_entries == num_entries and cache.version != version):
-        cache = StepCache(num_entries, version, _group(slots, table.num_slots))
+        cache = _new_cache(table, num_entries, version)
         factors.step_cache = cache
     elif cache.num_entries != num_entries:
         raise RuntimeError(
@@ -85,6 +96,17 @@ def step_cache(table: MemoryTable) -> StepCache:
             "every backward before clip_grad_norm_, and zero_grad() after step()"
         )
     return cache
+
+
+def _new_cache(table: MemoryTable, num_entries: int, version: int) -> StepCache:
+    factors, sharding = factors_of(table), table.sharding
+    grad_scale: Tensor | None = None
+    if sharding is not None:
+        group = sharding.replica_group
+        factors = factors if group is None else factors.gathered(group)
+        grad_scale = torch.full((), sharding.gradient_scale, device=factors.device)
+    grouping = _group(factors.slots, rows_here(table))
+    return StepCache(num_entries, version, factors, grouping, grad_scale)
 
 
 @nvtx.annotate("ultramem::table_group")
@@ -103,7 +125,7 @@ class FactoredGradient(NamedTuple):
 
 def factored_gradient(table: MemoryTable, param: Tensor) -> FactoredGradient | None:
     """One parameter's share of the table's factors; None where the backward kept none for it."""
-    factors = factors_of(table)
+    factors = step_cache(table).factors
     if param is table.values:
         return FactoredGradient(
             factors.weights, factors.groups, factors.grad_outs, factors.num_selected
@@ -117,7 +139,8 @@ def factored_gradient(table: MemoryTable, param: Tensor) -> FactoredGradient | N
 
 @nvtx.annotate("ultramem::table_grad_sum_sq")
 def sum_of_squares(table: MemoryTable, param: Tensor) -> Tensor:
-    """Of the parameter's gradient, a float64 scalar on the device; step_cache's scale not applied.
+    """Of the gradient of the parameter's part on this rank, a float64 scalar on the device;
+    step_cache's scale is not applied.
 
     Every row is summed first, in float32 (float64 for float64 tables), so that the result is exact
     where entries of a slot cancel. A second pass over the factors; no gradient table is made.
@@ -127,24 +150,31 @@ def sum_of_squares(table: MemoryTable, param: Tensor) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=param.device)
     weights, groups, source, num_selected = gradient
     result: Tensor = torch.ops.ultramem.table_grad_sum_sq(
-        *step_cache(table).grouping, weights, groups, source, num_selected, table.num_slots
+        *step_cache(table).grouping,
+        weights,
+        groups,
+        source,
+        num_selected,
+        rows_here(table),
     )
     return result
 
 
 def found_nonfinite(table: MemoryTable) -> Tensor:
-    """float32 scalar on the device: 1 where a factor is NaN or infinite, else 0.
+    """float32 scalar on the device: 1 where a factor is NaN or infinite, else 0; of a table over
+    several ranks, on any of them.
 
     One pass over the factors, through their largest magnitudes.
     """
-    factors = factors_of(table)
+    factors = step_cache(table).factors
     parts = (factors.weights, factors.grad_a, factors.grad_outs, factors.pre_inputs)
     largest = [
         torch.linalg.vector_norm(part, float("inf")).float()
         for part in parts
         if part is not None and part.numel()
     ]
-    return (~torch.stack(largest).isfinite().all()).float()
+    found = (~torch.stack(largest).isfinite().all()).float()
+    return found if table.sharding is None else table.sharding.max_over_mesh(found)
 
 
 def trained_parameters(table: MemoryTable) -> list[nn.Parameter]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import nvtx
+from .._local import local, part_of
 from ..table import MemoryTable
 from ._table_gradient import (
     deferred_table,
@@ -37,6 +38,10 @@ def clip_grad_norm_(
     summed before they are squared. Dense gradients (``.grad``, or ``main_grad``) are scaled in
     place; the coefficient of a table stays on the device, and the next ``step()`` of an optimizer
     of this package applies it. Nothing waits for the device, but with error_if_nonfinite.
+
+    Over several processes all ranks call it, and get the norm of all gradients: those of sharded
+    tables and of DTensors (FSDP) are added up over their ranks; other dense gradients must be the
+    same on every rank, as DDP leaves them.
 
     Call it after the last backward of a step. A further call sees the gradients clipped.
 
@@ -91,12 +96,14 @@ def clip_grad_norm_(
 
     device = grads[0].device if grads else deferred[0][0].device
     is_double = any(t.dtype == torch.float64 for t in [*grads, *(p for p, _ in deferred)])
-    squares = [_sum_of_squares(grads).to(device)] if grads else []
+    squares = [(part_of(grad).group, square) for grad, square in _squares(grads)]
     for param, table in deferred:
         square = sum_of_squares(table, param)
         scale = step_cache(table).grad_scale
-        squares.append((square if scale is None else square * scale.double().square()).to(device))
-    total = torch.stack(squares).sum().sqrt().to(torch.float64 if is_double else torch.float32)
+        square = square if scale is None else square * scale.double().square()
+        squares.append((part_of(param).group, square))
+    total = _sum_over_ranks(squares, device).sqrt()
+    total = total.to(torch.float64 if is_double else torch.float32)
     if error_if_nonfinite and not total.isfinite():
         raise RuntimeError(
             f"clip_grad_norm_: the total norm of the gradients is {total.item()}; to clip "
@@ -104,20 +111,36 @@ def clip_grad_norm_(
         )
 
     coefficient = (max_norm / (total + 1e-6)).clamp(max=1.0)
-    for group in _by_device_and_dtype(grads):
+    for group in _by_device_and_dtype([local(grad) for grad in grads]):
         torch._foreach_mul_(group, coefficient.to(group[0].device))
     for table in {id(table): table for _, table in deferred}.values():
         step_cache(table).multiply(coefficient)
     return total
 
 
-def _sum_of_squares(grads: list[Tensor]) -> Tensor:
-    """float64 scalar, from norms in float32 at least."""
-    norms: list[Tensor] = []
-    for group in _by_device_and_dtype(grads):
+def _squares(grads: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """With each gradient the float64 sum of its squares, of a DTensor of this rank's part; from
+    norms in float32 at least."""
+    parts = [local(grad) for grad in grads]
+    wholes = {id(part): grad for part, grad in zip(parts, grads, strict=True)}
+    for group in _by_device_and_dtype(parts):
         dtype = torch.float64 if group[0].dtype == torch.float64 else torch.float32
-        norms += torch._foreach_norm(group, 2.0, dtype=dtype)
-    return torch.stack([norm.to(grads[0].device, torch.float64) for norm in norms]).square().sum()
+        for part, norm in zip(group, torch._foreach_norm(group, 2.0, dtype=dtype), strict=True):
+            yield wholes[id(part)], norm.double().square()
+
+
+def _sum_over_ranks(squares: list[tuple[Any, Tensor]], device: torch.device) -> Tensor:
+    """The sum of all, each over the ranks that have a part of it: one reduction a group."""
+    by_group: dict[Any, list[Tensor]] = {}
+    for group, square in squares:
+        by_group.setdefault(group, []).append(square.to(device))
+    totals = []
+    for group, parts in by_group.items():
+        total = torch.stack(parts).sum()
+        if group is not None:
+            torch.distributed.all_reduce(total, group=group)
+        totals.append(total)
+    return torch.stack(totals).sum()
 
 
 def _by_device_and_dtype(tensors: list[Tensor]) -> list[list[Tensor]]:
@@ -131,9 +154,9 @@ class GradScaler(torch.amp.GradScaler):
     """torch.amp.GradScaler that looks at the factors of tables with deferred gradients, too.
 
     Needed where all parameters of an optimizer are such tables', and for ``unscale_`` (before
-    clip_grad_norm_). torch's own reaches dense gradients alone; with it, a step of this package's
-    optimizers still scales the factors and skips those that are not finite, but the scaler does
-    not learn of them.
+    clip_grad_norm_). Where one rank finds an infinite factor, all skip the step. torch's own
+    reaches dense gradients alone; with it, a step of this package's optimizers still scales the
+    factors and skips those that are not finite, but the scaler does not learn of them.
     """
 
     def _unscale_grads_(
@@ -146,7 +169,8 @@ class GradScaler(torch.amp.GradScaler):
             cache = step_cache(table)
             bad = found_nonfinite(table)
             seen = found.get(bad.device)
-            found[bad.device] = bad if seen is None else torch.maximum(seen, bad)
+            bad = bad if seen is None else torch.maximum(seen, bad)
+            found[bad.device] = bad if table.sharding is None else table.sharding.max_over_mesh(bad)
             if not cache.unscaled:
                 cache.multiply(inv_scale)
                 cache.unscaled = True

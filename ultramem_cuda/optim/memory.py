@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import _library, nvtx
+from .._local import Part, is_dtensor, local, part_of
+from ..ops._checks import accumulation_dtype
 from ..table import MemoryTable, live_optimizers, write_scaled
 from ._table_gradient import (
     deferred_table,
@@ -58,6 +60,10 @@ class MemoryOptimizer(Optimizer):
     ``step()`` leaves the factors to be cleared by ``zero_grad()``, which also zeroes ``main_grad``.
     Gradients that are scaled (``grad_scale``, ``found_inf``) are taken as torch's fused optimizers
     do; see :class:`GradScaler`. The same inputs give the same bits in every run, on every device.
+
+    Parameters may be DTensors (tables of ``ultramem_cuda.parallel``, FSDP2's) that are replicated
+    or sharded over one dimension of their mesh, and have states alike: a rank updates its part, as
+    the whole would be updated.
     """
 
     handles_deferred: ClassVar[bool] = True
@@ -103,7 +109,13 @@ class MemoryOptimizer(Optimizer):
                     "params: must be float32, bfloat16, float16 or float64 (CPU), got "
                     f"{param.dtype}"
                 )
-            if not param.is_contiguous():
+            part = part_of(param)
+            if part.dim not in (None, 0) and param.dim() > 2:
+                raise NotImplementedError(
+                    "params: a DTensor of more than two dimensions must be sharded along the first "
+                    f"of them, got dimension {part.dim} of {param.dim()}"
+                )
+            if not local(param).is_contiguous():
                 raise ValueError(
                     f"params: must be contiguous, got shape {list(param.shape)} with strides "
                     f"{param.stride()}"
@@ -127,7 +139,7 @@ class MemoryOptimizer(Optimizer):
             )
 
     def _check_size(self, param: Tensor) -> None:
-        columns = self._rows(param).shape[1]
+        columns = self._rows(local(param)).shape[1]
         if param.is_cuda and columns > _MAX_CUDA_COLUMNS:
             raise ValueError(
                 f"params: on CUDA rows have at most {_MAX_CUDA_COLUMNS} elements, got "
@@ -141,7 +153,18 @@ class MemoryOptimizer(Optimizer):
 
     def _rows(self, tensor: Tensor) -> Tensor:
         """A contiguous tensor as [N, dim]."""
-        return tensor.view(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.view(1, -1)
+        if tensor.dim() > 1:
+            return tensor.view(-1, tensor.shape[-1]) if tensor.numel() else tensor.flatten(1)
+        return tensor.view(1, -1)
+
+    def _first(self, param: Tensor, part: Part) -> tuple[int, int]:
+        """The row and the column of the whole parameter, as [N, dim], where this rank's part
+        begins."""
+        if part.dim is None:
+            return 0, 0
+        if part.dim == 0 and param.dim() > 1:
+            return part.offset * math.prod(param.shape[1:-1]), 0
+        return 0, part.offset
 
     @torch.no_grad()
     @nvtx.annotate(lambda self, *_, **__: f"{type(self).__name__} step")
@@ -152,7 +175,8 @@ class MemoryOptimizer(Optimizer):
             closure: evaluates the model again and returns the loss.
 
         Raises:
-            NotImplementedError: deferred gradients in a job of several processes.
+            NotImplementedError: deferred gradients in a job of several processes, of a table that
+                ``ultramem_cuda.parallel`` does not know.
             ValueError, TypeError: a parameter that CUDA does not offer, or a weight decay that a
                 table with deferred gradients does not.
             RuntimeError: a table's buffers overflowed, a gradient is sparse, a table with deferred
@@ -183,10 +207,11 @@ class MemoryOptimizer(Optimizer):
         stream = -1
         for deferred in self._tables():
             factors_of(deferred).check()
-            if _several_processes():
+            if deferred.sharding is None and _several_processes():
                 raise NotImplementedError(
-                    "step: a table with grad_mode='deferred' in a job of several processes, which "
-                    "would not exchange its factors; use grad_mode='dense' there"
+                    "step: a table with grad_mode='deferred' in a job of several processes, whose "
+                    "factors nothing exchanges; use ultramem_cuda.parallel.shard_table or "
+                    "replicate_table, or grad_mode='dense'"
                 )
             if has_entries(deferred):
                 step_cache(deferred)
@@ -212,8 +237,9 @@ class MemoryOptimizer(Optimizer):
                         )
                 else:
                     grad = dense_gradient(param)
-                    if grad is None or param.numel() == 0:
+                    if grad is None or local(param).numel() == 0:
                         continue
+                    _check_placed_alike(param, grad)
                     if grad.is_sparse:
                         raise RuntimeError("step: sparse gradients are not supported")
                     self._check_size(param)
@@ -256,7 +282,7 @@ class MemoryOptimizer(Optimizer):
         found_inf: Tensor | None,
         loss_scale: Tensor | None,
     ) -> None:
-        rows = self._rows(param)
+        rows = self._rows(local(param))
         state = self.state[param]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
@@ -270,7 +296,7 @@ class MemoryOptimizer(Optimizer):
         if table is None:
             dense = dense_gradient(param)
             assert dense is not None
-            grad = self._rows(dense.contiguous())
+            grad = self._rows(local(dense).contiguous())
             factored = (None,) * 8 + (0,)
             grad_scale = None
         else:
@@ -295,16 +321,17 @@ class MemoryOptimizer(Optimizer):
         lr = group["lr"]
         beta1, beta2 = group.get("betas", (0.0, 0.0))
         optional = {
-            name: self._rows(state[name]) if name in state else None
+            name: self._rows(local(state[name])) if name in state else None
             for name in ("master", "exp_avg", "exp_avg_sq")
         }
+        part = part_of(param)
         torch.ops.ultramem.table_update(
             self._kind,
             rows,
             optional["master"],
             optional["exp_avg"],
             optional["exp_avg_sq"],
-            state.get("sum"),
+            local(state.get("sum")),
             state["step"],
             scale,
             grad,
@@ -321,7 +348,16 @@ class MemoryOptimizer(Optimizer):
             group["stochastic_rounding"],
             group["seed"],
             stream,
+            *self._first(param, part),
+            *self._whole_rows(param, part, grad, factored),
         )
+
+    def _whole_rows(
+        self, param: Tensor, part: Part, grad: Tensor | None, factored: tuple[Any, ...]
+    ) -> tuple[Tensor | None, int]:
+        """What an optimizer needs of the rows beyond this rank's columns: the squares of the
+        gradient's rows, and how many columns there are. See table_update."""
+        return None, 0
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears ``.grad``, ``main_grad`` and the factors of tables with deferred gradients."""
@@ -365,6 +401,24 @@ class MemoryOptimizer(Optimizer):
             for name, value in state_dict["state"].get(saved_id, {}).items():
                 if isinstance(value, Tensor):
                     self.state[param][name] = value.to(param.device, copy=True)
+
+
+def _check_placed_alike(param: Any, grad: Any) -> None:
+    placed = [list(t.placements) if is_dtensor(t) else None for t in (param, grad)]
+    if placed[0] != placed[1]:
+        raise RuntimeError(
+            f"step: a gradient must be placed as its parameter is, {placed[0]}, got {placed[1]}"
+        )
+
+
+def _placed_by_rows(sums: Tensor, param: Any) -> Tensor:
+    """One number a row, placed as the rows of a DTensor are."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    placements = [p if p.is_shard(0) else Replicate() for p in param.placements]
+    shape = torch.Size((param.shape[0],))
+    mesh = param.device_mesh
+    return DTensor.from_local(sums, mesh, placements, run_check=False, shape=shape, stride=(1,))
 
 
 def _check_number(name: str, value: Any) -> None:
@@ -522,12 +576,28 @@ class MemoryAdagrad(MemoryOptimizer):
     def _rows(self, tensor: Tensor) -> Tensor:
         return tensor.view(tensor.shape[0], -1) if tensor.dim() > 0 else tensor.view(1, 1)
 
+    def _first(self, param: Tensor, part: Part) -> tuple[int, int]:
+        return (part.offset, 0) if part.dim == 0 else super()._first(param, part)
+
+    def _whole_rows(
+        self, param: Tensor, part: Part, grad: Tensor | None, factored: tuple[Any, ...]
+    ) -> tuple[Tensor | None, int]:
+        if part.dim != 1:
+            return None, 0
+        if grad is not None:
+            squares = grad.to(accumulation_dtype(param.dtype)).square().sum(1)
+        else:
+            num_rows = local(param).shape[0]
+            squares = torch.ops.ultramem.table_grad_row_sq(*factored, num_rows)
+        torch.distributed.all_reduce(squares, group=part.group)
+        return squares, param.shape[1]
+
     def _init_state(self, state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
-        dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-        num_rows = self._rows(param).shape[0]
-        state["sum"] = torch.full(
-            (num_rows,), group["initial_accumulator_value"], dtype=dtype, device=param.device
-        )
+        dtype = accumulation_dtype(param.dtype)
+        start = group["initial_accumulator_value"]
+        num_rows = self._rows(local(param)).shape[0]
+        sums = torch.full((num_rows,), start, dtype=dtype, device=param.device)
+        state["sum"] = _placed_by_rows(sums, param) if is_dtensor(param) else sums
 
 
 class MemorySGD(MemoryOptimizer):

@@ -1,0 +1,250 @@
+"""Laying tables over a mesh: what they hold then, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import cases
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+import ultramem_cuda as um
+
+
+def meta_table(by: str, shape: tuple[int, ...]) -> tuple[list[Any], dict[str, Tensor], int]:
+    """Placements, this rank's parts of a table drawn on the ranks, and the most memory a tensor
+    of them has."""
+    config = cases.layer_config(num_slots=4001, value_dim=48)
+    table = um.MemoryTable.from_config(config, device="meta", grad_mode="deferred")
+    torch.manual_seed(100 + dist.get_rank())
+    um.parallel.shard_table(table, cases.mesh_of("cpu", shape), by=by)
+    assert isinstance(table.values, DTensor)
+    parts = {name: p.to_local().detach().clone() for name, p in table.named_parameters()}
+    assert table.scale is not None
+    assert table.scale.tolist() == [1.0, 1.0]
+    assert table.values.shape == (4001, 48)
+    assert (table.num_slots, table.value_dim, table.pre_value_dim) == (4001, 48, 8)
+    storage = max(p.to_local().untyped_storage().nbytes() for p in table.parameters())
+    return list(table.values.placements), parts, storage
+
+
+@pytest.mark.parametrize("by", ["columns", "rows"])
+def test_a_table_is_drawn_in_parts(pool: Any, by: str) -> None:
+    results = pool(4).run(meta_table, by, (4,))
+    dim = 1 if by == "columns" else 0
+    assert all(placements == [Shard(dim)] for placements, _, _ in results)
+    assert max(storage for _, _, storage in results) <= 4 * -(-4001 // 4) * 48
+    for name, width in (("values", 48), ("pre_values", 8)):
+        whole = torch.cat([parts[name] for _, parts, _ in results], dim)
+        assert whole.shape == (4001, width)
+        assert whole.std().item() == pytest.approx(0.02, rel=0.05)
+        # No two parts are of the same random numbers.
+        rows = whole.reshape(-1, 1).unique()
+        assert rows.numel() > 0.99 * whole.numel()
+
+
+def test_copies_of_a_part_are_drawn_alike(pool: Any) -> None:
+    results = pool(4).run(meta_table, "rows", (2, 2))
+    assert all(placements == [Replicate(), Shard(0)] for placements, _, _ in results)
+    parts = [parts["values"] for _, parts, _ in results]
+    assert torch.equal(parts[0], parts[2])
+    assert torch.equal(parts[1], parts[3])
+    assert not torch.equal(parts[0][:2000], parts[1][:2000])
+
+
+def filled_table(by: str) -> dict[str, Tensor]:
+    torch.manual_seed(dist.get_rank())
+    table = um.MemoryTable.from_config(cases.layer_config(), grad_mode="deferred")
+    mine = {name: p.detach().clone() for name, p in table.named_parameters()}
+    mesh = cases.mesh_of("cpu", (dist.get_world_size(),))
+    if by == "copies":
+        um.parallel.replicate_table(table, mesh)
+    else:
+        um.parallel.shard_table(table, mesh, by=by)
+    held = cases.effective(table)
+    return {**held, **{f"my {name}": rows for name, rows in mine.items()}}
+
+
+@pytest.mark.parametrize("by", ["columns", "rows", "copies"])
+def test_weights_are_those_of_the_first_rank(pool: Any, by: str) -> None:
+    results = pool(2).run(filled_table, by)
+    for name in ("values", "pre_values"):
+        assert not torch.equal(results[0][f"my {name}"], results[1][f"my {name}"])
+        for held in results:
+            assert torch.equal(held[name], results[0][f"my {name}"].double())
+
+
+def refusals() -> list[str]:
+    mesh = cases.mesh_of("cpu", (2,))
+
+    def table(grad_mode: str = "deferred", **changes: Any) -> um.MemoryTable:
+        return um.MemoryTable.from_config(cases.layer_config(**changes), grad_mode=grad_mode)
+
+    def message(call: Any) -> str:
+        with pytest.raises((ValueError, TypeError, NotImplementedError)) as caught:
+            call()
+        return str(caught.value)
+
+    shard, copies = um.parallel.shard_table, um.parallel.replicate_table
+    placed = shard(table(), mesh, by="columns")
+    used = table()
+    layer = um.UltraMemLayer(cases.layer_config(), 0)
+    layer(torch.randn(3, 16), used).sum().backward()
+    narrow = shard(table(value_dim=6, num_cores=2), mesh, by="columns")
+    narrow_config = cases.layer_config(value_dim=6, num_cores=3)
+    main_grad = shard(table("dense"), mesh, by="columns")
+    main_grad.values.main_grad = torch.zeros(203, 24)  # type: ignore[attr-defined]
+    four = dist.get_world_size() == 4
+    assert not four
+    return [
+        message(lambda: shard(table(), mesh, by="diagonal")),
+        message(lambda: shard(torch.nn.Linear(2, 2), mesh, by="rows")),  # type: ignore[arg-type]
+        message(lambda: shard(table(), "cpu", by="rows")),  # type: ignore[arg-type]
+        message(lambda: shard(placed, mesh, by="rows")),
+        message(lambda: shard(used, mesh, by="rows")),
+        message(lambda: shard(table(value_dim=15, num_cores=1), mesh, by="columns")),
+        message(lambda: shard(um.MemoryTable(1, 4), mesh, by="rows")),
+        message(lambda: copies(table("dense"), mesh)),
+        message(
+            lambda: um.UltraMemLayer(narrow_config, 0).read(
+                narrow, torch.rand(2, 6, 3), torch.zeros(2, 6, dtype=torch.long), torch.rand(2, 8)
+            )
+        ),
+        message(lambda: layer(torch.randn(3, 16), main_grad)),
+    ]
+
+
+def test_what_is_refused(pool: Any) -> None:
+    expected = [
+        "by: must be 'columns' or 'rows', got 'diagonal'",
+        "table: must be a MemoryTable, got Linear",
+        "mesh: must be a DeviceMesh, got str",
+        "shard_table: the table lies over a mesh already",
+        "shard_table: the table has gradients; clear them first",
+        "value_dim: must be a multiple of the memory group's 2 ranks to be sharded by columns, "
+        "got 15",
+        "num_slots: must leave each of the 2 ranks a row to be sharded by rows, got 1",
+        "replicate_table: the table's grad_mode must be 'deferred', got 'dense', whose gradients "
+        "DDP averages",
+    ]
+    for messages in pool(2).run(refusals):
+        assert messages[:8] == expected
+        assert (
+            messages[8]
+            == (
+                "value_dim: must be a multiple of 6 with 3 cores sharded by columns over 2 ranks, got 6"
+            )
+            or "value_dim" in messages[8]
+        )
+        assert messages[9].startswith("table: main_grad is not offered where the table is sharded")
+
+
+def without_anything_to_exchange() -> None:
+    """An unsharded table with deferred gradients would drift apart on the ranks."""
+    table = um.MemoryTable.from_config(cases.layer_config(), grad_mode="deferred")
+    um.UltraMemLayer(cases.layer_config(), 0)(torch.randn(3, 16), table).sum().backward()
+    with pytest.raises(NotImplementedError, match="shard_table or replicate_table"):
+        um.optim.MemorySGD(table.parameters()).step()
+
+
+def test_tables_that_nothing_exchanges_are_not_stepped(pool: Any) -> None:
+    pool(2).run(without_anything_to_exchange)
+
+
+def nothing_at_all(by: str) -> None:
+    config = cases.layer_config()
+    table = um.MemoryTable.from_config(config, grad_mode="deferred")
+    um.parallel.shard_table(table, cases.mesh_of("cpu", (2,)), by=by)
+    layer = um.UltraMemLayer(config, 0)
+    x = torch.randn(0, 16, requires_grad=True)
+    out = layer(x, table)
+    assert out.shape == (0, 16)
+    out.sum().backward()
+    assert x.grad is not None
+    assert table.factors is not None
+    assert table.factors.num_tokens == 0
+    with torch.no_grad():
+        assert layer(torch.randn(2, 16), table).shape == (2, 16)
+    assert "num_shards=2" in repr(table)
+
+
+@pytest.mark.parametrize("by", ["columns", "rows"])
+def test_no_tokens(pool: Any, by: str) -> None:
+    pool(2).run(nothing_at_all, by)
+
+
+def copied(by: str) -> None:
+    config = cases.layer_config()
+    table = um.MemoryTable.from_config(config, grad_mode="deferred")
+    um.parallel.shard_table(table, cases.mesh_of("cpu", (2,)), by=by)
+    layer, x = um.UltraMemLayer(config, 0), torch.randn(4, 16)
+    other = copy.deepcopy(table)
+    assert other.sharding is table.sharding
+    assert torch.equal(layer(x, other), layer(x, table))
+    with torch.no_grad():
+        other.values.zero_()
+    assert not torch.equal(layer(x, other), layer(x, table))
+    table.load_state_dict(other.state_dict())
+    assert torch.equal(layer(x, other), layer(x, table))
+
+
+@pytest.mark.parametrize("by", ["columns", "rows"])
+def test_copies_and_state_dicts(pool: Any, by: str) -> None:
+    pool(2).run(copied, by)
+
+
+def recomputed(by: str) -> None:
+    config = cases.layer_config()
+    model = cases.Memory(config, "deferred", torch.float64, "cpu")
+    um.parallel.shard_table(model.table, cases.mesh_of("cpu", (2,)), by=by)
+    factors = model.table.factors
+    assert factors is not None
+    x = cases.batch(2, torch.float64, "cpu")[dist.get_rank()]
+    found = []
+    for recompute in (False, True):
+        x = x.detach().requires_grad_()
+        if recompute:
+            out = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+        else:
+            out = model(x)
+        out.square().sum().backward()
+        assert x.grad is not None
+        found.append((x.grad, *(g for g in factors.to_dense() if g is not None)))
+        factors.clear()
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("by", ["columns", "rows"])
+def test_activation_checkpointing(pool: Any, by: str) -> None:
+    pool(2).run(recomputed, by)
+
+
+def overflown(by: str) -> tuple[bool, bool]:
+    """A step in float16 in which one rank's gradients are not finite."""
+    config = cases.layer_config()
+    table = um.MemoryTable.from_config(config, grad_mode="deferred")
+    um.parallel.shard_table(table, cases.mesh_of("cpu", (2,)), by=by)
+    layer = um.UltraMemLayer(config, 0)
+    optimizer = um.optim.MemorySGD(table.parameters(), lr=1.0)
+    scaler = um.optim.GradScaler("cpu", init_scale=4.0)
+    moved = []
+    for bad in (float("inf"), 1.0):
+        before = cases.effective(table)
+        loss = layer(torch.randn(4, 16), table).square().sum()
+        loss = loss * (bad if dist.get_rank() == 1 else 1.0)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        moved.append(not torch.equal(cases.effective(table)["values"], before["values"]))
+    return moved[0], moved[1]
+
+
+@pytest.mark.parametrize("by", ["columns", "rows"])
+def test_one_rank_without_finite_gradients_stops_all(pool: Any, by: str) -> None:
+    assert pool(2).run(overflown, by) == [(False, True)] * 2
