@@ -52,10 +52,32 @@ inline Status check_table_gradient(const TableGradient& g, DType acc_dtype) {
   return {};
 }
 
+// Of a shard: where it lies in the whole table.
+inline Status check_shard(const TableUpdateParams& p) {
+  const auto invalid = [](const char* message) { return Status::invalid_argument(message); };
+  if (p.first_row < 0 || p.first_row >= kMaxTableRows - p.gradient.num_rows) {
+    return invalid("table_update: first_row + num_rows must be in 0..2^32-2");
+  }
+  if (p.first_column < 0 || p.first_column >= (int64_t{1} << 31) - p.gradient.dim) {
+    return invalid("table_update: the columns must end below 2^31");
+  }
+  if (p.row_sq == nullptr) {
+    return p.row_columns == 0 ? Status{} : invalid("table_update: row_columns needs row_sq");
+  }
+  if (p.optimizer != TableOptimizer::kAdagrad) {
+    return invalid("table_update: row_sq is Adagrad's");
+  }
+  if (p.row_columns != 0 && p.row_columns < p.gradient.dim) {
+    return invalid("table_update: row_columns must be 0 or at least the columns of the gradient");
+  }
+  return {};
+}
+
 inline Status check_table_update(const TableUpdateParams& p) {
   const auto invalid = [](const char* message) { return Status::invalid_argument(message); };
   if (!is_known(p.table_dtype)) return invalid("table_update: unknown dtype");
-  const Status status = check_table_gradient(p.gradient, p.table_dtype);
+  Status status = check_table_gradient(p.gradient, p.table_dtype);
+  if (status.ok()) status = check_shard(p);
   if (!status.ok()) return status;
   if (p.step == nullptr) return invalid("table_update: step must not be null");
   const bool is_double = p.table_dtype == DType::kFloat64;

@@ -165,11 +165,24 @@ ULTRAMEM_UPDATE_FUNCTION void adam_update(const UpdateScalars<Acc>& s, Acc g, Ac
   descend(s.keep, s.step_size, div(*exp_avg, size), weight);
 }
 
+// What Adagrad adds to a run's row's sum: the mean of the scaled gradient's squares over the whole
+// row. sum_sq: of the scaled gradient's row, taken where the parameters give no row_sq.
+template <typename Acc>
+ULTRAMEM_UPDATE_FUNCTION Acc adagrad_mean_sq(const TableUpdateParams& p,
+                                             const UpdateScalars<Acc>& s, int64_t run, Acc sum_sq) {
+  if (p.row_sq != nullptr) {
+    // The scale twice, for its square may be too small for a float.
+    sum_sq = mul(mul(static_cast<const Acc*>(p.row_sq)[run], s.grad_scale), s.grad_scale);
+  }
+  const int64_t columns = p.row_columns != 0 ? p.row_columns : p.gradient.dim;
+  return div(sum_sq, static_cast<Acc>(columns));
+}
+
 // The row's new sum becomes *row_sum.
 template <typename Acc>
-ULTRAMEM_UPDATE_FUNCTION Acc adagrad_step_size(const UpdateScalars<Acc>& s, Acc sum_sq, int64_t dim,
+ULTRAMEM_UPDATE_FUNCTION Acc adagrad_step_size(const UpdateScalars<Acc>& s, Acc mean_sq,
                                                Acc* row_sum) {
-  *row_sum = add(*row_sum, div(sum_sq, static_cast<Acc>(dim)));
+  *row_sum = add(*row_sum, mean_sq);
   return div(s.step_size, add(root(*row_sum), s.eps));
 }
 
@@ -191,7 +204,8 @@ ULTRAMEM_UPDATE_FUNCTION int row_lanes(int64_t dim) {
 
 enum class RoundedTensor : uint32_t { kWeight = 0, kExpAvg = 1, kExpAvgSq = 2 };
 
-// 16 bits for each of kLaneColumns columns, from the first on which is a multiple of that.
+// 16 bits for each of kLaneColumns columns, from the first on which is a multiple of that. Rows and
+// columns are those of the whole table.
 struct RandomBits {
   uint32_t words[kLaneColumns / 2];
   ULTRAMEM_UPDATE_FUNCTION uint32_t operator[](int i) const {

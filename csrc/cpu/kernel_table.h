@@ -29,10 +29,13 @@ struct KernelTable {
   StatusCode (*value_ffn_fwd)(const ValueFfnParams&, const Executor&);
   size_t (*value_ffn_bwd_workspace)(const ValueFfnBwdParams&, const Executor&);
   StatusCode (*value_ffn_bwd)(const ValueFfnBwdParams&, const Executor&);
-  void (*value_ffn_factors)(const ValueFfnBwdDeferredParams&, int64_t position, const Executor&);
+  StatusCode (*value_ffn_factors)(const ValueFfnBwdDeferredParams&, int64_t position,
+                                  const Executor&);
 
   size_t (*table_grad_sum_sq_workspace)(const TableGradSumSqParams&, const Executor&);
   void (*table_grad_sum_sq)(const TableGradSumSqParams&, const Executor&);
+  size_t (*table_grad_row_sq_workspace)(const TableGradRowSqParams&, const Executor&);
+  void (*table_grad_row_sq)(const TableGradRowSqParams&, const Executor&);
   size_t (*table_update_workspace)(const TableUpdateParams&, const Executor&);
   void (*table_update)(const TableUpdateParams&, const Executor&);
 };

@@ -98,8 +98,9 @@ RowGroups group_rows(const int64_t* rows, int64_t num_entries, int64_t num_rows,
   parallel_tiles(executor, layout.num_pieces, [&](int64_t, int64_t piece) {
     int64_t* counts = layout.offsets + piece * layout.num_buckets;
     std::fill(counts, counts + layout.num_buckets, 0);
-    for (int64_t e = piece_begin(piece); e < piece_begin(piece + 1); ++e)
-      ++counts[rows[e] >> shift];
+    for (int64_t e = piece_begin(piece); e < piece_begin(piece + 1); ++e) {
+      if (rows[e] >= 0) ++counts[rows[e] >> shift];
+    }
   });
 
   int64_t total = 0;
@@ -118,6 +119,7 @@ RowGroups group_rows(const int64_t* rows, int64_t num_entries, int64_t num_rows,
     int64_t* offsets = layout.offsets + piece * layout.num_buckets;
     const uint64_t low_mask = (uint64_t{1} << shift) - 1;
     for (int64_t e = piece_begin(piece); e < piece_begin(piece + 1); ++e) {
+      if (rows[e] < 0) continue;
       const uint64_t low = static_cast<uint64_t>(rows[e]) & low_mask;
       layout.pairs[offsets[rows[e] >> shift]++] = low << 32 | static_cast<uint64_t>(e);
     }

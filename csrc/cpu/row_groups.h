@@ -23,8 +23,8 @@ inline constexpr int64_t kMaxGroupedEntries = int64_t{1} << 32;
 
 size_t group_rows_workspace(int64_t num_entries, int64_t num_rows, const Executor& executor);
 
-// rows[e] in [0, num_rows) for each of num_entries < kMaxGroupedEntries entries. The result lies in
-// `workspace`.
+// rows[e] in [0, num_rows), or negative where it names none, for each of num_entries <
+// kMaxGroupedEntries entries. The result lies in `workspace`.
 RowGroups group_rows(const int64_t* rows, int64_t num_entries, int64_t num_rows, void* workspace,
                      const Executor& executor);
 

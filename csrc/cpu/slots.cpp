@@ -9,7 +9,7 @@ bool resolve(const AddressingParams& addressing, const Index* indices, int64_t c
   bool in_range = true;
   for (int64_t e = 0; e < count; ++e) {
     const SlotAddress address = resolve_slot(addressing, indices[e]);
-    in_range &= address.slot >= 0;
+    in_range &= address.slot != kIndexOutOfRange;
     slots[e] = address.slot;
     if (groups != nullptr) groups[e] = address.group;
   }

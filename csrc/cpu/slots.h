@@ -6,8 +6,8 @@
 
 namespace ultramem::cpu {
 
-// slots[e - first] and, unless null, groups[e - first] of the entries [first, last) of the
-// flattened [T, S]. False where an index is out of range.
+// slots[e - first], negative for those that are not in memory, and, unless null, groups[e - first]
+// of the entries [first, last) of the flattened [T, S]. False where an index is out of range.
 bool resolve_slots(const ValueFfnParams& params, int64_t first, int64_t last, int64_t* slots,
                    int64_t* groups);
 

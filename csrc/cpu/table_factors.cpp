@@ -1,6 +1,7 @@
-// value_ffn_bwd_deferred on the CPU: value_ffn_bwd leaves da where it belongs, the rest of the
-// factors is written after it.
+// Appending factors on the CPU. Of value_ffn_bwd_deferred, value_ffn_bwd leaves da where it
+// belongs, and the rest of the factors is written after it.
 #include "common/table_factors_check.h"
+#include "common/value_ffn_checks.h"
 #include "kernel_table.h"
 
 namespace ultramem::cpu {
@@ -10,6 +11,26 @@ ValueFfnBwdParams backward_params(const ValueFfnBwdDeferredParams& params) {
   ValueFfnBwdParams backward = params;
   backward.grad_table_dtype = accumulation_dtype(params.table_dtype);  // of no table, but checked
   return backward;
+}
+
+bool fits(const TableFactors& factors, int64_t num_tokens) {
+  return num_tokens <= factors.capacity - factors.header->num_tokens;
+}
+
+// What the backward or the caller has not written yet, and the header.
+Status append(const ValueFfnBwdDeferredParams& params, const Executor& executor) {
+  TableFactorsHeader& header = *params.factors.header;
+  if (!fits(params.factors, params.num_tokens)) {
+    header.overflow += params.num_tokens;
+    return {};
+  }
+  const StatusCode code = kernel_table().value_ffn_factors(params, header.num_tokens, executor);
+  if (code != StatusCode::kOk) {
+    return {code, 0,
+            "table factors: indices must lie in [0, expand * window), or in [0, num_slots)"};
+  }
+  header.num_tokens += params.num_tokens;
+  return {};
 }
 
 }  // namespace
@@ -24,24 +45,22 @@ Status value_ffn_bwd_deferred(const ValueFfnBwdDeferredParams& params, const Exe
   const Status status = check_factors(params);
   if (!status.ok() || params.num_tokens == 0) return status;
   const TableFactors& factors = params.factors;
-  TableFactorsHeader& header = *factors.header;
-  const int64_t position = header.num_tokens;
-  const bool fits = params.num_tokens <= factors.capacity - position;
-
   ValueFfnBwdParams backward = backward_params(params);
-  if (fits && factors.grad_a != nullptr) {
+  if (fits(factors, params.num_tokens) && factors.grad_a != nullptr) {
     const int64_t bytes = element_size(accumulation_dtype(params.table_dtype));
-    backward.grad_a = static_cast<char*>(factors.grad_a) + position * params.num_selected * bytes;
+    backward.grad_a = static_cast<char*>(factors.grad_a) +
+                      factors.header->num_tokens * params.num_selected * bytes;
   }
   const Status backward_status = value_ffn_bwd(backward, executor);
   if (!backward_status.ok()) return backward_status;
-  if (!fits) {
-    header.overflow += params.num_tokens;
-    return {};
-  }
-  kernel_table().value_ffn_factors(params, position, executor);
-  header.num_tokens = position + params.num_tokens;
-  return {};
+  return append(params, executor);
+}
+
+Status table_factors_append(const TableFactorsAppendParams& params, const Executor& executor) {
+  Status status = check_append(params);
+  if (status.ok()) status = check_addressing(params.addressing);
+  if (!status.ok() || params.num_tokens == 0) return status;
+  return append(as_backward(params), executor);
 }
 
 }  // namespace ultramem::cpu

@@ -94,6 +94,21 @@ Status table_grad_sum_sq(const TableGradSumSqParams& params, const Executor& exe
   return {};
 }
 
+size_t table_grad_row_sq_workspace(const TableGradRowSqParams& params, const Executor& executor) {
+  if (!check_table_gradient(params.gradient, params.acc_dtype).ok()) return 0;
+  return kernel_table().table_grad_row_sq_workspace(params, executor);
+}
+
+Status table_grad_row_sq(const TableGradRowSqParams& params, const Executor& executor) {
+  const Status status = check_table_gradient(params.gradient, params.acc_dtype);
+  if (!status.ok()) return status;
+  if (params.workspace == nullptr) {
+    return Status::invalid_argument("table_grad_row_sq: workspace is null");
+  }
+  kernel_table().table_grad_row_sq(params, executor);
+  return {};
+}
+
 size_t table_update_workspace(const TableUpdateParams& params, const Executor& executor) {
   if (!check_table_update(params).ok()) return 0;
   return kernel_table().table_update_workspace(params, executor);

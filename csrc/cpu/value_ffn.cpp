@@ -1,43 +1,12 @@
 // value_ffn on the CPU: checks, then the kernels of this machine's instruction set.
 #include "ultramem/value_ffn.h"
 
-#include <limits>
-
 #include "common/value_ffn_checks.h"
 #include "kernel_table.h"
 #include "row_groups.h"
 
 namespace ultramem::cpu {
 namespace {
-
-Status check_addressing(const AddressingParams& a) {
-  const auto invalid = [](const char* message) { return Status::invalid_argument(message); };
-  if (a.num_slots < 0) return invalid("value_ffn: num_slots must not be negative");
-  if (a.window == 0) return {};
-  if (a.window < 0 || a.window > a.num_slots) {
-    return invalid("value_ffn: addressing.window must be in (0, num_slots]");
-  }
-  if (a.offset < 0 || a.offset >= a.num_slots) {
-    return invalid("value_ffn: addressing.offset must be in [0, num_slots)");
-  }
-  if (a.expand < 1 || a.expand > std::numeric_limits<int64_t>::max() / a.window) {
-    return invalid("value_ffn: addressing.expand must be positive, expand * window below 2^63");
-  }
-  switch (a.shuffle) {
-    case Shuffle::kNone:
-      return {};
-    case Shuffle::kFeistel:
-      if (a.num_keys < 1 || a.num_keys > INT32_MAX ||
-          a.num_keys * a.num_keys != a.expand * a.window) {
-        return invalid("value_ffn: feistel needs num_keys^2 == expand * window");
-      }
-      return {};
-    case Shuffle::kPermutation:
-      if (a.permutation == nullptr) return invalid("value_ffn: addressing.permutation is null");
-      return {};
-  }
-  return invalid("value_ffn: unknown addressing.shuffle");
-}
 
 bool known(DType dtype) { return dtype >= DType::kFloat32 && dtype <= DType::kFloat64; }
 
@@ -77,6 +46,9 @@ Status check_bwd(const ValueFfnBwdParams& p) {
   }
   const Status scales = check_scales(p);
   if (!scales.ok()) return scales;
+  if (p.scores == nullptr && needs_scores(p) && p.num_tokens > 0 && p.num_selected > 0) {
+    return Status::invalid_argument("value_ffn backward: scores is null");
+  }
   if (p.num_selected > 0 && p.num_tokens >= kMaxGroupedEntries / p.num_selected) {
     return Status::invalid_argument(
         "value_ffn backward: num_tokens * num_selected must be below 2^32");

@@ -140,6 +140,39 @@ __global__ void __launch_bounds__(kThreads)
 
 // Norm --------------------------------------------------------------------------------------------
 
+// Calls add_square with the elements of the rows of a warp's runs, each by the lane whose column it
+// is, from left to right; end_run(run, lane) behind every row.
+template <typename AddSquare, typename EndRun>
+__device__ __forceinline__ void for_each_element(const GradientArguments& arguments, int64_t warp,
+                                                 int64_t num_warps, EntryWindow& window,
+                                                 AddSquare add_square, EndRun end_run) {
+  const TableGradient& g = arguments.gradient;
+  const int dim = static_cast<int>(g.dim);
+  const RowLane lane(g, row_lanes(dim));
+  const RunBatch runs(g, warp, num_warps);
+  if (runs.count() == 0) return;
+  const uint32_t limit = runs.end();
+  WindowPlace place;
+  for (int i = 0; i < runs.count(); i += lane.groups) {
+    const Run run = runs[i + lane.group];
+    for (int stretch = 0; stretch < dim; stretch += lane.stretch_columns()) {
+      const int column = lane.column(stretch);
+      if (!arguments.vectors) {
+        for (int j = 0; run.exists && j < kLaneColumns && column + j < dim; ++j) {
+          add_square(column_gradient(arguments, run, column + j));
+        }
+        continue;
+      }
+      Chunk sum;
+      row_gradient(arguments, lane, stretch, run, limit, window, place, sum);
+      if (!run.exists || column >= dim) continue;
+#pragma unroll
+      for (int j = 0; j < kLaneColumns; ++j) add_square(sum[j]);
+    }
+    end_run(run, lane);
+  }
+}
+
 // sums[warp]: of the squares of the rows of a warp's runs.
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     table_grad_sum_sq_kernel(const __grid_constant__ GradientArguments arguments, int64_t num_warps,
@@ -147,38 +180,34 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   __shared__ EntryWindow windows[kWarps];
   const int64_t warp = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize;
   if (warp >= num_warps) return;
-  EntryWindow& window = windows[threadIdx.x / kWarpSize];
-  const TableGradient& g = arguments.gradient;
-  const int dim = static_cast<int>(g.dim);
-  const RowLane lane(g, row_lanes(dim));
-  const RunBatch runs(g, warp, num_warps);
-  const uint32_t limit = runs.end();
   double total = 0;
-  const auto add_square = [&](float x) {
-    total += static_cast<double>(x) * static_cast<double>(x);
-  };
-  WindowPlace place;
-  for (int i = 0; i < runs.count(); i += lane.groups) {
-    const Run run = runs[i + lane.group];
-    if (!arguments.vectors) {
-      for (int column = lane.lane; run.exists && column < dim; column += lane.lanes) {
-        add_square(column_gradient(arguments, run, column));
-      }
-      continue;
-    }
-    for (int stretch = 0; stretch < dim; stretch += lane.stretch_columns()) {
-      Chunk sum;
-      row_gradient(arguments, lane, stretch, run, limit, window, place, sum);
-      if (!run.exists || lane.column(stretch) >= dim) continue;
-#pragma unroll
-      for (int j = 0; j < kLaneColumns; ++j) add_square(sum[j]);
-    }
-  }
+  for_each_element(
+      arguments, warp, num_warps, windows[threadIdx.x / kWarpSize],
+      [&](float x) { total += static_cast<double>(x) * static_cast<double>(x); },
+      [](const Run&, const RowLane&) {});
 #pragma unroll
   for (int delta = kWarpSize / 2; delta > 0; delta /= 2) {
     total += __shfl_xor_sync(kFullMask, total, delta);
   }
   if (threadIdx.x % kWarpSize == 0) sums[warp] = total;
+}
+
+// row_sq[run]: of the squares of its row, added as Adagrad adds them.
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    table_grad_row_sq_kernel(const __grid_constant__ GradientArguments arguments, int64_t num_warps,
+                             float* row_sq) {
+  __shared__ EntryWindow windows[kWarps];
+  const int64_t warp = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize;
+  if (warp >= num_warps) return;
+  float squares = 0;
+  for_each_element(
+      arguments, warp, num_warps, windows[threadIdx.x / kWarpSize],
+      [&](float x) { squares = add(squares, mul(x, x)); },
+      [&](const Run& run, const RowLane& lane) {
+        const float sum = lane.row_sum(squares);
+        if (run.exists && lane.lane == 0) row_sq[run.index] = sum;
+        squares = 0;
+      });
 }
 
 constexpr int kTotalThreads = 1024;
@@ -207,6 +236,8 @@ ULTRAMEM_REGISTER_KERNEL(table_piece_groups, "table_piece_groups", kThreads,
                          table_piece_groups_kernel);
 ULTRAMEM_REGISTER_KERNEL(table_grad_sum_sq, "table_grad_sum_sq", kThreads,
                          table_grad_sum_sq_kernel);
+ULTRAMEM_REGISTER_KERNEL(table_grad_row_sq, "table_grad_row_sq", kThreads,
+                         table_grad_row_sq_kernel);
 ULTRAMEM_REGISTER_KERNEL(table_grad_total, "table_grad_total", kTotalThreads,
                          table_grad_total_kernel);
 
@@ -344,6 +375,30 @@ Status table_grad_sum_sq(const TableGradSumSqParams& params, Stream stream) {
       arguments, warps, sums);
   ULTRAMEM_RETURN_IF_ERROR(launch_status());
   table_grad_total_kernel<<<1, kTotalThreads, 0, stream>>>(sums, warps, params.sum_sq);
+  return launch_status();
+}
+
+size_t table_grad_row_sq_workspace(const TableGradRowSqParams& params) {
+  return check_gradient(params.gradient, params.acc_dtype).ok() ? piece_sums_bytes(params.gradient)
+                                                                : 0;
+}
+
+Status table_grad_row_sq(const TableGradRowSqParams& params, Stream stream) {
+  const TableGradient& g = params.gradient;
+  ULTRAMEM_RETURN_IF_ERROR(check_gradient(g, params.acc_dtype));
+  const int64_t runs = max_runs(g);
+  if (runs == 0) return {};
+  if (piece_sums_bytes(g) > 0 && params.workspace == nullptr) {
+    return Status::invalid_argument("table_grad_row_sq: the workspace must not be null");
+  }
+  // How many runs there are only the device knows.
+  ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaMemsetAsync(params.row_sq, 0, runs * sizeof(float), stream));
+  auto* piece_sums = static_cast<float*>(params.workspace);
+  const GradientArguments arguments = gradient_arguments(g, piece_sums, /*vectors=*/true);
+  ULTRAMEM_RETURN_IF_ERROR(launch_piece_sums(arguments, piece_sums, stream));
+  const int64_t warps = num_run_warps(runs);
+  table_grad_row_sq_kernel<<<static_cast<unsigned>(ceil_div(warps, kWarps)), kThreads, 0, stream>>>(
+      arguments, warps, static_cast<float*>(params.row_sq));
   return launch_status();
 }
 

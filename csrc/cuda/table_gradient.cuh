@@ -143,11 +143,7 @@ struct RowLane {
 
 // Runs --------------------------------------------------------------------------------------------
 
-// Runs, at most.
-inline int64_t max_runs(const TableGradient& g) {
-  return g.keys == nullptr || g.num_rows < g.num_entries ? g.num_rows : g.num_entries;
-}
-// Warps that share them.
+// Warps that share so many runs.
 inline int64_t num_run_warps(int64_t max_runs) {
   constexpr int64_t kEnoughWarps = 16384;
   const int64_t warps = ceil_div(max_runs, kWarpSize);
@@ -158,6 +154,7 @@ inline int64_t num_run_warps(int64_t max_runs) {
 struct Run {
   bool exists;
   uint32_t row;
+  uint32_t index;       // among all runs
   uint32_t begin, end;  // of its entries; none of a dense gradient
 };
 
@@ -168,6 +165,7 @@ class RunBatch {
     const int64_t runs = g.keys == nullptr ? g.num_rows : g.counts[0];
     const int64_t batch = ceil_div(runs, num_warps);
     const int64_t first = warp * batch;
+    first_ = static_cast<uint32_t>(first);
     count_ = static_cast<int>(max(min(batch, runs - first), int64_t{0}));
     const int lane = threadIdx.x % kWarpSize;
     row_ = begin_ = end_ = 0;
@@ -183,8 +181,8 @@ class RunBatch {
   // For all lanes of the warp.
   __device__ __forceinline__ Run operator[](int i) const {
     const int from = min(i, count_ - 1);
-    return {i < count_, __shfl_sync(kFullMask, row_, from), __shfl_sync(kFullMask, begin_, from),
-            __shfl_sync(kFullMask, end_, from)};
+    return {i < count_, __shfl_sync(kFullMask, row_, from), first_ + from,
+            __shfl_sync(kFullMask, begin_, from), __shfl_sync(kFullMask, end_, from)};
   }
   // Behind its last entry.
   __device__ __forceinline__ uint32_t end() const {
@@ -193,7 +191,7 @@ class RunBatch {
 
  private:
   int count_;
-  uint32_t row_, begin_, end_;
+  uint32_t first_, row_, begin_, end_;
 };
 
 // Neighbours among the sorted entries, looked up together.

@@ -33,7 +33,7 @@ __device__ __forceinline__ float advance_row(const TableUpdateParams& p,
                                              const UpdateScalars<float>& s, const RowLane& lane,
                                              const Run& run, float row_sum, float lane_squares) {
   const float squares = lane.row_sum(lane_squares);
-  const float step_size = adagrad_step_size(s, squares, p.gradient.dim, &row_sum);
+  const float step_size = adagrad_step_size(s, adagrad_mean_sq(p, s, run.index, squares), &row_sum);
   if (run.exists && lane.lane == 0) static_cast<float*>(p.row_sum)[run.row] = row_sum;
   return step_size;
 }
@@ -49,7 +49,8 @@ __device__ __forceinline__ void store_chunk(const TableUpdateParams& p, uint32_t
   PackedChunk<T> packed;
   if (!std::is_same_v<T, float> && p.stochastic_rounding) {
     const RandomBits random =
-        random_bits(p.seed, p.stream, tensor, step, row, static_cast<uint32_t>(column));
+        random_bits(p.seed, p.stream, tensor, step, static_cast<uint32_t>(p.first_row) + row,
+                    static_cast<uint32_t>(p.first_column) + column);
     round_stochastically(x, random, usual, packed);
   } else {
     packed.set_nearest(x);
@@ -241,12 +242,13 @@ __global__ void __launch_bounds__(kThreads, kOptimizer == TableOptimizer::kAdam 
 // The 16 bits of one column.
 __device__ __forceinline__ uint32_t random_column(const TableUpdateParams& p, uint32_t step,
                                                   RoundedTensor tensor, uint32_t row, int column) {
-  const RandomBits bits =
-      random_bits(p.seed, p.stream, tensor, step, row, static_cast<uint32_t>(column));
-  const int pair = column % kLaneColumns / 2;
+  const uint32_t whole_column = static_cast<uint32_t>(p.first_column) + column;
+  const RandomBits bits = random_bits(p.seed, p.stream, tensor, step,
+                                      static_cast<uint32_t>(p.first_row) + row, whole_column);
+  const uint32_t pair = whole_column % kLaneColumns / 2;
   const uint32_t word = pair < 2 ? (pair == 0 ? bits.words[0] : bits.words[1])
                                  : (pair == 2 ? bits.words[2] : bits.words[3]);
-  return word >> (16 * (column % 2)) & 0xffffu;
+  return word >> (16 * (whole_column % 2)) & 0xffffu;
 }
 
 __device__ __forceinline__ void store_column(const TableUpdateParams& p, uint32_t step,
@@ -360,7 +362,9 @@ Status check(const TableUpdateParams& params) {
 }
 
 bool update_is_vectors(const TableUpdateParams& params) {
-  return params.gradient.dim % kLaneColumns == 0 && is_aligned(params.weight) &&
+  // Eight columns have their random bits from one draw.
+  const bool one_draw = !params.stochastic_rounding || params.first_column % kLaneColumns == 0;
+  return one_draw && params.gradient.dim % kLaneColumns == 0 && is_aligned(params.weight) &&
          is_aligned(params.master) && is_aligned(params.exp_avg) && is_aligned(params.exp_avg_sq);
 }
 

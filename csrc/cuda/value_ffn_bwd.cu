@@ -32,7 +32,7 @@ struct Workspace {
 };
 
 Status check_bwd_params(const ValueFfnBwdParams& params) {
-  ULTRAMEM_RETURN_IF_ERROR(check_params(params));
+  ULTRAMEM_RETURN_IF_ERROR(check_params(params, needs_scores(params)));
   ULTRAMEM_RETURN_IF_ERROR(check_scales(params));
   if (params.grad_table_dtype == DType::kFloat64) {
     return Status::invalid_argument("value_ffn_bwd: float64 is offered on the CPU only");
@@ -53,7 +53,7 @@ Status check_bwd_params(const ValueFfnBwdParams& params) {
   if (workspace.needs_rows && (params.num_tokens * params.num_selected >= kMaxWords ||
                                params.num_tokens * num_groups >= kMaxWords ||
                                params.value_dim + params.pre_value_dim > INT32_MAX ||
-                               params.addressing.num_slots >= UINT32_MAX)) {
+                               params.addressing.rows_in_memory() >= UINT32_MAX)) {
     return Status::invalid_argument(
         "value_ffn_bwd: CUDA offers gradients of the tables for fewer than 2^32 retrieved slots "
         "and rows of grad_out, fewer than 2^32-1 rows, and rows of both tables below 2^31 "

@@ -31,7 +31,7 @@ constexpr int kBatch = 3;
 constexpr int kMinPieceShift = 7;
 constexpr int64_t kMaxPieces = 4096;
 
-// keys[e] = slot, num_slots where the index is out of range: those sort behind all rows.
+// keys[e] = slot, or as many as there are rows where it has none: those sort behind all rows.
 __global__ void __launch_bounds__(kThreads)
     value_ffn_bwd_keys_kernel(const __grid_constant__ ValueFfnParams params, uint32_t* keys,
                               uint32_t* entries) {
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t entry = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (entry >= num_entries) return;
   const int64_t slot = resolve_slot(params.addressing, load_index(params, entry)).slot;
-  keys[entry] = static_cast<uint32_t>(slot >= 0 ? slot : params.addressing.num_slots);
+  keys[entry] = static_cast<uint32_t>(slot >= 0 ? slot : params.addressing.rows_in_memory());
   entries[entry] = static_cast<uint32_t>(entry);
 }
 
@@ -68,10 +68,10 @@ struct Window {
   float factors[kMaxNumCores + 1][kWarpSize];
 };
 
-// Returns the lane's key, num_slots where there is none.
+// Returns the lane's key, the number of rows where there is none.
 __device__ __forceinline__ uint32_t load_window(const ValueFfnBwdParams& params, const Rows& rows,
                                                 uint32_t first, int lane, Window& window) {
-  const auto none = static_cast<uint32_t>(params.addressing.num_slots);
+  const auto none = static_cast<uint32_t>(params.addressing.rows_in_memory());
   const uint32_t position = first + lane;
   // Not `position < num_entries`, which may have wrapped around.
   const uint32_t key =
@@ -234,7 +234,7 @@ __device__ __forceinline__ void sum_tile(const ValueFfnBwdParams& params, const 
   const uint32_t position = first + lane;
   const bool run_begins = position == 0 || before != place.key;
   const bool piece_begins = (position & ((1u << rows.piece_shift) - 1)) == 0;
-  const bool exists = place.key != params.addressing.num_slots;
+  const bool exists = place.key != params.addressing.rows_in_memory();
   const uint32_t heads =
       __ballot_sync(kFullMask, lane < kTile && exists && (run_begins || piece_begins));
   const uint32_t begins = __ballot_sync(kFullMask, run_begins);
@@ -285,7 +285,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t begin = begin_of(piece), end = begin_of(piece + 1);
     if (end >= rows.num_entries) return false;
     const uint32_t key = keys[end - 1];
-    return key != params.addressing.num_slots && keys[end] == key &&
+    return key != params.addressing.rows_in_memory() && keys[end] == key &&
            (keys[begin] != key || begin == 0 || keys[begin - 1] != key);
   };
   const int64_t first = int64_t{blockIdx.x} * kCombinePieces;
@@ -351,7 +351,7 @@ struct Workspace {
               (params.grad_pre_values != nullptr ? params.pre_value_dim : 0);
     while (ceil_div(num_entries, int64_t{1} << piece_shift) > kMaxPieces) ++piece_shift;
     num_pieces = ceil_div(num_entries, int64_t{1} << piece_shift);
-    num_bits = key_bits(static_cast<uint64_t>(params.addressing.num_slots));
+    num_bits = key_bits(static_cast<uint64_t>(params.addressing.rows_in_memory()));
     keys_in = take(num_entries * sizeof(uint32_t));
     keys = take(num_entries * sizeof(uint32_t));
     entries_in = take(num_entries * sizeof(uint32_t));

@@ -71,10 +71,12 @@ struct BackwardPass {
     Request request{-1, {}, 0};
     if (!exists) return request;
     request.index = load_index(params, entry);
-    const auto* scores = static_cast<const float*>(params.scores) + entry * params.num_cores;
+    if (params.scores != nullptr) {
+      const auto* scores = static_cast<const float*>(params.scores) + entry * params.num_cores;
 #pragma unroll
-    for (int c = 0; c < kMaxNumCores; ++c) {
-      if (c < params.num_cores) request.scores[c] = scores[c];
+      for (int c = 0; c < kMaxNumCores; ++c) {
+        if (c < params.num_cores) request.scores[c] = scores[c];
+      }
     }
     if (params.pre_values != nullptr) {
       request.a = static_cast<const float*>(params.pre_activation)[entry];
@@ -238,7 +240,7 @@ __device__ __forceinline__ void differentiate_scores(const ValueFfnBwdParams& pa
       if (arguments.factors.weights != nullptr) {
         arguments.factors.weights[(entry + i) * num_cores + c] = in_range ? h * scores[c] : 0.0f;
       }
-      sum = fmaf(scores[c], grad_weight, sum);
+      if (params.scores != nullptr) sum = fmaf(scores[c], grad_weight, sum);
     }
     if (arguments.factors.grad_a != nullptr) {
       arguments.factors.grad_a[entry + i] = in_range ? slope * sum : 0.0f;
@@ -321,8 +323,9 @@ __global__ void __launch_bounds__(kThreads)
     for (int c = 0; c < num_cores; ++c) weights[c] = in_range ? h * scores[c] : 0.0f;
     arena.slots[to] = in_range ? static_cast<uint32_t>(address.slot) : kNoSlot;
     if (arena.groups != nullptr) arena.groups[to] = static_cast<uint8_t>(address.group);
-    // Zero where out of range.
-    if (arena.grad_a != nullptr) static_cast<float*>(arena.grad_a)[to] = grad_a[entry];
+    if (arena.grad_a != nullptr) {
+      static_cast<float*>(arena.grad_a)[to] = in_range ? grad_a[entry] : 0.0f;
+    }
   }
   append_row(rows.grad_out, token, to_token);
   append_row(rows.pre_input, token, to_token);
@@ -380,14 +383,19 @@ Status launch_bwd_any(const ValueFfnBwdParams& params, const TokenFactors& facto
       <<<static_cast<unsigned>(params.num_tokens), kThreads, shared_bytes, stream>>>(params,
                                                                                      arguments);
   ULTRAMEM_RETURN_IF_ERROR(launch_status());
-  if (factors.arena.header == nullptr) return {};
+  return factors.arena.header == nullptr ? Status{}
+                                         : launch_value_ffn_factors(params, factors, stream);
+}
+
+}  // namespace
+
+Status launch_value_ffn_factors(const ValueFfnBwdParams& params, const TokenFactors& factors,
+                                Stream stream) {
   value_ffn_factors_kernel<<<static_cast<unsigned>(params.num_tokens), kThreads, 0, stream>>>(
       params, factors.grad_a, factors.arena,
       appended_rows(factors.arena, params.grad_out, params.pre_input));
   return launch_status();
 }
-
-}  // namespace
 
 Status launch_value_ffn_bwd_tokens(const ValueFfnBwdParams& params, const TokenFactors& factors,
                                    Stream stream) {

@@ -19,6 +19,11 @@ struct TokenFactors {
 Status launch_value_ffn_bwd_tokens(const ValueFfnBwdParams& params, const TokenFactors& factors,
                                    Stream stream);
 
+// The factors alone, to an arena, with da given as `factors.grad_a` and the scores. For at least
+// one token.
+Status launch_value_ffn_factors(const ValueFfnBwdParams& params, const TokenFactors& factors,
+                                Stream stream);
+
 // value_ffn_bwd with factors that are appended to `arena`, where that has a header.
 Status value_ffn_bwd_with(const ValueFfnBwdParams& params, const TableFactors& arena,
                           Stream stream);

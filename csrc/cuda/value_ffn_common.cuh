@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "common.cuh"
+#include "common/value_ffn_checks.h"
 #include "ultramem/value_ffn.h"
 
 namespace ultramem::cuda::value_ffn {
@@ -143,7 +144,7 @@ __device__ __forceinline__ void store_elements(void* elements, DType dtype, int6
 
 // A part of a token's slots, in shared memory.
 struct SlotChunk {
-  int64_t* slots;   // [capacity], -1 where the index was out of range
+  int64_t* slots;   // [capacity], negative where there is no row
   float* weights;   // [C, capacity]
   int32_t* groups;  // [capacity]
   int capacity;
@@ -299,43 +300,13 @@ __device__ void sum_rows(const TableT* table, int dim, int slice, void* out, DTy
   }
 }
 
-inline Status check_addressing(const AddressingParams& addressing) {
-  if (addressing.num_slots < 1) {
+// What the forward and the backward offer. Dimensions are 32-bit inside the kernels, offsets 64.
+// scores may be null where the caller says so.
+inline Status check_params(const ValueFfnParams& params, bool needs_scores) {
+  ULTRAMEM_RETURN_IF_ERROR(check_addressing(params.addressing));
+  if (params.addressing.num_slots < 1) {
     return Status::invalid_argument("value_ffn: the table must have at least one slot");
   }
-  if (addressing.window == 0) {
-    return addressing.expand == 1 && addressing.shuffle == Shuffle::kNone
-               ? Status{}
-               : Status::invalid_argument("value_ffn: expand and shuffle need a window");
-  }
-  if (addressing.window < 0 || addressing.window > addressing.num_slots) {
-    return Status::invalid_argument("value_ffn: window must be in 1..num_slots");
-  }
-  if (addressing.offset < 0 || addressing.offset >= addressing.num_slots) {
-    return Status::invalid_argument("value_ffn: offset must be in [0, num_slots)");
-  }
-  if (addressing.expand < 1 || addressing.expand > INT32_MAX) {
-    return Status::invalid_argument("value_ffn: expand must be in 1..2^31-1");
-  }
-  if (addressing.window > INT64_MAX / addressing.expand) {
-    return Status::invalid_argument("value_ffn: expand * window must be below 2^63");
-  }
-  constexpr int64_t kMaxKeys = 3037000499;  // whose square is below 2^63
-  if (addressing.shuffle == Shuffle::kFeistel &&
-      (addressing.num_keys < 1 || addressing.num_keys > kMaxKeys ||
-       addressing.num_keys * addressing.num_keys != addressing.expand * addressing.window)) {
-    return Status::invalid_argument(
-        "value_ffn: the feistel shuffle needs num_keys^2 == expand * window");
-  }
-  if (addressing.shuffle == Shuffle::kPermutation && addressing.permutation == nullptr) {
-    return Status::invalid_argument("value_ffn: the permutation shuffle needs a permutation");
-  }
-  return {};
-}
-
-// What the forward and the backward offer. Dimensions are 32-bit inside the kernels, offsets 64.
-inline Status check_params(const ValueFfnParams& params) {
-  ULTRAMEM_RETURN_IF_ERROR(check_addressing(params.addressing));
   if (params.table_dtype == DType::kFloat64 || params.dtype == DType::kFloat64) {
     return Status::invalid_argument("value_ffn: float64 is offered on the CPU only");
   }
@@ -364,7 +335,8 @@ inline Status check_params(const ValueFfnParams& params) {
     return Status::invalid_argument("value_ffn: pre_values and pre_input go together");
   }
   if (params.num_tokens > 0 && params.num_selected > 0) {
-    if (params.indices == nullptr || params.scores == nullptr || params.values == nullptr) {
+    if (params.indices == nullptr || (needs_scores && params.scores == nullptr) ||
+        params.values == nullptr) {
       return Status::invalid_argument("value_ffn: indices, scores and values must not be null");
     }
     if (has_pre_values && params.pre_activation == nullptr) {

@@ -190,7 +190,9 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t num_entries = params.num_tokens * params.num_selected;
   const int64_t step = int64_t{gridDim.x} * kThreads;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < num_entries; i += step) {
-    if (resolve_slot(params.addressing, load_index(params, i)).slot < 0) *index_error = 1;
+    if (resolve_slot(params.addressing, load_index(params, i)).slot == kIndexOutOfRange) {
+      *index_error = 1;
+    }
   }
 }
 
@@ -252,7 +254,7 @@ Status check_indices(const ValueFfnParams& params, int32_t* index_error, Stream 
 size_t value_ffn_fwd_workspace(const ValueFfnParams& /*params*/) { return 0; }
 
 Status value_ffn_fwd(const ValueFfnParams& params, Stream stream) {
-  ULTRAMEM_RETURN_IF_ERROR(check_params(params));
+  ULTRAMEM_RETURN_IF_ERROR(check_params(params, /*needs_scores=*/true));
   if (params.num_tokens == 0) return {};
   if (params.out == nullptr) return Status::invalid_argument("value_ffn: out must not be null");
   const bool one_pass = takes_one_pass(params, params.out, nullptr);

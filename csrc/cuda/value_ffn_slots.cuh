@@ -120,7 +120,7 @@ int64_t shared_bytes(const SlotArguments& arguments, int num_warps) {
   return sum_bytes<Traits>(arguments, num_warps) + num_warps * warp_bytes;
 }
 
-// Requests a team's lanes' vectors of a row, zeros behind its end and for a slot of -1.
+// Requests a team's lanes' vectors of a row, zeros behind its end and for a negative slot.
 template <typename Traits>
 __device__ __forceinline__ void request_row(const void* table, int row_vectors, int64_t slot,
                                             int rank, uint32_t to) {
@@ -206,8 +206,8 @@ __device__ __forceinline__ void store_sum(const SlotArguments& arguments, const 
 }
 
 // The kernel. A Pass has
-//   Batch                               what it keeps of 32 slots in shared memory: `slots`, -1
-//                                       where there is nothing to read, and more
+//   Batch                               what it keeps of 32 slots in shared memory: `slots`,
+//                                       negative where there is nothing to read, and more
 //   Request request(entry, exists)      what a lane reads of an entry of [T, S], not yet waited for
 //   settle(request, batch, i, entry, exists)
 //                                       .. worked out and written to place i of a batch

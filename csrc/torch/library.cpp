@@ -26,32 +26,50 @@ STABLE_TORCH_LIBRARY(ultramem, m) {
       "value_ffn(Tensor indices, Tensor scores, Tensor values, Tensor? pre_values,"
       " Tensor? pre_input, Tensor? permutation, Tensor? table_scale, Tensor? values_main_grad,"
       " Tensor? pre_values_main_grad, Tensor? factors, str activation, int window, int offset,"
-      " int expand, str shuffle, int num_keys, int seed, bool sum_groups)"
-      " -> (Tensor out, Tensor pre_activation)");
+      " int expand, str shuffle, int num_keys, int seed, bool sum_groups,"
+      " int first_row=0, int num_slots=0) -> (Tensor out, Tensor pre_activation)");
   m.def(
       "value_ffn_bwd(Tensor grad_out, Tensor indices, Tensor scores, Tensor values,"
       " Tensor? pre_values, Tensor? pre_input, Tensor pre_activation, Tensor? permutation,"
       " Tensor? table_scale, str activation, int window, int offset, int expand, str shuffle, int "
       "num_keys, int seed,"
-      " bool sum_groups, bool need_values, bool need_pre_values)"
+      " bool sum_groups, bool need_values, bool need_pre_values, int first_row=0, int num_slots=0)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "value_ffn_bwd_main_grad(Tensor grad_out, Tensor indices, Tensor scores, Tensor values,"
       " Tensor? pre_values, Tensor? pre_input, Tensor pre_activation, Tensor? permutation,"
       " str activation, int window, int offset, int expand, str shuffle, int num_keys, int seed,"
-      " bool sum_groups, Tensor(a!)? values_main_grad, Tensor(b!)? pre_values_main_grad)"
-      " -> (Tensor, Tensor)");
+      " bool sum_groups, Tensor(a!)? values_main_grad, Tensor(b!)? pre_values_main_grad,"
+      " int first_row=0, int num_slots=0) -> (Tensor, Tensor)");
   m.def(
       "value_ffn_bwd_deferred(Tensor grad_out, Tensor indices, Tensor scores, Tensor values,"
       " Tensor? pre_values, Tensor? pre_input, Tensor pre_activation, Tensor? permutation,"
       " Tensor? table_scale, str activation, int window, int offset, int expand, str shuffle, int "
       "num_keys, int seed,"
-      " bool sum_groups, Tensor(a!) factors) -> (Tensor, Tensor)");
+      " bool sum_groups, Tensor(a!) factors, int first_row=0, int num_slots=0)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "slot_dots(Tensor indices, Tensor inputs, Tensor rows, int num_cores, Tensor? row_scale,"
+      " Tensor? permutation, int window, int offset, int expand, str shuffle, int num_keys,"
+      " int seed, bool sum_groups, int first_row=0, int num_slots=0) -> Tensor");
+  m.def(
+      "slot_sum(Tensor indices, Tensor weights, Tensor rows, ScalarType dtype, Tensor? row_scale,"
+      " Tensor? permutation, int window, int offset, int expand, str shuffle, int num_keys,"
+      " int seed, bool sum_groups, int first_row=0, int num_slots=0) -> Tensor");
+  m.def(
+      "table_factors_append(Tensor indices, Tensor weights, Tensor? grad_a, Tensor grad_out,"
+      " Tensor? pre_input, int num_rows, Tensor? permutation, int window, int offset, int expand,"
+      " str shuffle, int num_keys, int seed, bool sum_groups, Tensor(a!) factors,"
+      " int first_row=0, int num_slots=0) -> ()");
   m.def(
       "table_group(Tensor slots, int num_rows)"
       " -> (Tensor keys, Tensor entries, Tensor run_begins, Tensor pieces, Tensor counts)");
   m.def(
       "table_grad_sum_sq(Tensor keys, Tensor entries, Tensor run_begins, Tensor pieces,"
+      " Tensor counts, Tensor weights, Tensor? groups, Tensor source, int num_selected,"
+      " int num_rows) -> Tensor");
+  m.def(
+      "table_grad_row_sq(Tensor keys, Tensor entries, Tensor run_begins, Tensor pieces,"
       " Tensor counts, Tensor weights, Tensor? groups, Tensor source, int num_selected,"
       " int num_rows) -> Tensor");
   m.def(
@@ -61,7 +79,8 @@ STABLE_TORCH_LIBRARY(ultramem, m) {
       " Tensor? entries, Tensor? run_begins, Tensor? pieces, Tensor? counts, Tensor? weights,"
       " Tensor? groups, Tensor? source, int num_selected, Tensor? lr_factor, Tensor? grad_scale,"
       " Tensor? loss_scale, Tensor? found_inf, float lr, float beta1, float beta2, float eps,"
-      " float weight_decay, bool stochastic_rounding, int seed, int stream) -> ()");
+      " float weight_decay, bool stochastic_rounding, int seed, int stream,"
+      " int first_row=0, int first_column=0, Tensor? row_sq=None, int row_columns=0) -> ()");
 }
 
 namespace ultramem::torch_binding {
@@ -80,8 +99,12 @@ void register_all(torch::stable::detail::StableLibrary& m) {
   m.impl("value_ffn_bwd", TORCH_BOX(&value_ffn_bwd));
   m.impl("value_ffn_bwd_main_grad", TORCH_BOX(&value_ffn_bwd_main_grad));
   m.impl("value_ffn_bwd_deferred", TORCH_BOX(&value_ffn_bwd_deferred));
+  m.impl("slot_dots", TORCH_BOX(&slot_dots));
+  m.impl("slot_sum", TORCH_BOX(&slot_sum));
+  m.impl("table_factors_append", TORCH_BOX(&table_factors_append));
   m.impl("table_group", TORCH_BOX(&table_group));
   m.impl("table_grad_sum_sq", TORCH_BOX(&table_grad_sum_sq));
+  m.impl("table_grad_row_sq", TORCH_BOX(&table_grad_row_sq));
   m.impl("table_update", TORCH_BOX(&table_update));
 }
 

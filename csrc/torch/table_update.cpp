@@ -147,6 +147,27 @@ Tensor table_grad_sum_sq(Tensor keys, Tensor entries, Tensor run_begins, Tensor 
   return sum_sq;
 }
 
+Tensor table_grad_row_sq(Tensor keys, Tensor entries, Tensor run_begins, Tensor pieces,
+                         Tensor counts, Tensor weights, OptionalTensor groups, Tensor source,
+                         int64_t num_selected, int64_t num_rows) {
+  const OpContext context("table_grad_row_sq", "weights", weights);
+  weights = as_contiguous(weights);
+  groups = as_contiguous(groups);
+  source = as_contiguous(source);
+  context.check_shape("source", source, "[tokens, G, dim]", {-1, -1, -1});
+  TableGradRowSqParams params;
+  params.acc_dtype = context.dtype("weights", weights);
+  params.gradient =
+      factored_gradient(context, {keys, entries, run_begins, pieces, counts}, weights, groups,
+                        source, num_selected, num_rows, source.size(2), params.acc_dtype);
+  Tensor row_sq = context.empty({max_runs(params.gradient)}, weights.scalar_type());
+  params.row_sq = row_sq.mutable_data_ptr();
+  Tensor workspace = ULTRAMEM_WORKSPACE(context, table_grad_row_sq_workspace, params);
+  params.workspace = workspace.mutable_data_ptr();
+  context.check(ULTRAMEM_CALL(context, table_grad_row_sq, params));
+  return row_sq;
+}
+
 void table_update(std::string optimizer, Tensor weight, OptionalTensor master,
                   OptionalTensor exp_avg, OptionalTensor exp_avg_sq, OptionalTensor row_sum,
                   Tensor step, OptionalTensor scale, OptionalTensor grad, OptionalTensor keys,
@@ -155,7 +176,8 @@ void table_update(std::string optimizer, Tensor weight, OptionalTensor master,
                   OptionalTensor source, int64_t num_selected, OptionalTensor lr_factor,
                   OptionalTensor grad_scale, OptionalTensor loss_scale, OptionalTensor found_inf,
                   double lr, double beta1, double beta2, double eps, double weight_decay,
-                  bool stochastic_rounding, int64_t seed, int64_t stream) {
+                  bool stochastic_rounding, int64_t seed, int64_t stream, int64_t first_row,
+                  int64_t first_column, OptionalTensor row_sq, int64_t row_columns) {
   const OpContext context("table_update", "weight", weight);
   TableUpdateParams params;
   params.optimizer = parse_optimizer(context, optimizer);
@@ -203,6 +225,16 @@ void table_update(std::string optimizer, Tensor weight, OptionalTensor master,
     context.check(row_sum->is_contiguous(), "row_sum must be contiguous");
     params.row_sum = row_sum->mutable_data_ptr();
   }
+  if (row_sq.has_value()) {
+    row_sq = as_contiguous(row_sq);
+    context.check_shape("row_sq", *row_sq, grad.has_value() ? "[N]" : "[min(n, N)]",
+                        {max_runs(params.gradient)});
+    context.check_dtype("row_sq", *row_sq, scalar_type(acc_dtype));
+    params.row_sq = row_sq->const_data_ptr();
+  }
+  params.row_columns = row_columns;
+  params.first_row = first_row;
+  params.first_column = first_column;
   params.step = const_cast<float*>(scalar(context, "step", step));
   if (scale.has_value()) {
     context.check_shape("scale", *scale, "a scalar", {});

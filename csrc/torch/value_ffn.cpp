@@ -1,20 +1,11 @@
 #include "ultramem/value_ffn.h"
 
-#include <cstdlib>
-
 #include "ops.h"
+#include "slot_addressing.h"
 #include "table_factors.h"
 
 namespace ultramem::torch_binding {
 namespace {
-
-// How the arguments of SlotAddressing reach the operators.
-struct AddressingArguments {
-  const OptionalTensor& permutation;
-  int64_t window, offset, expand;
-  const std::string& shuffle;
-  int64_t num_keys, seed;
-};
 
 Activation parse_activation(const OpContext& context, const std::string& name) {
   if (name == "identity") return Activation::kIdentity;
@@ -23,47 +14,6 @@ Activation parse_activation(const OpContext& context, const std::string& name) {
   context.check(name == "silu",
                 "activation must be 'identity', 'gelu', 'relu' or 'silu', got '" + name + "'");
   return Activation::kSilu;
-}
-
-AddressingParams make_addressing(const OpContext& context, const AddressingArguments& arguments,
-                                 int64_t num_slots) {
-  AddressingParams params;
-  params.num_slots = num_slots;
-  params.window = arguments.window;
-  params.expand = arguments.expand;
-  params.num_keys = arguments.num_keys;
-  params.mixed_seed = mix64(static_cast<uint64_t>(arguments.seed));
-  context.check(params.expand >= 1,
-                "expand must be positive, got " + std::to_string(params.expand));
-  if (params.window == 0) {  // the index is the slot
-    context.check(params.expand == 1 && arguments.shuffle == "none",
-                  "expand and shuffle need a window");
-    return params;
-  }
-  context.check(params.window > 0 && params.window <= num_slots,
-                "window must be in 1..num_slots = " + std::to_string(num_slots) + ", got " +
-                    std::to_string(params.window));
-  params.offset = (arguments.offset % num_slots + num_slots) % num_slots;
-  if (arguments.shuffle == "feistel") {
-    params.shuffle = Shuffle::kFeistel;
-    context.check(
-        params.num_keys > 0 && params.num_keys * params.num_keys == params.expand * params.window,
-        "shuffle='feistel' needs num_keys^2 == expand * window, got num_keys = " +
-            std::to_string(params.num_keys) +
-            ", expand * window = " + std::to_string(params.expand * params.window));
-  } else if (arguments.shuffle == "permutation") {
-    params.shuffle = Shuffle::kPermutation;
-    context.check(arguments.permutation.has_value(), "shuffle='permutation' needs a permutation");
-    context.check_shape("permutation", *arguments.permutation, "[expand * window]",
-                        {params.expand * params.window});
-    context.check_dtype("permutation", *arguments.permutation, ScalarType::Long);
-    params.permutation = static_cast<const int64_t*>(arguments.permutation->const_data_ptr());
-  } else {
-    context.check(
-        arguments.shuffle == "none",
-        "shuffle must be 'none', 'feistel' or 'permutation', got '" + arguments.shuffle + "'");
-  }
-  return params;
 }
 
 // Shapes and dtypes of what the forward and the backward both take. Tensors must be contiguous.
@@ -77,22 +27,16 @@ ValueFfnParams make_params(const OpContext& context, const Tensor& indices, cons
   params.sum_groups = sum_groups;
   params.table_dtype = context.dtype("values", values);
   context.check_shape("values", values, "[N, Dv]", {-1, -1});
-  context.check_shape("indices", indices, "[T, S]", {-1, -1});
-  const ScalarType index_type = indices.scalar_type();
-  context.check(index_type == ScalarType::Long || index_type == ScalarType::Int,
-                "indices must be int64 or int32");
-  params.num_tokens = indices.size(0);
-  params.num_selected = indices.size(1);
+  take_indices(context, indices, params);
   params.value_dim = values.size(1);
-  params.indices_are_int64 = index_type == ScalarType::Long;
-  const int64_t num_slots = values.size(0);
-  context.check(num_slots >= 1 && params.value_dim >= 1, "values must not be empty");
+  const int64_t num_rows = values.size(0);
+  context.check(num_rows >= 1 && params.value_dim >= 1, "values must not be empty");
 
   context.check(pre_values.has_value() == pre_input.has_value(),
                 "pre_values and pre_input go together: give both or neither");
   params.dtype = params.table_dtype;
   if (pre_values.has_value()) {
-    context.check_shape("pre_values", *pre_values, "[N, Dp]", {num_slots, -1});
+    context.check_shape("pre_values", *pre_values, "[N, Dp]", {num_rows, -1});
     context.check_dtype("pre_values", *pre_values, values.scalar_type());
     params.pre_value_dim = pre_values->size(1);
     context.check(params.pre_value_dim >= 1, "pre_values must not be empty");
@@ -116,7 +60,7 @@ ValueFfnParams make_params(const OpContext& context, const Tensor& indices, cons
                 "the number of cores C must divide Dv, got C = " + std::to_string(num_cores) +
                     ", Dv = " + std::to_string(params.value_dim));
   params.num_cores = static_cast<int32_t>(num_cores);
-  params.addressing = make_addressing(context, addressing, num_slots);
+  params.addressing = make_addressing(context, addressing, num_rows);
   if (table_scale.has_value()) {
     context.check_shape("table_scale", *table_scale, "[2]", {2});
     context.check_dtype("table_scale", *table_scale, ScalarType::Double);
@@ -124,36 +68,12 @@ ValueFfnParams make_params(const OpContext& context, const Tensor& indices, cons
     params.pre_value_scale = params.value_scale + 1;
   }
 
-  params.indices = indices.const_data_ptr();
   params.scores = scores.const_data_ptr();
   params.values = values.const_data_ptr();
   params.pre_values = data_or_null(pre_values);
   params.pre_input = data_or_null(pre_input);
   return params;
 }
-
-#if defined(ULTRAMEM_WITH_CUDA)
-bool debug_enabled() {
-  static const bool enabled = [] {
-    const char* value = std::getenv("ULTRAMEM_DEBUG");
-    return value != nullptr && value[0] == '1';
-  }();
-  return enabled;
-}
-
-// With ULTRAMEM_DEBUG=1 an index out of range is an exception, at the price of a synchronisation.
-void check_indices_in_debug(const OpContext& context, const ValueFfnParams& params) {
-  if (!context.is_cuda() || !debug_enabled()) return;
-  Tensor flag = context.zeros({1}, ScalarType::Int);
-  context.check(cuda::check_indices(params, static_cast<int32_t*>(flag.mutable_data_ptr()),
-                                    context.stream()));
-  Tensor host_flag =
-      torch::stable::to(flag, torch::stable::Device(torch::headeronly::DeviceType::CPU));
-  context.check(*static_cast<const int32_t*>(host_flag.const_data_ptr()) == 0,
-                "indices must be in [0, " + std::to_string(params.addressing.num_indices()) +
-                    "), found one outside");
-}
-#endif
 
 // The inputs of a backward, made contiguous, and the gradients that all kinds return. Params is
 // ValueFfnBwdParams or extends it.
@@ -181,9 +101,15 @@ struct Backward {
     static_cast<ValueFfnParams&>(params) = make_params(
         context, indices, scores, values, pre_values, pre_input, table_scale, activation,
         {permutation, addressing.window, addressing.offset, addressing.expand, addressing.shuffle,
-         addressing.num_keys, addressing.seed},
+         addressing.num_keys, addressing.seed, addressing.first_row, addressing.num_slots},
         sum_groups);
-    context.check_dtype("grad_out", grad_out, scalar_type(params.dtype));
+    if (pre_input.has_value()) {
+      context.check_dtype("grad_out", grad_out, scalar_type(params.dtype));
+    } else {
+      params.dtype = context.dtype("grad_out", grad_out);
+      context.check((params.dtype == DType::kFloat64) == (params.table_dtype == DType::kFloat64),
+                    "values and grad_out must both be float64 or neither");
+    }
     const int64_t groups = sum_groups ? 1 : params.addressing.expand;
     context.check(grad_out.numel() == params.num_tokens * groups * params.value_dim,
                   "grad_out must have the shape of out");
@@ -209,27 +135,17 @@ void run(const OpContext& context, ValueFfnBwdParams& params) {
   context.check(ULTRAMEM_CALL(context, value_ffn_bwd, params));
 }
 
-// Which of the indices, on the CPU, is out of range, for the message.
-void check_indices(const OpContext& context, const ValueFfnParams& params) {
-  const int64_t end = params.addressing.num_indices();
-  for (int64_t i = 0; i < params.num_tokens * params.num_selected; ++i) {
-    const int64_t index = params.indices_are_int64 ? static_cast<const int64_t*>(params.indices)[i]
-                                                   : static_cast<const int32_t*>(params.indices)[i];
-    context.check(index >= 0 && index < end, "indices must be in [0, " + std::to_string(end) +
-                                                 "), got " + std::to_string(index) + " at [" +
-                                                 std::to_string(i / params.num_selected) + ", " +
-                                                 std::to_string(i % params.num_selected) + "]");
-  }
-}
-
 }  // namespace
 
-std::tuple<Tensor, Tensor> value_ffn(
-    Tensor indices, Tensor scores, Tensor values, OptionalTensor pre_values,
-    OptionalTensor pre_input, OptionalTensor permutation, OptionalTensor table_scale,
-    OptionalTensor values_main_grad, OptionalTensor pre_values_main_grad,
-    OptionalTensor /*factors*/, std::string activation, int64_t window, int64_t offset,
-    int64_t expand, std::string shuffle, int64_t num_keys, int64_t seed, bool sum_groups) {
+std::tuple<Tensor, Tensor> value_ffn(Tensor indices, Tensor scores, Tensor values,
+                                     OptionalTensor pre_values, OptionalTensor pre_input,
+                                     OptionalTensor permutation, OptionalTensor table_scale,
+                                     OptionalTensor values_main_grad,
+                                     OptionalTensor pre_values_main_grad,
+                                     OptionalTensor /*factors*/, std::string activation,
+                                     int64_t window, int64_t offset, int64_t expand,
+                                     std::string shuffle, int64_t num_keys, int64_t seed,
+                                     bool sum_groups, int64_t first_row, int64_t num_slots) {
   const OpContext context("value_ffn", "values", values);
   context.check(!table_scale.has_value() ||
                     (!values_main_grad.has_value() && !pre_values_main_grad.has_value()),
@@ -241,12 +157,11 @@ std::tuple<Tensor, Tensor> value_ffn(
   pre_input = as_contiguous(pre_input);
   permutation = as_contiguous(permutation);
   table_scale = as_contiguous(table_scale);
-  ValueFfnParams params =
-      make_params(context, indices, scores, values, pre_values, pre_input, table_scale, activation,
-                  {permutation, window, offset, expand, shuffle, num_keys, seed}, sum_groups);
-#if defined(ULTRAMEM_WITH_CUDA)
+  ValueFfnParams params = make_params(
+      context, indices, scores, values, pre_values, pre_input, table_scale, activation,
+      {permutation, window, offset, expand, shuffle, num_keys, seed, first_row, num_slots},
+      sum_groups);
   check_indices_in_debug(context, params);
-#endif
   const int64_t T = params.num_tokens;
   const ScalarType dtype = scalar_type(params.dtype);
   Tensor out = sum_groups ? context.empty({T, params.value_dim}, dtype)
@@ -258,9 +173,7 @@ std::tuple<Tensor, Tensor> value_ffn(
   params.pre_activation = pre_values.has_value() ? pre_activation.mutable_data_ptr() : nullptr;
   Tensor workspace = ULTRAMEM_WORKSPACE(context, value_ffn_fwd_workspace, params);
   params.workspace = workspace.mutable_data_ptr();
-  const Status status = ULTRAMEM_CALL(context, value_ffn_fwd, params);
-  if (status.code == StatusCode::kOutOfRange) check_indices(context, params);
-  context.check(status);
+  check_status(context, ULTRAMEM_CALL(context, value_ffn_fwd, params), params);
   return {out, pre_activation};
 }
 
@@ -269,11 +182,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> value_ffn_bwd(
     OptionalTensor pre_input, Tensor pre_activation, OptionalTensor permutation,
     OptionalTensor table_scale, std::string activation, int64_t window, int64_t offset,
     int64_t expand, std::string shuffle, int64_t num_keys, int64_t seed, bool sum_groups,
-    bool need_values, bool need_pre_values) {
+    bool need_values, bool need_pre_values, int64_t first_row, int64_t num_slots) {
   const OpContext context("value_ffn_bwd", "values", values);
-  Backward<> backward(context, grad_out, indices, scores, values, pre_values, pre_input,
-                      pre_activation, permutation, table_scale, activation,
-                      {permutation, window, offset, expand, shuffle, num_keys, seed}, sum_groups);
+  Backward<> backward(
+      context, grad_out, indices, scores, values, pre_values, pre_input, pre_activation,
+      permutation, table_scale, activation,
+      {permutation, window, offset, expand, shuffle, num_keys, seed, first_row, num_slots},
+      sum_groups);
   const ScalarType dtype = values.scalar_type();
   backward.params.grad_table_dtype = backward.params.table_dtype;
   Tensor grad_values = need_values ? context.zeros({values.size(0), values.size(1)}, dtype)
@@ -293,11 +208,13 @@ std::tuple<Tensor, Tensor> value_ffn_bwd_main_grad(
     OptionalTensor pre_input, Tensor pre_activation, OptionalTensor permutation,
     std::string activation, int64_t window, int64_t offset, int64_t expand, std::string shuffle,
     int64_t num_keys, int64_t seed, bool sum_groups, OptionalTensor values_main_grad,
-    OptionalTensor pre_values_main_grad) {
+    OptionalTensor pre_values_main_grad, int64_t first_row, int64_t num_slots) {
   const OpContext context("value_ffn_bwd_main_grad", "values", values);
-  Backward<> backward(context, grad_out, indices, scores, values, pre_values, pre_input,
-                      pre_activation, permutation, std::nullopt, activation,
-                      {permutation, window, offset, expand, shuffle, num_keys, seed}, sum_groups);
+  Backward<> backward(
+      context, grad_out, indices, scores, values, pre_values, pre_input, pre_activation,
+      permutation, std::nullopt, activation,
+      {permutation, window, offset, expand, shuffle, num_keys, seed, first_row, num_slots},
+      sum_groups);
   const ScalarType acc = scalar_type(accumulation_dtype(backward.params.table_dtype));
   backward.params.grad_table_dtype = accumulation_dtype(backward.params.table_dtype);
   backward.params.accumulate = true;
@@ -325,12 +242,13 @@ std::tuple<Tensor, Tensor> value_ffn_bwd_deferred(
     OptionalTensor pre_input, Tensor pre_activation, OptionalTensor permutation,
     OptionalTensor table_scale, std::string activation, int64_t window, int64_t offset,
     int64_t expand, std::string shuffle, int64_t num_keys, int64_t seed, bool sum_groups,
-    Tensor factors) {
+    Tensor factors, int64_t first_row, int64_t num_slots) {
   const OpContext context("value_ffn_bwd_deferred", "values", values);
   Backward<ValueFfnBwdDeferredParams> backward(
       context, grad_out, indices, scores, values, pre_values, pre_input, pre_activation,
       permutation, table_scale, activation,
-      {permutation, window, offset, expand, shuffle, num_keys, seed}, sum_groups);
+      {permutation, window, offset, expand, shuffle, num_keys, seed, first_row, num_slots},
+      sum_groups);
   ValueFfnBwdDeferredParams& params = backward.params;
   TableFactorsShape shape;
   shape.num_selected = params.num_selected;

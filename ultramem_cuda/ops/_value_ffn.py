@@ -237,6 +237,8 @@ def _value_ffn_fake(
     num_keys: int,
     seed: int,
     sum_groups: bool,
+    first_row: int = 0,
+    num_slots: int = 0,
 ) -> tuple[Tensor, Tensor]:
     checks = ArgumentChecks("value_ffn", "values", values)
     checks.check(
@@ -251,8 +253,8 @@ def _value_ffn_fake(
     checks.shape("values", values, "[N, Dv]", (None, None))
     checks.shape("indices", indices, "[T, S]", (None, None))
     checks.check(indices.dtype in (torch.int64, torch.int32), "indices must be int64 or int32")
-    (tokens, selected), (num_slots, width) = indices.shape, values.shape
-    checks.check(num_slots >= 1, "values must not be empty")
+    (tokens, selected), (num_rows, width) = indices.shape, values.shape
+    checks.check(num_rows >= 1, "values must not be empty")
     checks.check(width >= 1, "values must not be empty")
     _check_pre_values(checks, values, pre_values, pre_input, activation, tokens)
     checks.shape("scores", scores, "[T, S, C]", (tokens, selected, None))
@@ -294,6 +296,8 @@ def _value_ffn_bwd_fake(
     sum_groups: bool,
     need_values: bool,
     need_pre_values: bool,
+    first_row: int = 0,
+    num_slots: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     checks = ArgumentChecks("value_ffn_bwd", "values", values)
     need_pre_values = need_pre_values and pre_values is not None
@@ -333,7 +337,7 @@ def _value_ffn_bwd_deferred_fake(
     pre_input: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    factors = rest[-1]
+    factors = rest[11]  # behind pre_activation, permutation, table_scale and eight options
     checks = ArgumentChecks("value_ffn_bwd_deferred", "values", values)
     checks.shape("factors", factors, "[bytes]", (None,))
     checks.has_dtype("factors", factors, torch.uint8)
@@ -347,7 +351,7 @@ def _value_ffn_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
     # Not saved tensors: their version counters move between layers that share the table.
     ctx.values_main_grad, ctx.pre_values_main_grad, ctx.factors = inputs[7:10]
     ctx.tables = (values, pre_values)
-    ctx.options = inputs[10:]
+    ctx.options, ctx.shard = inputs[10:18], inputs[18:]
     _, pre_activation = output
     ctx.mark_non_differentiable(pre_activation)
     optional = (pre_values, pre_input, permutation, table_scale)
@@ -382,16 +386,16 @@ def _value_ffn_backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Any, ...]:
     grad_values: Tensor | None = None
     grad_pre_values: Tensor | None = None
     if ctx.factors is not None:
-        grad_scores, grad_pre_input = _append_factors(ctx.factors, scaled)
+        grad_scores, grad_pre_input = _append_factors(ctx.factors, scaled, ctx.shard)
     elif ctx.values_main_grad is None and ctx.pre_values_main_grad is None:
         grad_scores, grad_pre_input, grad_values, grad_pre_values = (
-            torch.ops.ultramem.value_ffn_bwd(*scaled, need_values, need_pre_values)
+            torch.ops.ultramem.value_ffn_bwd(*scaled, need_values, need_pre_values, *ctx.shard)
         )
     else:
         if torch.is_grad_enabled():
             raise_double_backward("value_ffn")
         grad_scores, grad_pre_input = torch.ops.ultramem.value_ffn_bwd_main_grad(
-            *tensors, *ctx.options, ctx.values_main_grad, ctx.pre_values_main_grad
+            *tensors, *ctx.options, ctx.values_main_grad, ctx.pre_values_main_grad, *ctx.shard
         )
         for table, buffer in zip(
             ctx.tables, (ctx.values_main_grad, ctx.pre_values_main_grad), strict=True
@@ -404,20 +408,22 @@ def _value_ffn_backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Any, ...]:
         grad_values if need_values else None,
         grad_pre_values if need_pre_values else None,
         grad_pre_input if need_pre_input else None,
-        *[None] * 13,
+        *[None] * 15,
     )
 
 
-def _append_factors(arena: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+def _append_factors(
+    arena: Tensor, arguments: tuple[Any, ...], shard: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
     """Gradients of scores and pre_input; the factors of the tables' go to the arena."""
     if torch.is_grad_enabled():
         raise_double_backward("value_ffn")
     owner = owner_of(arena)
     if owner is None:
-        return torch.ops.ultramem.value_ffn_bwd_deferred(*arguments, arena)
+        return torch.ops.ultramem.value_ffn_bwd_deferred(*arguments, arena, *shard)
     indices: Tensor = arguments[1]
     with owner._appending(indices.shape[0]) as grown:
-        return torch.ops.ultramem.value_ffn_bwd_deferred(*arguments, grown)
+        return torch.ops.ultramem.value_ffn_bwd_deferred(*arguments, grown, *shard)
 
 
 if _library.is_loaded():

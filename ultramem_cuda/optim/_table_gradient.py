@@ -199,6 +199,11 @@ def _sum_sq_fake(*arguments: Any) -> Tensor:
     return arguments[5].new_empty((), dtype=torch.float64)
 
 
+def _row_sq_fake(*arguments: Any) -> Tensor:
+    weights: Tensor = arguments[5]
+    return weights.new_empty((min(arguments[0].shape[0], arguments[9]),))
+
+
 def _update_fake(*_: Any) -> None:
     return None
 
@@ -206,4 +211,5 @@ def _update_fake(*_: Any) -> None:
 if _library.is_loaded():
     torch.library.register_fake("ultramem::table_group", _group_fake)
     torch.library.register_fake("ultramem::table_grad_sum_sq", _sum_sq_fake)
+    torch.library.register_fake("ultramem::table_grad_row_sq", _row_sq_fake)
     torch.library.register_fake("ultramem::table_update", _update_fake)

@@ -22,6 +22,8 @@ const KernelTable& kernel_table() {
       value_ffn_factors,
       table_grad_sum_sq_workspace,
       table_grad_sum_sq,
+      table_grad_row_sq_workspace,
+      table_grad_row_sq,
       table_update_workspace,
       table_update,
   };

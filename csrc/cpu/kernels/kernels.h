@@ -20,12 +20,14 @@ size_t value_ffn_fwd_workspace(const ValueFfnParams& params, const Executor& exe
 StatusCode value_ffn_fwd(const ValueFfnParams& params, const Executor& executor);
 size_t value_ffn_bwd_workspace(const ValueFfnBwdParams& params, const Executor& executor);
 StatusCode value_ffn_bwd(const ValueFfnBwdParams& params, const Executor& executor);
-// All of the factors but da, from token `position` of theirs on.
-void value_ffn_factors(const ValueFfnBwdDeferredParams& params, int64_t position,
-                       const Executor& executor);
+// All of the factors, of da what params.grad_a gives, from token `position` of theirs on.
+StatusCode value_ffn_factors(const ValueFfnBwdDeferredParams& params, int64_t position,
+                             const Executor& executor);
 
 size_t table_grad_sum_sq_workspace(const TableGradSumSqParams& params, const Executor& executor);
 void table_grad_sum_sq(const TableGradSumSqParams& params, const Executor& executor);
+size_t table_grad_row_sq_workspace(const TableGradRowSqParams& params, const Executor& executor);
+void table_grad_row_sq(const TableGradRowSqParams& params, const Executor& executor);
 size_t table_update_workspace(const TableUpdateParams& params, const Executor& executor);
 void table_update(const TableUpdateParams& params, const Executor& executor);
 

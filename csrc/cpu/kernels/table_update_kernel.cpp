@@ -187,14 +187,16 @@ class RowBlocks {
     } else if (rounding.dtype == DType::kFloat32) {
       for (int i = 0; i < kCount; ++i) static_cast<float*>(to)[index + i] = from[i];
     } else if (rounding.stochastic) {
-      const int64_t first = column / kLaneColumns * kLaneColumns;
+      // Those of the block's columns lie in one draw (RowUpdate).
+      const int64_t whole_column = p_.first_column + column;
+      const int64_t first = whole_column / kLaneColumns * kLaneColumns;
       const RandomBits random =
-          random_bits(p_.seed, p_.stream, rounding.tensor, s_.step, static_cast<uint32_t>(row_),
-                      static_cast<uint32_t>(first));
+          random_bits(p_.seed, p_.stream, rounding.tensor, s_.step,
+                      static_cast<uint32_t>(p_.first_row + row_), static_cast<uint32_t>(first));
       uint16_t* out = static_cast<uint16_t*>(to) + index;
       const bool bfloat16 = rounding.dtype == DType::kBFloat16;
       for (int i = 0; i < kCount; ++i) {
-        const uint32_t bits = random[static_cast<int>(column - first) + i];
+        const uint32_t bits = random[static_cast<int>(whole_column - first) + i];
         out[i] = bfloat16 ? round_to_bfloat16(from[i], bits) : round_to_float16(from[i], bits);
       }
     } else if (rounding.dtype == DType::kBFloat16) {
@@ -241,14 +243,21 @@ class RowUpdate {
         exp_avg_{params.state_dtype, params.stochastic_rounding, RoundedTensor::kExpAvg},
         exp_avg_sq_{params.state_dtype, params.stochastic_rounding, RoundedTensor::kExpAvgSq} {}
 
-  void operator()(int64_t row, const Acc* gradient) const {
+  void operator()(int64_t run, int64_t row, const Acc* gradient) const {
     const int64_t dim = p_.gradient.dim;
     Acc step_size = s_.step_size;
     if (p_.optimizer == TableOptimizer::kAdagrad) {
-      const Acc sum_sq = sum_row_squares(gradient, s_.grad_scale, dim);
-      step_size = adagrad_step_size(s_, sum_sq, dim, static_cast<Acc*>(p_.row_sum) + row);
+      const Acc sum_sq =
+          p_.row_sq == nullptr ? sum_row_squares(gradient, s_.grad_scale, dim) : Acc{0};
+      const Acc mean_sq = adagrad_mean_sq(p_, s_, run, sum_sq);
+      step_size = adagrad_step_size(s_, mean_sq, static_cast<Acc*>(p_.row_sum) + row);
     }
+    // Blocks begin at multiples of their length in the whole table, so that their random bits are
+    // one draw.
+    const int64_t head =
+        smaller((kLaneColumns - p_.first_column % kLaneColumns) % kLaneColumns, dim);
     int64_t column = 0;
+    for (; column < head; ++column) update<1>(row, column, gradient, step_size);
     for (; column + kLaneColumns <= dim; column += kLaneColumns) {
       update<kLaneColumns>(row, column, gradient, step_size);
     }
@@ -328,10 +337,38 @@ void update(const TableUpdateParams& p, const Executor& executor) {
     parallel_tiles(executor, div_up(runs, kRunsPerTile), [&](int64_t worker, int64_t tile) {
       for (int64_t run = tile * kRunsPerTile; run < smaller(runs, (tile + 1) * kRunsPerTile);
            ++run) {
-        update_row(rows.row(run), rows.sum(run, worker));
+        update_row(run, rows.row(run), rows.sum(run, worker));
       }
     });
   });
+}
+
+// Into Acc[min(n, N)].
+template <typename Acc>
+void row_squares(const TableGradRowSqParams& p, const Executor& executor) {
+  const TableGradient& g = p.gradient;
+  Arena arena(p.workspace);
+  const Scratch<Acc> scratch = take_scratch<Acc>(g, executor, &arena);
+  auto* row_sq = static_cast<Acc*>(p.row_sq);
+  const int64_t runs = num_runs(g);
+  if (runs < max_runs(g)) set_zero(row_sq + runs, max_runs(g) - runs);
+  with_source<Acc>(g, [&](auto source) {
+    const GradientRows<Acc, decltype(source)> rows(g, scratch);
+    parallel_tiles(executor, div_up(runs, kRunsPerTile), [&](int64_t worker, int64_t tile) {
+      for (int64_t run = tile * kRunsPerTile; run < smaller(runs, (tile + 1) * kRunsPerTile);
+           ++run) {
+        row_sq[run] = sum_row_squares(rows.sum(run, worker), Acc{1}, g.dim);
+      }
+    });
+  });
+}
+
+// Of what goes over the rows of a gradient and keeps nothing else.
+template <typename Acc>
+size_t gradient_workspace(const TableGradient& g, const Executor& executor) {
+  Arena arena(nullptr);
+  take_scratch<Acc>(g, executor, &arena);
+  return arena.bytes();
 }
 
 template <typename Acc>
@@ -339,13 +376,6 @@ size_t sum_squares_workspace(const TableGradSumSqParams& p, const Executor& exec
   Arena arena(nullptr);
   take_scratch<Acc>(p.gradient, executor, &arena);
   arena.take<double>(div_up(p.gradient.num_rows, kRunsPerTile));
-  return arena.bytes();
-}
-
-template <typename Acc>
-size_t update_workspace(const TableUpdateParams& p, const Executor& executor) {
-  Arena arena(nullptr);
-  take_scratch<Acc>(p.gradient, executor, &arena);
   return arena.bytes();
 }
 
@@ -364,9 +394,23 @@ void table_grad_sum_sq(const TableGradSumSqParams& params, const Executor& execu
   }
 }
 
+size_t table_grad_row_sq_workspace(const TableGradRowSqParams& params, const Executor& executor) {
+  return params.acc_dtype == DType::kFloat64 ? gradient_workspace<double>(params.gradient, executor)
+                                             : gradient_workspace<float>(params.gradient, executor);
+}
+
+void table_grad_row_sq(const TableGradRowSqParams& params, const Executor& executor) {
+  if (params.acc_dtype == DType::kFloat64) {
+    row_squares<double>(params, executor);
+  } else {
+    row_squares<float>(params, executor);
+  }
+}
+
 size_t table_update_workspace(const TableUpdateParams& params, const Executor& executor) {
-  return params.table_dtype == DType::kFloat64 ? update_workspace<double>(params, executor)
-                                               : update_workspace<float>(params, executor);
+  return params.table_dtype == DType::kFloat64
+             ? gradient_workspace<double>(params.gradient, executor)
+             : gradient_workspace<float>(params.gradient, executor);
 }
 
 void table_update(const TableUpdateParams& params, const Executor& executor) {

@@ -41,11 +41,8 @@ Layout<Acc> lay_out(const ValueFfnBwdParams& p, const Executor& executor, Arena*
   const int64_t entries = p.num_tokens * p.num_selected;
   const int64_t pre_entries = has_pre_values(p) ? entries : 0;
   const bool widens = p.dtype != DType::kFloat32 && p.dtype != DType::kFloat64;
-  const bool widens_out =
-      has_pre_values(p) ? widens
-                        : p.table_dtype != DType::kFloat32 && p.table_dtype != DType::kFloat64;
   Layout<Acc> layout;
-  layout.grad_out = arena->take<Acc>(widens_out ? p.num_tokens * num_groups(p) * p.value_dim : 0);
+  layout.grad_out = arena->take<Acc>(widens ? p.num_tokens * num_groups(p) * p.value_dim : 0);
   layout.pre_input = arena->take<Acc>(widens ? p.num_tokens * p.pre_value_dim : 0);
   layout.slots = arena->take<int64_t>(entries);
   layout.groups_of_slots = arena->take<int64_t>(entries);
@@ -55,7 +52,8 @@ Layout<Acc> lay_out(const ValueFfnBwdParams& p, const Executor& executor, Arena*
   layout.scratch =
       arena->take<Acc>(worker_count(executor) * round_up(p.pre_value_dim + p.value_dim, 16));
   layout.grouping = arena->take<char>(static_cast<int64_t>(
-      wants_tables(p) ? group_rows_workspace(entries, p.addressing.num_slots, executor) : 0));
+      wants_tables(p) ? group_rows_workspace(entries, p.addressing.rows_in_memory(), executor)
+                      : 0));
   return layout;
 }
 
@@ -134,11 +132,11 @@ class TokenPass {
   }
 
   void fetch_value_row(int64_t entry, int64_t end) const {
-    if (entry >= end || !wants_scores()) return;
+    if (entry >= end || !wants_scores() || layout_.slots[entry] < 0) return;
     prefetch_row(value_row(layout_.slots[entry]), p_.value_dim);
   }
   void fetch_pre_value_row(int64_t entry, int64_t end) const {
-    if (entry >= end || p_.grad_pre_input == nullptr) return;
+    if (entry >= end || p_.grad_pre_input == nullptr || layout_.slots[entry] < 0) return;
     prefetch_row(pre_value_row(layout_.slots[entry]), p_.pre_value_dim);
   }
 
@@ -162,21 +160,24 @@ class TokenPass {
       __builtin_memcpy(layout_.hidden + first, hidden, static_cast<size_t>(count) * sizeof(Acc));
     }
     if (!wants_scores()) return;
-    for (int i = 0; i < count;) {
-      const int at_once = num_groups(p_) == 1 && i + kSlotsAtOnce <= count ? kSlotsAtOnce : 1;
-      const int64_t entry = first + i;
+    int places[kSlotsPerBlock];  // of the slots in memory
+    const int num_places = places_in_memory(first, count, end, places, grad_pre);
+    for (int i = 0; i < num_places;) {
+      const int at_once = num_groups(p_) == 1 && i + kSlotsAtOnce <= num_places ? kSlotsAtOnce : 1;
       const Table* rows[kSlotsAtOnce];
       for (int k = 0; k < at_once; ++k) {
-        rows[k] = value_row(layout_.slots[entry + k]);
-        fetch_value_row(entry + k + kSlotsPerBlock, end);
+        const int64_t entry = first + places[i + k];
+        rows[k] = value_row(layout_.slots[entry]);
+        fetch_value_row(entry + kSlotsPerBlock, end);
       }
-      const int64_t group = num_groups(p_) > 1 ? layout_.groups_of_slots[entry] : 0;
+      const int64_t group = num_groups(p_) > 1 ? layout_.groups_of_slots[first + places[i]] : 0;
       Acc grad_weight[kMaxNumCores][kSlotsAtOnce] = {};
       row_products(grad_out + group * p_.value_dim, rows, at_once, grad_weight);
       for (int k = 0; k < at_once; ++k) {
-        const Acc grad_hidden =
-            score_gradients(entry + k, k, grad_weight, has_pre_values(p_) ? hidden[i + k] : Acc{1});
-        if (has_pre_values(p_)) grad_pre[i + k] = derivative[i + k] * grad_hidden;
+        const int place = places[i + k];
+        const Acc grad_hidden = score_gradients(first + place, k, grad_weight,
+                                                has_pre_values(p_) ? hidden[place] : Acc{1});
+        if (has_pre_values(p_)) grad_pre[place] = derivative[place] * grad_hidden;
       }
       i += at_once;
     }
@@ -184,6 +185,25 @@ class TokenPass {
       __builtin_memcpy(layout_.grad_pre + first, grad_pre,
                        static_cast<size_t>(count) * sizeof(Acc));
     }
+  }
+
+  // Which of the entries [first, first + count) have their slot in memory. The others' gradients
+  // are zero.
+  int places_in_memory(int64_t first, int count, int64_t end, int* places, Acc* grad_pre) const {
+    int num_places = 0;
+    for (int i = 0; i < count; ++i) {
+      const int64_t entry = first + i;
+      if (layout_.slots[entry] >= 0) {
+        places[num_places++] = i;
+        continue;
+      }
+      fetch_value_row(entry + kSlotsPerBlock, end);
+      grad_pre[i] = 0;
+      if (p_.grad_scores != nullptr) {
+        set_zero(static_cast<Acc*>(p_.grad_scores) + entry * p_.num_cores, p_.num_cores);
+      }
+    }
+    return num_places;
   }
 
   // products[c][k] = <grad_out_c, rows[k]_c>
@@ -199,7 +219,8 @@ class TokenPass {
     }
   }
 
-  // Writes an entry's grad_scores and returns sum_c g_c dw_c.
+  // Writes an entry's grad_scores and returns sum_c g_c dw_c, which without pre-values nobody
+  // needs.
   Acc score_gradients(int64_t entry, int k, const Acc (*grad_weight)[kSlotsAtOnce],
                       Acc hidden) const {
     const Acc* scores = static_cast<const Acc*>(p_.scores) + entry * p_.num_cores;
@@ -208,7 +229,7 @@ class TokenPass {
     for (int c = 0; c < kMaxNumCores && c < p_.num_cores; ++c) {
       const Acc scaled = value_scale_ * grad_weight[c][k];
       if (grad_scores != nullptr) grad_scores[entry * p_.num_cores + c] = hidden * scaled;
-      grad_hidden += scores[c] * scaled;
+      if (has_pre_values(p_)) grad_hidden += scores[c] * scaled;
     }
     return grad_hidden;
   }
@@ -216,12 +237,18 @@ class TokenPass {
   // sum += da P, while the pre-values that come next are fetched.
   void add_pre_rows(int64_t first, int count, int64_t end, const Acc* grad_pre, bool accumulate,
                     Acc* sum) const {
+    int64_t next = first + kSlotsPerBlock;
+    const auto fetch_next = [&](int) { fetch_pre_value_row(next++, end); };
     Terms<Table> terms;
     for (int i = 0; i < count; ++i) {
-      terms.add(pre_value_scale_ * grad_pre[i], pre_value_row(layout_.slots[first + i]));
+      const int64_t slot = layout_.slots[first + i];
+      if (slot >= 0) {
+        terms.add(pre_value_scale_ * grad_pre[i], pre_value_row(slot));
+      } else {
+        fetch_next(i);
+      }
     }
-    weighted_sum(sum, p_.pre_value_dim, terms, nullptr, accumulate,
-                 [&](int i) { fetch_pre_value_row(first + kSlotsPerBlock + i, end); });
+    weighted_sum(sum, p_.pre_value_dim, terms, nullptr, accumulate, fetch_next);
   }
 
   const ValueFfnBwdParams& p_;
@@ -246,8 +273,9 @@ class SlotPass {
         pre_input_(pre_input) {}
 
   void run() const {
-    const RowGroups groups = group_rows(layout_.slots, p_.num_tokens * p_.num_selected,
-                                        p_.addressing.num_slots, layout_.grouping, executor_);
+    const RowGroups groups =
+        group_rows(layout_.slots, p_.num_tokens * p_.num_selected, p_.addressing.rows_in_memory(),
+                   layout_.grouping, executor_);
     const int64_t tiles = div_up(groups.num_buckets, kBucketsPerTile);
     parallel_tiles(executor_, tiles, [&](int64_t worker, int64_t tile) {
       Acc* carry = layout_.scratch + worker * round_up(p_.pre_value_dim + p_.value_dim, 16);
@@ -354,9 +382,6 @@ StatusCode backward(const ValueFfnBwdParams& params, const Executor& executor) {
   return code;
 }
 
-// Of out and its gradient.
-DType io_dtype(const ValueFfnParams& p) { return has_pre_values(p) ? p.dtype : p.table_dtype; }
-
 }  // namespace
 
 size_t value_ffn_bwd_workspace(const ValueFfnBwdParams& params, const Executor& executor) {
@@ -372,9 +397,8 @@ size_t value_ffn_bwd_workspace(const ValueFfnBwdParams& params, const Executor& 
 StatusCode value_ffn_bwd(const ValueFfnBwdParams& params, const Executor& executor) {
   return with_type(params.table_dtype, [&](auto table) {
     using Table = decltype(table);
-    return with_type_accumulating_in<AccOf<Table>>(io_dtype(params), [&](auto type) {
-      return backward<Table, decltype(type)>(params, executor);
-    });
+    return with_type_accumulating_in<AccOf<Table>>(
+        params.dtype, [&](auto type) { return backward<Table, decltype(type)>(params, executor); });
   });
 }
 

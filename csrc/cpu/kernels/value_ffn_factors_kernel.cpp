@@ -1,5 +1,5 @@
-// Factors of the tables' gradients, but for da, which the backward has written: one pass over the
-// entries and one copy of the tokens' rows.
+// Factors of the tables' gradients: one pass over the entries and one copy of the tokens' rows. da
+// has been written by the backward, or is given.
 #include "../parallel.h"
 #include "../slots.h"
 #include "activation.h"
@@ -15,22 +15,26 @@ class Factors {
   Factors(const ValueFfnBwdDeferredParams& params, int64_t position)
       : p_(params), f_(params.factors), position_(position) {}
 
-  void token_tile(int64_t first, int64_t last) const {
+  // False where an index is out of range.
+  bool token_tile(int64_t first, int64_t last) const {
     const int64_t end = last * p_.num_selected;
     for (int64_t entry = first * p_.num_selected; entry < end; entry += kSlotsPerBlock) {
-      write_entries(entry, static_cast<int>(smaller(kSlotsPerBlock, end - entry)));
+      if (!write_entries(entry, static_cast<int>(smaller(kSlotsPerBlock, end - entry)))) {
+        return false;
+      }
     }
     const int64_t element = element_size(f_.dtype);
     copy_rows(f_.grad_outs, p_.grad_out, f_.num_groups * f_.value_dim * element, first, last);
     copy_rows(f_.pre_inputs, p_.pre_input, f_.pre_value_dim * element, first, last);
+    return true;
   }
 
  private:
-  void write_entries(int64_t first, int count) const {
+  bool write_entries(int64_t first, int count) const {
     int64_t slots[kSlotsPerBlock], groups[kSlotsPerBlock];
-    resolve_slots(p_, first, first + count, slots, groups);
+    if (!resolve_slots(p_, first, first + count, slots, groups)) return false;
     Acc hidden[kSlotsPerBlock];
-    if (p_.pre_value_dim > 0) {
+    if (p_.pre_activation != nullptr) {
       Acc a[kSlotsPerBlock] = {};
       __builtin_memcpy(a, static_cast<const Acc*>(p_.pre_activation) + first,
                        static_cast<size_t>(count) * sizeof(Acc));
@@ -41,13 +45,20 @@ class Factors {
     const int64_t to = position_ * p_.num_selected + first;
     const Acc* scores = static_cast<const Acc*>(p_.scores) + first * p_.num_cores;
     Acc* weights = static_cast<Acc*>(f_.weights) + to * p_.num_cores;
+    const auto* grad_a = static_cast<const Acc*>(p_.grad_a);
     for (int i = 0; i < count; ++i) {
-      f_.slots[to + i] = static_cast<uint32_t>(slots[i]);
+      const bool in_memory = slots[i] >= 0;
+      f_.slots[to + i] = in_memory ? static_cast<uint32_t>(slots[i]) : kNoSlot;
       if (f_.groups != nullptr) f_.groups[to + i] = static_cast<uint8_t>(groups[i]);
       for (int c = 0; c < p_.num_cores; ++c) {
-        weights[i * p_.num_cores + c] = hidden[i] * scores[i * p_.num_cores + c];
+        weights[i * p_.num_cores + c] =
+            in_memory ? hidden[i] * scores[i * p_.num_cores + c] : Acc{0};
+      }
+      if (grad_a != nullptr) {
+        static_cast<Acc*>(f_.grad_a)[to + i] = in_memory ? grad_a[first + i] : Acc{0};
       }
     }
+    return true;
   }
 
   void copy_rows(void* to, const void* from, int64_t row_bytes, int64_t first, int64_t last) const {
@@ -64,18 +75,19 @@ class Factors {
 
 }  // namespace
 
-void value_ffn_factors(const ValueFfnBwdDeferredParams& params, int64_t position,
-                       const Executor& executor) {
+StatusCode value_ffn_factors(const ValueFfnBwdDeferredParams& params, int64_t position,
+                             const Executor& executor) {
+  int64_t bad_tiles = 0;
   const int64_t tile_tokens = tokens_per_tile(params);
   parallel_tiles(executor, div_up(params.num_tokens, tile_tokens), [&](int64_t, int64_t tile) {
     const int64_t first = tile * tile_tokens;
     const int64_t last = smaller(params.num_tokens, first + tile_tokens);
-    if (params.table_dtype == DType::kFloat64) {
-      Factors<double>(params, position).token_tile(first, last);
-    } else {
-      Factors<float>(params, position).token_tile(first, last);
-    }
+    const bool in_range = params.table_dtype == DType::kFloat64
+                              ? Factors<double>(params, position).token_tile(first, last)
+                              : Factors<float>(params, position).token_tile(first, last);
+    if (!in_range) __atomic_fetch_add(&bad_tiles, 1, __ATOMIC_RELAXED);
   });
+  return bad_tiles == 0 ? StatusCode::kOk : StatusCode::kOutOfRange;
 }
 
 }  // namespace ultramem::cpu::ULTRAMEM_CPU_CAPABILITY

@@ -69,6 +69,12 @@ class Forward {
   const Table* pre_value_row(int64_t slot) const {
     return static_cast<const Table*>(p_.pre_values) + slot * p_.pre_value_dim;
   }
+  void fetch_value_row(int64_t slot) const {
+    if (slot >= 0) prefetch_row(value_row(slot), p_.value_dim);
+  }
+  void fetch_pre_value_row(int64_t slot) const {
+    if (slot >= 0) prefetch_row(pre_value_row(slot), p_.pre_value_dim);
+  }
 
   bool token_tile(int64_t first, int64_t last, int64_t worker) const {
     Arena arena(static_cast<char*>(p_.workspace) + worker * scratch_bytes_);
@@ -79,8 +85,8 @@ class Forward {
     }
     const int64_t* end = scratch.slots + entries;
     for (int64_t i = 0; i < smaller(entries, kSlotsPerBlock); ++i) {
-      prefetch_row(pre_value_row(scratch.slots[i]), p_.pre_value_dim);
-      prefetch_row(value_row(scratch.slots[i]), p_.value_dim);
+      fetch_pre_value_row(scratch.slots[i]);
+      fetch_value_row(scratch.slots[i]);
     }
     const int64_t out_size = num_groups(p_) * p_.value_dim;
     for (int64_t token = first; token < last; ++token) {
@@ -117,23 +123,34 @@ class Forward {
 
   // h = act(<pre_input, P>), while the pre-values of the slots that come next are fetched.
   void hidden_units(const Block& block, const Acc* pre_input, Acc* hidden) const {
-    const Table* rows[kSlotsPerBlock];
-    for (int i = 0; i < block.count; ++i) rows[i] = pre_value_row(block.slots[i]);
     const int64_t* next = block.slots + kSlotsPerBlock;
     const auto fetch_next = [&] {
-      if (next < block.slots_end) prefetch_row(pre_value_row(*next++), p_.pre_value_dim);
+      if (next < block.slots_end) fetch_pre_value_row(*next++);
     };
-    Acc a[kSlotsPerBlock] = {};
+    // Those of the slots in memory, and of which slot of the block.
+    const Table* rows[kSlotsPerBlock];
+    int places[kSlotsPerBlock];
+    int count = 0;
+    for (int i = 0; i < block.count; ++i) {
+      if (block.slots[i] >= 0) {
+        rows[count] = pre_value_row(block.slots[i]);
+        places[count++] = i;
+      } else {
+        fetch_next();
+      }
+    }
+    Acc dots[kSlotsPerBlock];
     int i = 0;
-    for (; i + kSlotsAtOnce <= block.count; i += kSlotsAtOnce) {
+    for (; i + kSlotsAtOnce <= count; i += kSlotsAtOnce) {
       for (int k = 0; k < kSlotsAtOnce; ++k) fetch_next();
-      dot_rows<kSlotsAtOnce>(pre_input, rows + i, 0, p_.pre_value_dim, a + i);
+      dot_rows<kSlotsAtOnce>(pre_input, rows + i, 0, p_.pre_value_dim, dots + i);
     }
-    for (; i < block.count; ++i) {
+    for (; i < count; ++i) {
       fetch_next();
-      dot_rows<1>(pre_input, rows + i, 0, p_.pre_value_dim, a + i);
+      dot_rows<1>(pre_input, rows + i, 0, p_.pre_value_dim, dots + i);
     }
-    for (int k = 0; k < block.count; ++k) a[k] *= pre_value_scale_;
+    Acc a[kSlotsPerBlock] = {};
+    for (int k = 0; k < count; ++k) a[places[k]] = dots[k] * pre_value_scale_;
     __builtin_memcpy(static_cast<Acc*>(p_.pre_activation) + block.first_entry, a,
                      static_cast<size_t>(block.count) * sizeof(Acc));
     activate<Acc>(p_.activation, a, block.count, hidden, nullptr);
@@ -145,13 +162,17 @@ class Forward {
     const Acc* scores = static_cast<const Acc*>(p_.scores) + block.first_entry * cores;
     const int64_t* next = block.slots + kSlotsPerBlock;
     const auto fetch_next = [&](int) {
-      if (next < block.slots_end) prefetch_row(value_row(*next++), p_.value_dim);
+      if (next < block.slots_end) fetch_value_row(*next++);
     };
     for (int64_t group = 0; group < groups; ++group) {
       for (int64_t c = 0; c < cores; ++c) {
         Terms<Table> terms;
         for (int i = 0; i < block.count; ++i) {
           if (groups > 1 && block.groups[i] != group) continue;
+          if (block.slots[i] < 0) {
+            if (c == 0) fetch_next(i);
+            continue;
+          }
           const Acc score = value_scale_ * scores[i * cores + c];
           terms.add(p_.pre_value_dim > 0 ? hidden[i] * score : score,
                     value_row(block.slots[i]) + c * width);
@@ -181,11 +202,11 @@ size_t value_ffn_fwd_workspace(const ValueFfnParams& params, const Executor& exe
 }
 
 StatusCode value_ffn_fwd(const ValueFfnParams& params, const Executor& executor) {
-  const DType dtype = params.pre_value_dim > 0 ? params.dtype : params.table_dtype;
   return with_type(params.table_dtype, [&](auto table) {
     using Table = decltype(table);
-    return with_type_accumulating_in<AccOf<Table>>(
-        dtype, [&](auto type) { return Forward<Table, decltype(type)>(params, executor).run(); });
+    return with_type_accumulating_in<AccOf<Table>>(params.dtype, [&](auto type) {
+      return Forward<Table, decltype(type)>(params, executor).run();
+    });
   });
 }
 

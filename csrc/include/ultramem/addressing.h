@@ -4,6 +4,9 @@
 //
 // for a virtual index v in [0, expand * window). One definition serves every backend, so that all
 // of them agree bit for bit.
+//
+// The table in memory may be a shard: rows [first_row, first_row + num_rows) of those that indices
+// address. An index that leads to another shard is no error. It contributes zero and reads nothing.
 #pragma once
 
 #include <cstdint>
@@ -32,14 +35,25 @@ struct AddressingParams {
   uint64_t mixed_seed = 0;               // mix64(seed), for kFeistel
   const int64_t* permutation = nullptr;  // [expand * window], for kPermutation
 
+  // The rows in memory, those that the operators' pointers and N are about.
+  int64_t first_row = 0;
+  int64_t num_rows = 0;  // 0: all num_slots
+
   // Number of indices that are in range.
   ULTRAMEM_HOST_DEVICE int64_t num_indices() const {
     return window == 0 ? num_slots : expand * window;
   }
+  ULTRAMEM_HOST_DEVICE int64_t rows_in_memory() const {
+    return num_rows > 0 ? num_rows : num_slots;
+  }
 };
 
+// In place of a slot, both negative.
+inline constexpr int64_t kIndexOutOfRange = -1;
+inline constexpr int64_t kSlotElsewhere = -2;  // in a row that is not in memory
+
 struct SlotAddress {
-  int64_t slot;   // -1 if the index was out of range
+  int64_t slot;   // among the rows in memory, or one of the above
   int64_t group;  // in [0, expand)
 };
 
@@ -117,21 +131,27 @@ ULTRAMEM_HOST_DEVICE int64_t feistel_shuffle(uint64_t mixed_seed, int64_t index,
   return row * n + col;
 }
 
+// Where a row of all num_slots lies among those in memory.
+ULTRAMEM_HOST_DEVICE int64_t row_in_memory(const AddressingParams& params, int64_t slot) {
+  const int64_t row = slot - params.first_row;
+  return row >= 0 && row < params.rows_in_memory() ? row : kSlotElsewhere;
+}
+
 template <typename DivisorT>
 ULTRAMEM_HOST_DEVICE SlotAddress resolve_slot(const AddressingParams& params,
                                               const AddressDivisors<DivisorT>& by, int64_t index) {
-  if (index < 0 || index >= params.num_indices()) return {-1, 0};
-  if (params.window == 0) return {index, 0};
+  if (index < 0 || index >= params.num_indices()) return {kIndexOutOfRange, 0};
+  if (params.window == 0) return {row_in_memory(params, index), 0};
   if (params.shuffle == Shuffle::kFeistel) {
     index = feistel_shuffle(params.mixed_seed, index, by.num_keys);
   } else if (params.shuffle == Shuffle::kPermutation) {
     index = params.permutation[index];
     // The table's contents are the caller's: an entry that is no index must not become an address.
-    if (index < 0 || index >= params.num_indices()) return {-1, 0};
+    if (index < 0 || index >= params.num_indices()) return {kIndexOutOfRange, 0};
   }
   const auto group = static_cast<int64_t>(by.window.quotient(static_cast<uint64_t>(index)));
   const int64_t slot = remainder(index - group * params.window + params.offset, by.num_slots);
-  return {slot, group};
+  return {row_in_memory(params, slot), group};
 }
 
 ULTRAMEM_HOST_DEVICE SlotAddress resolve_slot(const AddressingParams& params, int64_t index) {

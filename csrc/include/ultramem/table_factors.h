@@ -20,7 +20,8 @@ namespace ultramem {
 
 // An arena's capacity is a multiple of so many tokens.
 inline constexpr int64_t kFactorTokens = 256;
-// A slot that was out of range. Its weights and grad_a are zero.
+// A slot that was out of range, or in a row that is not in memory (addressing.h). Its weights and
+// grad_a are zero.
 inline constexpr uint32_t kNoSlot = 0xffffffffu;
 inline constexpr int64_t kMaxFactorGroups = 256;
 
@@ -76,7 +77,7 @@ constexpr int64_t factors_bytes(const TableFactorsShape& shape, int64_t num_toke
 struct TableFactors : TableFactorsShape {
   int64_t capacity = 0;                  // tokens
   TableFactorsHeader* header = nullptr;  // null: no arena
-  uint32_t* slots = nullptr;             // [capacity, S], kNoSlot where out of range
+  uint32_t* slots = nullptr;             // [capacity, S], rows in memory or kNoSlot
   void* weights = nullptr;               // [capacity, S, C] acc: act(a) * score
   void* grad_a = nullptr;                // [capacity, S] acc: da; null without pre-values
   uint8_t* groups = nullptr;             // [capacity, S]; null for a single group
@@ -116,11 +117,29 @@ struct ValueFfnBwdDeferredParams : ValueFfnBwdParams {
   TableFactors factors;
 };
 
+// Factors that are known already, as where a token's dot products were summed over the shards of a
+// table: appended as the backward appends its own. T, S, C, Dv, Dp, the dtypes and the groups are
+// those of `factors`.
+struct TableFactorsAppendParams {
+  int64_t num_tokens = 0;  // T
+  bool sum_groups = true;
+  bool indices_are_int64 = true;
+  AddressingParams addressing;
+
+  const void* indices = nullptr;    // [T, S] int64 or int32
+  const void* weights = nullptr;    // [T, S, C] acc
+  const void* grad_a = nullptr;     // [T, S] acc; null without pre-values
+  const void* grad_out = nullptr;   // [T, Dv] or [T, E, Dv]
+  const void* pre_input = nullptr;  // [T, Dp]; null without pre-values
+  TableFactors factors;
+};
+
 namespace cpu {
 size_t value_ffn_bwd_deferred_workspace(const ValueFfnBwdDeferredParams& params,
                                         const Executor& executor);
 // One call at a time on the same factors.
 Status value_ffn_bwd_deferred(const ValueFfnBwdDeferredParams& params, const Executor& executor);
+Status table_factors_append(const TableFactorsAppendParams& params, const Executor& executor);
 }  // namespace cpu
 
 namespace cuda {
@@ -128,6 +147,7 @@ namespace cuda {
 // same factors from several streams or host threads are the caller's to order.
 size_t value_ffn_bwd_deferred_workspace(const ValueFfnBwdDeferredParams& params);
 Status value_ffn_bwd_deferred(const ValueFfnBwdDeferredParams& params, Stream stream);
+Status table_factors_append(const TableFactorsAppendParams& params, Stream stream);
 // Whether a CUDA graph is being captured from the stream: what is launched there will write to the
 // same arena at every replay.
 Status is_capturing(Stream stream, bool* capturing);

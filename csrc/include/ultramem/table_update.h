@@ -13,6 +13,10 @@
 // are counter-based. So the result depends on neither the launch, nor the number of threads, nor
 // the backend. (The squares of table_grad_sum_sq are added in float64, in an order of each
 // backend's own.)
+//
+// A table may be a shard of a larger one, some of its rows or some of its columns. It is updated as
+// the whole would be, to the last bit, where first_row, first_column and, for Adagrad on some of
+// the columns, row_sq say so.
 #pragma once
 
 #include "ultramem/types.h"
@@ -59,10 +63,28 @@ struct TableGradient {
   int64_t num_groups = 1;
 };
 
+// Runs, at most: how many sums of squares there are of rows.
+inline int64_t max_runs(const TableGradient& gradient) {
+  return gradient.keys == nullptr || gradient.num_rows < gradient.num_entries
+             ? gradient.num_rows
+             : gradient.num_entries;
+}
+
 struct TableGradSumSqParams {
   TableGradient gradient;
   DType acc_dtype = DType::kFloat32;  // float64 for float64 tables (CPU)
   double* sum_sq = nullptr;           // [1]: sum of the squares of all rows of the gradient
+  void* workspace = nullptr;
+};
+
+// Adagrad's sums of squares, for shards that hold some columns of a row each: to be added up over
+// them.
+struct TableGradRowSqParams {
+  TableGradient gradient;
+  DType acc_dtype = DType::kFloat32;
+  // [min(n, N)] acc, of a dense gradient [N]: sums of the squares of a row of the gradient, in the
+  // order of the runs; zero behind the last run.
+  void* row_sq = nullptr;
   void* workspace = nullptr;
 };
 
@@ -111,6 +133,15 @@ struct TableUpdateParams {
   bool stochastic_rounding = false;
   uint64_t seed = 0;
   uint32_t stream = 0;  // a different one for every table
+  // Of the weight's first element in the whole table, for the random numbers.
+  int64_t first_row = 0;
+  int64_t first_column = 0;
+
+  // Adagrad: the sums of squares of the whole rows, laid out like those of table_grad_row_sq. They
+  // are those of the gradient before it is multiplied by grad_scale / loss_scale; the step
+  // multiplies them by its square. Null: those of the rows of `gradient`.
+  const void* row_sq = nullptr;
+  int64_t row_columns = 0;  // of a whole row, which the mean is over; 0: dim
 
   void* workspace = nullptr;
 };
@@ -120,6 +151,8 @@ size_t table_group_workspace(const TableGroupParams& params, const Executor& exe
 Status table_group(const TableGroupParams& params, const Executor& executor);
 size_t table_grad_sum_sq_workspace(const TableGradSumSqParams& params, const Executor& executor);
 Status table_grad_sum_sq(const TableGradSumSqParams& params, const Executor& executor);
+size_t table_grad_row_sq_workspace(const TableGradRowSqParams& params, const Executor& executor);
+Status table_grad_row_sq(const TableGradRowSqParams& params, const Executor& executor);
 size_t table_update_workspace(const TableUpdateParams& params, const Executor& executor);
 Status table_update(const TableUpdateParams& params, const Executor& executor);
 }  // namespace cpu
@@ -129,6 +162,8 @@ size_t table_group_workspace(const TableGroupParams& params);
 Status table_group(const TableGroupParams& params, Stream stream);
 size_t table_grad_sum_sq_workspace(const TableGradSumSqParams& params);
 Status table_grad_sum_sq(const TableGradSumSqParams& params, Stream stream);
+size_t table_grad_row_sq_workspace(const TableGradRowSqParams& params);
+Status table_grad_row_sq(const TableGradRowSqParams& params, Stream stream);
 size_t table_update_workspace(const TableUpdateParams& params);
 Status table_update(const TableUpdateParams& params, Stream stream);
 }  // namespace cuda

@@ -15,7 +15,7 @@ struct CUstream_st;
 namespace ultramem {
 
 // Bumped whenever a struct or a function of these headers changes its layout or meaning.
-inline constexpr int kApiVersion = 4;
+inline constexpr int kApiVersion = 5;
 
 inline constexpr int kMaxTuckerRank = 4;
 inline constexpr int kMaxNumCores = 4;

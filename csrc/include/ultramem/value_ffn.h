@@ -3,6 +3,10 @@
 //
 //   a_s = <pre_input, pre_values[slot_s]>     h_s = act(a_s)     (h = 1 without pre-values)
 //   out[group_s] += concat_c( h_s * score_{s,c} * values[slot_s, slice c] )
+//
+// Where a table is sharded, the two halves are of use by themselves. Without pre-values the forward
+// is the second, a weighted sum of rows; with nothing but grad_scores wanted the backward without
+// pre-values is the first, products <grad_out[group_s, slice c], values[slot_s, slice c]>.
 #pragma once
 
 #include "ultramem/addressing.h"
@@ -20,13 +24,15 @@ struct ValueFfnParams {
   bool indices_are_int64 = true;
   Activation activation = Activation::kIdentity;
   DType table_dtype = DType::kFloat32;  // of values and pre_values
-  // Of pre_input and out (without pre-values: table_dtype). "acc" below is the accumulation dtype.
-  // Either both dtypes are float64 or neither is.
+  // Of pre_input and out. "acc" below is the accumulation dtype. Either both dtypes are float64 or
+  // neither is.
   DType dtype = DType::kFloat32;
   AddressingParams addressing;
 
-  const void* indices = nullptr;     // [T, S] int64 or int32
-  const void* scores = nullptr;      // [T, S, C] acc
+  const void* indices = nullptr;  // [T, S] int64 or int32
+  // [T, S, C] acc. The backward needs none where there are no pre-values and neither grad_values
+  // nor factors are wanted.
+  const void* scores = nullptr;
   const void* values = nullptr;      // [N, Dv]
   const void* pre_values = nullptr;  // [N, Dp] or null
   const void* pre_input = nullptr;   // [T, Dp] or null
