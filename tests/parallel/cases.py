@@ -204,15 +204,21 @@ def language_model(run: Training) -> ByteLM:
 
 
 def text(step: int, num_ranks: int, device: str) -> tuple[Tensor, Tensor]:
-    """Inputs and targets of all ranks, [P, B, L]."""
-    generator = torch.Generator().manual_seed(step)
+    """Inputs and targets of all ranks, [P, B, L]; a few batches that come again and again."""
+    generator = torch.Generator().manual_seed(step % 5)
     ids = torch.randint(256, (num_ranks, 2, 9), generator=generator).to(device)
     return ids[:, :, :-1], ids[:, :, 1:]
 
 
+LEARNING_RATES = {"MemoryAdam": 2e-3, "MemoryAdagrad": 5e-3, "MemorySGD": 0.1}
+
+
 def make_optimizer(run: Training, model: nn.Module) -> Any:
     groups = um.optim.param_groups(
-        model, lr=1e-2, weight_decay=run.weight_decay, value_weight_decay=run.weight_decay
+        model,
+        lr=LEARNING_RATES[run.optimizer],
+        weight_decay=run.weight_decay,
+        value_weight_decay=run.weight_decay,
     )
     return getattr(um.optim, run.optimizer)(groups)
 

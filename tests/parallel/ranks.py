@@ -21,14 +21,22 @@ def _serve(rank: int, size: int, backend: str, store: str, pipe: Connection) -> 
     if backend == "nccl":
         torch.cuda.set_device(rank)
     dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
-    while (work := pipe.recv()) is not None:
+    while (work := _next(pipe)) is not None:
         function, args = work
         try:
             torch.manual_seed(0)
             pipe.send((None, function(*args)))
-        except Exception:
+        except BaseException:  # a failed pytest.raises is no Exception
             pipe.send((traceback.format_exc(), None))
     dist.destroy_process_group()
+
+
+def _next(pipe: Connection) -> Any:
+    """None where there is no more work, or nobody to give it."""
+    try:
+        return pipe.recv()
+    except EOFError:
+        return None
 
 
 class Ranks:

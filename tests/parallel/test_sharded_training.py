@@ -34,7 +34,7 @@ FURTHER: dict[str, dict[str, Any]] = {
 def check(ranks: Ranks, run: cases.Training, bound: float) -> None:
     expected = cases.train_alone(run, ranks.size)
     # There is something to find out: it learns, and clipping and decay have work.
-    assert expected.losses[-1] < expected.losses[0] - 0.1
+    assert sum(expected.losses[-5:]) < sum(expected.losses[:5]) - 0.5
     assert max(expected.norms) > run.max_norm
     results = ranks.run(cases.train_distributed, run)
     for actual in results:

@@ -33,7 +33,10 @@ _ACTIVATIONS = {"identity": lambda a: a, "gelu": F.gelu, "relu": F.relu, "silu":
 
 
 def num_pieces(num_cores: int, num_ranks: int) -> int:
-    """Pieces of equal width that a rank's columns are cut into where the cores' slices end."""
+    """Pieces of equal width that a rank's columns are cut into where the cores' slices end.
+
+    Where cores and ranks divide the width, so does their least common multiple.
+    """
     return num_cores // math.gcd(num_cores, num_ranks)
 
 
@@ -59,12 +62,6 @@ class ColumnRead(ShardedRead):
         values: Tensor,
         pre_values: Tensor | None,
     ) -> Tensor:
-        cuts = self.num_pieces * self.num_ranks
-        if self.table.value_dim % cuts:
-            raise ValueError(
-                f"value_dim: must be a multiple of {cuts} with {self.num_cores} cores sharded by "
-                f"columns over {self.num_ranks} ranks, got {self.table.value_dim}"
-            )
         self.factors = self.prepare_factors(values, pre_values, self.num_pieces)
         out: Tensor = _ColumnRead.apply(self, indices, scores, pre_input, values, pre_values)
         return out

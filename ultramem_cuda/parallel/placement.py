@@ -36,8 +36,7 @@ def shard_table(table: MemoryTable, mesh: DeviceMesh, *, by: str) -> MemoryTable
 
     Raises:
         TypeError, ValueError: naming the argument, what it was and what it must be. "columns" needs
-            value_dim and pre_value_dim to be multiples of the memory group's size, and a forward
-            value_dim to be one of lcm(num_cores, its size).
+            value_dim and pre_value_dim to be multiples of the memory group's size.
     """
     if by not in ("columns", "rows"):
         raise ValueError(f"by: must be 'columns' or 'rows', got {by!r}")

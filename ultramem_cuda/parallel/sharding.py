@@ -137,7 +137,6 @@ class TableSharding:
         appended on each.
 
         Raises:
-            ValueError: columns that the cores cannot be cut along.
             NotImplementedError: a ``main_grad`` of the parameters; dense gradients of copies.
         """
         if pre_input is not None:
@@ -198,9 +197,10 @@ class TableSharding:
 
     def draw_seed(self) -> int:
         """A seed for this rank's part: the same for its copies, another for every other part."""
-        seed = torch.randint(1 << 40, (1,), device="cpu")
+        seed = torch.randint(1 << 32, (1,), device="cpu")
         base = int(self.broadcast(seed.to(self.device)).item())
-        return base + (self.shard_rank << 41)
+        # Of 32 bits, which is all that the CPU's generator looks at; an odd factor keeps all apart.
+        return (base + 0x9E3779B1 * self.shard_rank) % (1 << 32)
 
     @property
     def device(self) -> torch.device:
