@@ -18,9 +18,7 @@ def _check_indices(checks: ArgumentChecks, indices: Tensor) -> None:
     checks.check(indices.dtype in (torch.int64, torch.int32), "indices must be int64 or int32")
 
 
-def _check_rows(
-    checks: ArgumentChecks, rows: Tensor, cores: int, row_scale: Tensor | None
-) -> None:
+def _check_rows(checks: ArgumentChecks, rows: Tensor, cores: int, row_scale: Tensor | None) -> None:
     checks.shape("rows", rows, "[N, W]", (None, None))
     for size in rows.shape:
         checks.check(size >= 1, "rows must not be empty")
