@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ultramem_cuda import GradientFactors, ops
 
+MakeArgs = Callable[..., tuple[Any, ...]]
+
 
 def rms_norm_args(data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5) -> tuple[Any, ...]:
     x = data.normal(2, tokens, 12, dtype=dtype, requires_grad=grad)
@@ -152,6 +154,50 @@ def deferred_args(data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5) -
     return *saved_of_value_ffn(scaled_args(data, dtype, False, tokens)), factors.arena
 
 
+# A table of 12 rows, from row 5 on, of 20: the options of a shard.
+SHARD = ("silu", 16, 9, 4, "feistel", 8, 3)
+
+
+def of_shard(make: MakeArgs, num_tensors: int) -> MakeArgs:
+    """The same call where the table in memory is a shard. The options follow the tensors."""
+
+    def make_args(data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5) -> tuple[Any, ...]:
+        arguments = make(data, dtype, grad, tokens)
+        return *arguments[:num_tensors], *SHARD, *arguments[num_tensors + 7 :], 5, 20
+
+    return make_args
+
+
+ADDRESSING = (None, 9, 4, 4, "feistel", 6, 3)
+
+
+def slot_dots_args(data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5) -> tuple[Any, ...]:
+    other = torch.float64 if dtype == torch.float64 else torch.float32
+    inputs, rows = data.normal(tokens, 4, 6, dtype=other), data.normal(12, 6, dtype=dtype)
+    scale = torch.tensor(0.3, dtype=torch.float64, device=data.device)
+    return data.integers(36, tokens, 4), inputs, rows, 2, scale, *ADDRESSING, False
+
+
+def slot_sum_args(data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5) -> tuple[Any, ...]:
+    other = torch.float64 if dtype == torch.float64 else torch.float16
+    weights = data.normal(tokens, 4, 2, dtype=accumulation_dtype(dtype))
+    rows = data.normal(7, 6, dtype=dtype)
+    return data.integers(36, tokens, 4), weights, rows, other, None, *ADDRESSING, True, 4, 12
+
+
+def append_args(data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5) -> tuple[Any, ...]:
+    acc = accumulation_dtype(dtype)
+    factors = GradientFactors(12, 6, 7, dtype=dtype, device=data.device)
+    factors.reserve(8, num_selected=4, num_cores=2, num_groups=4)
+    weights, grad_a = data.normal(tokens, 4, 2, dtype=acc), data.normal(tokens, 4, dtype=acc)
+    grad_out, pre_input = (
+        data.normal(tokens, 4, 6, dtype=dtype),
+        data.normal(tokens, 7, dtype=dtype),
+    )
+    tensors = data.integers(36, tokens, 4), weights, grad_a, grad_out, pre_input
+    return *tensors, 12, *ADDRESSING, False, factors.arena
+
+
 def key_balance_args(
     data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5
 ) -> tuple[Any, ...]:
@@ -172,9 +218,6 @@ def additive_balance_args(
 ) -> tuple[Any, ...]:
     query, keys, *_ = additive_args(data, dtype, grad, tokens)
     return query, keys, data.integers(20, tokens, 2, 2, 4), None, None, "release"
-
-
-MakeArgs = Callable[..., tuple[Any, ...]]
 
 
 def gain_of_x(make: MakeArgs) -> MakeArgs:
@@ -205,6 +248,7 @@ FORWARDS: dict[str, tuple[str, MakeArgs]] = {
     "value_ffn": ("value_ffn", value_ffn_args),
     "value_ffn_bag": ("value_ffn", bag_args),
     "value_ffn_scaled": ("value_ffn", scaled_args),
+    "value_ffn_shard": ("value_ffn", of_shard(value_ffn_args, 10)),
 }
 BACKWARDS: dict[str, tuple[str, MakeArgs]] = {
     "rms_norm_bwd": ("rms_norm_bwd", rms_norm_bwd_args),
@@ -220,6 +264,12 @@ BACKWARDS: dict[str, tuple[str, MakeArgs]] = {
     "value_ffn_bwd_scaled": ("value_ffn_bwd", scaled_bwd_args),
     "value_ffn_bwd_main_grad": ("value_ffn_bwd_main_grad", main_grad_args),
     "value_ffn_bwd_deferred": ("value_ffn_bwd_deferred", deferred_args),
+    "value_ffn_bwd_shard": ("value_ffn_bwd", of_shard(value_ffn_bwd_args, 9)),
+    "value_ffn_bwd_main_grad_shard": ("value_ffn_bwd_main_grad", of_shard(main_grad_args, 8)),
+    "value_ffn_bwd_deferred_shard": ("value_ffn_bwd_deferred", of_shard(deferred_args, 9)),
+    "slot_dots": ("slot_dots", slot_dots_args),
+    "slot_sum": ("slot_sum", slot_sum_args),
+    "table_factors_append": ("table_factors_append", append_args),
 }
 ALL = FORWARDS | BACKWARDS
 
@@ -231,7 +281,7 @@ def test_every_operator_is_checked() -> None:
         if name.startswith("ultramem::")
     }
     # Those of the optimizers, which nobody calls by themselves: tests/optim/test_table_ops.py.
-    elsewhere = {"table_group", "table_grad_sum_sq", "table_update"}
+    elsewhere = {"table_group", "table_grad_sum_sq", "table_grad_row_sq", "table_update"}
     assert registered == {name for name, _ in ALL.values()} | elsewhere
 
 
@@ -252,6 +302,8 @@ def test_opcheck_without_tokens(device: str, case: str) -> None:
 
 
 def tensors_of(outputs: Any) -> list[Tensor]:
+    if outputs is None:
+        return []
     return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
 

@@ -39,6 +39,27 @@ def test_grad_sum_sq(device: str) -> None:
     )
 
 
+def test_grad_row_sq(device: str) -> None:
+    values, arguments = factored_args(device)
+    torch.library.opcheck(
+        torch.ops.ultramem.table_grad_row_sq,
+        (*arguments, values.shape[0]),
+        test_utils=OPCHECKS,
+    )
+
+
+def test_update_of_a_shard(device: str) -> None:
+    values, arguments = factored_args(device)
+    row_sq = torch.ops.ultramem.table_grad_row_sq(*arguments, values.shape[0])
+    row_sum, step = torch.ones(20, device=device), torch.zeros((), device=device)
+    options = (None, None, None, None, 0.1, 0.0, 0.0, 1e-8, 0.5, True, 0, 0, 40, 16, row_sq, 64)
+    torch.library.opcheck(
+        torch.ops.ultramem.table_update,
+        ("adagrad", values, None, None, None, row_sum, step, None, None, *arguments, *options),
+        test_utils=OPCHECKS,
+    )
+
+
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("dense", [False, True])
 def test_update(device: str, dense: bool, scaled: bool) -> None:

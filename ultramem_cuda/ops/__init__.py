@@ -14,7 +14,7 @@ it was and what it must be, before any kernel runs. An index out of range raises
 CUDA it contributes zero, or raises with ULTRAMEM_DEBUG=1 in the environment.
 """
 
-from . import _slots  # registers what has no public wrapper
+from . import _slots  # noqa: F401 (registers what has no public wrapper)
 from ._key_balance import key_balance_loss
 from ._product_key import product_key_topk
 from ._rms_norm import rms_norm
