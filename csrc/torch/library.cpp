@@ -48,6 +48,10 @@ STABLE_TORCH_LIBRARY(ultramem, m) {
       "num_keys, int seed,"
       " bool sum_groups, Tensor(a!) factors) -> (Tensor, Tensor)");
   m.def(
+      "value_slots(Tensor indices, Tensor placement, Tensor? permutation, int num_slots, int "
+      "window,"
+      " int expand, str shuffle, int num_keys, bool with_groups) -> Tensor");
+  m.def(
       "table_group(Tensor slots, int num_rows)"
       " -> (Tensor keys, Tensor entries, Tensor run_begins, Tensor pieces, Tensor counts)");
   m.def(
@@ -80,6 +84,7 @@ void register_all(torch::stable::detail::StableLibrary& m) {
   m.impl("value_ffn_bwd", TORCH_BOX(&value_ffn_bwd));
   m.impl("value_ffn_bwd_main_grad", TORCH_BOX(&value_ffn_bwd_main_grad));
   m.impl("value_ffn_bwd_deferred", TORCH_BOX(&value_ffn_bwd_deferred));
+  m.impl("value_slots", TORCH_BOX(&value_slots));
   m.impl("table_group", TORCH_BOX(&table_group));
   m.impl("table_grad_sum_sq", TORCH_BOX(&table_grad_sum_sq));
   m.impl("table_update", TORCH_BOX(&table_update));

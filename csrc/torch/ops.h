@@ -56,6 +56,10 @@ std::tuple<Tensor, Tensor> value_ffn_bwd_deferred(
     int64_t expand, std::string shuffle, int64_t num_keys, int64_t seed, bool sum_groups,
     Tensor factors);
 
+Tensor value_slots(Tensor indices, Tensor placement, OptionalTensor permutation, int64_t num_slots,
+                   int64_t window, int64_t expand, std::string shuffle, int64_t num_keys,
+                   bool with_groups);
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> table_group(Tensor slots, int64_t num_rows);
 Tensor table_grad_sum_sq(Tensor keys, Tensor entries, Tensor run_begins, Tensor pieces,
                          Tensor counts, Tensor weights, OptionalTensor groups, Tensor source,
