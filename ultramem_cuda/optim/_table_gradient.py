@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _library, nvtx
+from .._retrieval_cache import capture_id
 from ..table import MemoryTable, table_of
 
 
@@ -31,6 +32,8 @@ class StepCache:
         grouping: computed once a step, for both parameters and for norm and update.
         grad_scale: float32 scalar on the device that multiplies the gradients; None for 1.
         unscaled: a :class:`GradScaler` has looked at the factors and put its scale in grad_scale.
+        capture, appends: the CUDA graph that computes it (0: none), and how many appends there had
+            been.
     """
 
     num_entries: int
@@ -38,6 +41,8 @@ class StepCache:
     grouping: Grouping
     grad_scale: Tensor | None = None
     unscaled: bool = False
+    capture: int = 0
+    appends: int = 0
 
     def multiply(self, factor: Tensor) -> None:
         factor = factor.to(self.grouping.keys.device, torch.float32)
@@ -68,9 +73,13 @@ def step_cache(table: MemoryTable) -> StepCache:
     """That of the table's present factors; entries are sorted at the first call of a step.
 
     Raises:
-        RuntimeError: gradients came after it was computed.
+        RuntimeError: gradients came after it was computed; or it belongs to another CUDA graph than
+            the one that is being captured, if any.
     """
     factors = factors_of(table)
+    capture = capture_id(table.values.device)
+    if capture or (factors.step_cache is not None and factors.step_cache.capture):
+        return _captured_step_cache(table, capture)
     slots = factors.slots
     num_entries = slots.shape[0]
     # Entries that were written anew tell themselves by their version, where there is one.
@@ -83,6 +92,29 @@ def step_cache(table: MemoryTable) -> StepCache:
         raise RuntimeError(
             f"table: {num_entries} entries where clipping or a step saw {cache.num_entries}; run "
             "every backward before clip_grad_norm_, and zero_grad() after step()"
+        )
+    return cache
+
+
+def _captured_step_cache(table: MemoryTable, capture: int) -> StepCache:
+    """`step_cache` of the graph that is being captured, whose entries cannot be counted."""
+    factors = factors_of(table)
+    cache: StepCache | None = factors.step_cache
+    if cache is None:
+        slots = factors.slots
+        grouping = _group(slots, table.num_slots)
+        cache = StepCache(slots.shape[0], 0, grouping, capture=capture, appends=factors.appends)
+        factors.step_cache = cache
+    elif cache.capture != capture:
+        raise RuntimeError(
+            "table: clipping or a step saw the factors outside the CUDA graph that is captured, or in "
+            "another one; capture backward, clip_grad_norm_ and step together, and call zero_grad() "
+            "before and after"
+        )
+    elif cache.appends != factors.appends:
+        raise RuntimeError(
+            "table: a backward was captured after clipping or a step; run every backward before "
+            "clip_grad_norm_, and zero_grad() after step()"
         )
     return cache
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import _library, nvtx
+from .._retrieval_cache import is_capturing
 from ..table import MemoryTable, live_optimizers, write_scaled
 from ._table_gradient import (
     deferred_table,
@@ -54,6 +55,11 @@ class MemoryOptimizer(Optimizer):
     ``state_dict()`` saves the scale that master weights were in units of beside them, as
     "master_scale" (one for parameters without a scale); after ``load_state_dict`` the next step
     converts them to the parameter's scale, whether that was loaded before or after.
+
+    A CUDA graph may hold ``step()``, with the backward and clipping before it and ``zero_grad()``,
+    after a first step outside that makes the state. A learning rate that is a number stays what it
+    was at the capture; one in a tensor on the GPU is read at every replay. Where tokens did not fit
+    in a table's buffers the step changes nothing of that table; ``table.factors.check()`` tells.
 
     ``step()`` leaves the factors to be cleared by ``zero_grad()``, which also zeroes ``main_grad``.
     Gradients that are scaled (``grad_scale``, ``found_inf``) are taken as torch's fused optimizers
@@ -154,8 +160,9 @@ class MemoryOptimizer(Optimizer):
         Raises:
             NotImplementedError: deferred gradients in a job of several processes.
             ValueError, TypeError: a parameter that CUDA does not offer, or a weight decay that a
-                table with deferred gradients does not.
-            RuntimeError: a table's buffers overflowed, a gradient is sparse, a table with deferred
+                table with deferred gradients does not; in a CUDA graph, a learning rate on the CPU.
+            RuntimeError: in a CUDA graph, there is no state yet, or a GradScaler and a table with
+                deferred gradients. Or a table's buffers overflowed, a gradient is sparse, a table with deferred
                 gradients has a ``.grad`` too, or weight decay but no scale, factors came after
                 clipping, or factors that no :class:`GradScaler` of this package has unscaled.
                 Nothing has then been updated.
@@ -182,14 +189,13 @@ class MemoryOptimizer(Optimizer):
         work: list[tuple[int, dict[str, Any], Tensor, MemoryTable | None]] = []
         stream = -1
         for deferred in self._tables():
-            factors_of(deferred).check()
+            if not is_capturing(deferred.values.device):
+                factors_of(deferred).check()
             if _several_processes():
                 raise NotImplementedError(
                     "step: a table with grad_mode='deferred' in a job of several processes, which "
                     "would not exchange its factors; use grad_mode='dense' there"
                 )
-            if has_entries(deferred):
-                step_cache(deferred)
         for group in self.param_groups:
             for param in group["params"]:
                 stream += 1
@@ -217,8 +223,35 @@ class MemoryOptimizer(Optimizer):
                     if grad.is_sparse:
                         raise RuntimeError("step: sparse gradients are not supported")
                     self._check_size(param)
+                if is_capturing(param.device):
+                    self._check_captured(group, param, table)
                 work.append((stream, group, param, table))
+        for deferred in self._tables():
+            if has_entries(deferred):
+                step_cache(deferred)
         return work
+
+    def _check_captured(
+        self, group: dict[str, Any], param: Tensor, table: MemoryTable | None
+    ) -> None:
+        """Refuse what would do something else, or nothing, at the replays of a CUDA graph."""
+        state = self.state.get(param)
+        if not state or "master_scale" in state:
+            raise RuntimeError(
+                "step: a CUDA graph that is captured before a first step, or before the first one "
+                "after load_state_dict(), would prepare the state at every replay; step once before"
+            )
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and not lr.is_cuda:
+            raise ValueError(
+                "lr: must be on the GPU, or a number, while a CUDA graph is captured, got a tensor "
+                f"on {lr.device}"
+            )
+        if table is not None and hasattr(self, "found_inf"):
+            raise RuntimeError(
+                "step: a GradScaler's step of a table with grad_mode='deferred' cannot be captured "
+                "in a CUDA graph"
+            )
 
     def _tables(self) -> list[MemoryTable]:
         """Those with deferred gradients, each once, in the order of the parameters."""
@@ -280,6 +313,8 @@ class MemoryOptimizer(Optimizer):
             factored = (*cache.grouping, *gradient)
             grad_scale = cache.grad_scale
             scale = table.scale_of(param)
+            if is_capturing(param.device):  # else it has raised
+                found_inf = factors_of(table).overflowed()
         if "master_scale" in state:  # loaded since the last step
             ratio = state.pop("master_scale").cpu() / (1.0 if scale is None else scale.cpu())
             if ratio != 1.0:
