@@ -148,19 +148,21 @@ class FactorsState(NamedTuple):
             not known.
         strangers: appends of the whole process to memory that is nobody's arena, which may have
             been a compiler's copy of this one; where their number has changed, likewise.
+        appends: to it, launched or captured, since it was made.
     """
 
     num_tokens: int
     overflow: int
     captured: bool
     strangers: int
+    appends: int
 
 
 def factors_state(address: int) -> FactorsState:
     """Of the arena of factors that begins there."""
-    state = (ctypes.c_int64 * 4)()
+    state = (ctypes.c_int64 * 5)()
     _c_functions().ultramem_factors_state(ctypes.c_void_p(address), state)
-    return FactorsState(state[0], state[1], bool(state[2]), state[3])
+    return FactorsState(state[0], state[1], bool(state[2]), state[3], state[4])
 
 
 def set_factors_state(address: int, num_tokens: int, overflow: int, captured: bool) -> None:
@@ -171,6 +173,14 @@ def set_factors_state(address: int, num_tokens: int, overflow: int, captured: bo
         ctypes.c_int64(overflow),
         ctypes.c_int32(captured),
     )
+
+
+def capture_id(stream: int) -> int:
+    """Which CUDA graph is being captured from the stream of that handle: a number that no other
+    capture of the process has, 0 where there is none."""
+    function = _c_functions().ultramem_capture_id
+    function.restype = ctypes.c_uint64
+    return function(ctypes.c_void_p(stream))
 
 
 def forget_factors_state(address: int) -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from . import _library
+
 
 class _OptimizerSteps:
     """Counts the steps of all of torch's optimizers, once watched.
@@ -39,6 +41,14 @@ def is_capturing(device: torch.device) -> bool:
         return False
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
+
+
+def capture_id(device: torch.device) -> int:
+    """Of the CUDA graph that the current stream of ``device`` is capturing: a number that no other
+    capture of the process has, 0 where there is none."""
+    if not is_capturing(device):
+        return 0
+    return _library.capture_id(torch.cuda.current_stream(device).cuda_stream)
 
 
 class StreamOrder:

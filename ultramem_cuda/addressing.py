@@ -124,6 +124,12 @@ class SlotAddressing:
         """Virtual indices of the layer, expand * window."""
         return self.expand * self.window
 
+    def placement(self, device: torch.device | str | None = None) -> Tensor:
+        """What tells layers of one configuration apart, as ``ops.value_slots`` takes it: int64 [2]
+        on ``device``, the offset and the mixed seed."""
+        numbers = [self.offset, _signed(_mix64(self.seed))]
+        return torch.tensor(numbers, dtype=torch.int64, device=device)
+
     def slots(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Rows and groups of virtual indices, bit for bit as the kernels compute them.
 

@@ -83,6 +83,11 @@ class GradientFactors:
     writes to them. (Nor may they grow between a forward and a backward that inductor compiled: it
     asserts their size.)
 
+    While a CUDA graph is being captured nobody knows how many tokens its replays will find. The
+    views are then those of the whole capacity, and ``slots`` is -1 for what is not held: clipping
+    and steps read them so, and take time for the capacity. What did not fit stays counted when a
+    graph clears, so that :meth:`check` still tells of it, and a step in a graph changes nothing.
+
     CUDA streams: appends are ordered by the stream that they run on. In eager mode a backward, and
     whatever is called here, waits for the stream used before it. Compiled code and replayed graphs
     that append on several streams are the caller's to order, and so is reading what they appended
@@ -129,6 +134,9 @@ class GradientFactors:
         # One tensor object for good: graphs of compiled code and saved contexts hold it, so new
         # memory is put into it.
         self._arena = self._allocate(0, device)
+        # As torch._dynamo.mark_static_address has it, whose import takes seconds: the CUDA graphs of
+        # mode="reduce-overhead" would else not write to an input.
+        self._arena._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
         self._count(0)
         self._arena._ultramem_factors = weakref.ref(self)  # type: ignore[attr-defined]
 
@@ -173,7 +181,11 @@ class GradientFactors:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens held, each layer's counted."""
+        """Tokens held, each layer's counted.
+
+        Raises:
+            RuntimeError: while a CUDA graph is captured.
+        """
         return self._counts()[0]
 
     @property
@@ -185,8 +197,12 @@ class GradientFactors:
     def slots(self) -> Tensor:
         """Rows of the entries, [n], as the int32 of the same bits as a uint32; -1 where the index
         was out of range, which has zero weights. A view, as all of these: valid until the buffers
-        grow."""
-        return self._view(0, torch.int32, (self.num_selected,)).flatten()
+        grow. (Of the slots of a capture a copy.)"""
+        slots = self._view(0, torch.int32, (self.num_selected,))
+        if is_capturing(self.device):
+            held = torch.arange(slots.shape[0], device=self.device) < self._header[0]
+            slots = torch.where(held[:, None], slots, -1)
+        return slots.flatten()
 
     @property
     def weights(self) -> Tensor:
@@ -228,9 +244,9 @@ class GradientFactors:
         return self.dtype if self._shape is None else self._shape.dtype
 
     def _view(self, section: int, dtype: torch.dtype, row: tuple[int, ...]) -> Tensor:
-        """The used prefix of a section, [tokens, *row]."""
+        """The used prefix of a section, [tokens, *row]; all of it while a CUDA graph is captured."""
         self._enter_stream()
-        tokens = self.num_tokens
+        tokens = self.capacity if is_capturing(self.device) else self.num_tokens
         if self._shape is None:
             return torch.empty((0, *row), dtype=dtype, device=self.device)
         begin = _HEADER_BYTES + self.capacity * self._sections[section]
@@ -238,11 +254,26 @@ class GradientFactors:
         flat = self._arena[begin : begin + tokens * width]
         return flat.view(dtype).view(tokens, *row)
 
+    @property
+    def _header(self) -> Tensor:
+        """Tokens held and tokens that did not fit, int64 [2] on the device."""
+        return self._arena[:16].view(torch.int64)
+
+    @property
+    def appends(self) -> int:
+        """Of a GPU's buffers, how often something was appended or a graph captured that will."""
+        return _library.factors_state(self._arena.data_ptr()).appends if self._arena.is_cuda else 0
+
+    def overflowed(self) -> Tensor:
+        """float32 scalar on the device: 1 where there were tokens without room, else 0."""
+        return (self._header[1] > 0).float()
+
     def check(self) -> None:
         """Raise where factors are missing because there was no room for them.
 
         Raises:
-            RuntimeError: naming ``reserve`` and how much it needs.
+            RuntimeError: naming ``reserve`` and how much it needs; or while a CUDA graph is
+                captured.
         """
         held, overflow = self._counts()
         if overflow:
@@ -299,20 +330,18 @@ class GradientFactors:
     def clear(self) -> None:
         """Forget all factors; the buffers stay.
 
-        Raises:
-            RuntimeError: while a CUDA graph is captured. Its replays would forget them behind the
-                back of clipping and steps.
+        While a CUDA graph is captured, that is what its replays do, but for the count of tokens that
+        did not fit.
         """
-        if is_capturing(self.device):
-            raise RuntimeError("clear: must not be called while a CUDA graph is captured")
         self.step_cache = None
         if self.capacity == 0:
             return
+        captured = is_capturing(self.device)
         with self._lock:
             self._enter_stream()
             # Through `data`: graphs of compiled code have saved the arena, at this version.
-            self._arena.data[:_HEADER_BYTES].zero_()
-            self._count(0)
+            self._arena.data[: 8 if captured else _HEADER_BYTES].zero_()
+            self._count(0, captured=captured)
         if self._gathered is not None:
             self._gathered.clear()
 
@@ -405,11 +434,15 @@ class GradientFactors:
         """Tokens held, and tokens that did not fit."""
         if self._arena.is_meta:
             return 0, 0
+        if is_capturing(self.device):
+            raise RuntimeError(
+                "factors: how many tokens there are is not known while a CUDA graph is captured"
+            )
         if self._arena.is_cuda:
             state = _library.factors_state(self._arena.data_ptr())
             if not state.captured and state.strangers == self._strangers:
                 return state.num_tokens, state.overflow
-        held, overflow = self._arena[:16].view(torch.int64).tolist()
+        held, overflow = self._header.tolist()
         return held, overflow
 
     def _count(self, num_tokens: int, overflow: int = 0, captured: bool = False) -> None:

@@ -71,6 +71,7 @@ class UltraMemLayer(nn.Module):
     cores: nn.Parameter | None
     pre_proj: nn.Linear | None
     shuffle_index: Tensor | None
+    _placement: Tensor
 
     def __init__(
         self,
@@ -129,6 +130,10 @@ class UltraMemLayer(nn.Module):
         self.addressing = SlotAddressing(
             config.num_slots, window, offset, config.expand, shuffle, seed
         )
+        # For compiled code, see _addressed.
+        self._whole_table = SlotAddressing(config.num_slots, config.num_slots, 0, config.expand)
+        self.register_buffer("_placement", None, persistent=False)
+        self._place()
 
     def _draw_permutation(self) -> Tensor:
         generator = torch.Generator("cpu").manual_seed(self._shuffle_seed)
@@ -208,12 +213,13 @@ class UltraMemLayer(nn.Module):
             self.usage.update(indices)
         options: dict[str, Any] = {
             "activation": self.config.activation,
-            "addressing": self.addressing,
             "sum_groups": self.config.sum_groups,
         }
         if table.sharding is not None and table.sharding.by is not None:
+            options["addressing"] = self.addressing
             out = table.sharding.read(table, indices, scores, pre_input, **options)
         else:
+            indices, options["addressing"] = self._addressed(indices)
             out = ops.value_ffn(
                 indices,
                 scores,
@@ -227,6 +233,26 @@ class UltraMemLayer(nn.Module):
         out = out.flatten(1)
         # Without pre-values the rows' dtype comes out, which need not be that of the network.
         return out if pre_input is not None else out.to(self.query_proj.weight.dtype)
+
+    def _addressed(self, indices: Tensor) -> tuple[Tensor, SlotAddressing | None]:
+        """Virtual indices and the addressing that value_ffn is to apply to them.
+
+        The operator takes offset and seed as numbers. In code that is compiled block by block they
+        would be constants, and every layer a compilation of its own; so the rows are found before,
+        from a tensor. What is exported holds each layer anyway and has the numbers.
+        """
+        if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            return indices, self.addressing
+        with_groups = not self.config.sum_groups
+        slots = ops.value_slots(
+            indices, self._placement, addressing=self.addressing, with_groups=with_groups
+        )
+        return slots, self._whole_table if with_groups else None
+
+    def _place(self) -> None:
+        """Have the placement where the layer is. Made anew: a move may have left it undefined
+        (``to_empty``)."""
+        self._placement = self.addressing.placement(self.keys.device)
 
     def _retrieve(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Scores [T, H, M, C] and virtual indices [T, H, M] of the kept slots.
@@ -370,6 +396,7 @@ class UltraMemLayer(nn.Module):
             self._cache.clear()
         if self.shuffle_index is not None:
             self.addressing = self.addressing._with_permutation(self.shuffle_index)
+        self._place()
         return self
 
     def _load_from_state_dict(
@@ -377,6 +404,8 @@ class UltraMemLayer(nn.Module):
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         self._invalidate_cache()
+        if self._placement.device != self.keys.device:  # as assign=True may have it
+            self._place()
         if self.shuffle_index is not None:
             window, offset = self._window
             try:

@@ -38,4 +38,12 @@ Status kernel_attributes(int32_t index, KernelAttributes* out) {
   return {};
 }
 
+Status capture_id(Stream stream, uint64_t* id) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long capture = 0;
+  ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaStreamGetCaptureInfo(stream, &status, &capture));
+  *id = status == cudaStreamCaptureStatusNone ? 0 : capture;
+  return {};
+}
+
 }  // namespace ultramem::cuda

@@ -28,6 +28,17 @@ ULTRAMEM_EXPORT const char* ultramem_kernel_attributes(int32_t index,
 #endif
 }
 
+// Of the CUDA graph that is being captured from the stream; 0 where there is none.
+ULTRAMEM_EXPORT uint64_t ultramem_capture_id(void* stream) {
+  uint64_t id = 0;
+#if defined(ULTRAMEM_WITH_CUDA)
+  if (!ultramem::cuda::capture_id(static_cast<ultramem::Stream>(stream), &id).ok()) return 0;
+#else
+  (void)stream;
+#endif
+  return id;
+}
+
 // The sizes of a product_key_topk call, as ultramem_cuda/_library.py hands them over.
 struct UltramemRetrievalShape {
   int64_t num_tokens, num_keys, key_dim, num_heads, num_queries, tucker_rank, num_cores, axis_topk,

@@ -62,6 +62,10 @@ STABLE_TORCH_LIBRARY(ultramem, m) {
       " str shuffle, int num_keys, int seed, bool sum_groups, Tensor(a!) factors,"
       " int first_row=0, int num_slots=0) -> ()");
   m.def(
+      "value_slots(Tensor indices, Tensor placement, Tensor? permutation, int num_slots, int "
+      "window,"
+      " int expand, str shuffle, int num_keys, bool with_groups) -> Tensor");
+  m.def(
       "table_group(Tensor slots, int num_rows)"
       " -> (Tensor keys, Tensor entries, Tensor run_begins, Tensor pieces, Tensor counts)");
   m.def(
@@ -102,6 +106,7 @@ void register_all(torch::stable::detail::StableLibrary& m) {
   m.impl("slot_dots", TORCH_BOX(&slot_dots));
   m.impl("slot_sum", TORCH_BOX(&slot_sum));
   m.impl("table_factors_append", TORCH_BOX(&table_factors_append));
+  m.impl("value_slots", TORCH_BOX(&value_slots));
   m.impl("table_group", TORCH_BOX(&table_group));
   m.impl("table_grad_sum_sq", TORCH_BOX(&table_grad_sum_sq));
   m.impl("table_grad_row_sq", TORCH_BOX(&table_grad_row_sq));

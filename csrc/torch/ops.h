@@ -68,6 +68,10 @@ void table_factors_append(Tensor indices, Tensor weights, OptionalTensor grad_a,
                           int64_t num_keys, int64_t seed, bool sum_groups, Tensor factors,
                           int64_t first_row, int64_t num_slots);
 
+Tensor value_slots(Tensor indices, Tensor placement, OptionalTensor permutation, int64_t num_slots,
+                   int64_t window, int64_t expand, std::string shuffle, int64_t num_keys,
+                   bool with_groups);
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> table_group(Tensor slots, int64_t num_rows);
 Tensor table_grad_sum_sq(Tensor keys, Tensor entries, Tensor run_begins, Tensor pieces,
                          Tensor counts, Tensor weights, OptionalTensor groups, Tensor source,

@@ -14,6 +14,7 @@ struct ArenaState {
   int64_t overflow = 0;
   // A captured CUDA graph appends or clears at its replays, which nobody counts.
   bool captured = false;
+  int64_t appends = 0;  // all that were launched or captured
 };
 
 struct ArenaStates {
@@ -67,6 +68,7 @@ void note_append(const OpContext& context, const TableFactors& factors, int64_t 
     return;
   }
   ArenaState& state = found->second;
+  ++state.appends;
   if (capturing) {
     state.captured = true;
   } else if (num_tokens <= factors.capacity - state.num_tokens) {
@@ -106,7 +108,8 @@ ULTRAMEM_EXPORT void ultramem_factors_sections(const int64_t* shape, int64_t* se
 }
 
 // state: tokens held, tokens that did not fit, whether a captured graph appends (then neither is
-// known), and the number of appends that might have been to a copy of this arena.
+// known), the number of appends that might have been to a copy of this arena, and that of appends
+// to it that were launched or captured.
 ULTRAMEM_EXPORT void ultramem_factors_state(const void* arena, int64_t* state) {
   const std::lock_guard<std::mutex> lock(binding::factors_mutex());
   const binding::ArenaStates& all = binding::states();
@@ -117,6 +120,7 @@ ULTRAMEM_EXPORT void ultramem_factors_state(const void* arena, int64_t* state) {
   state[1] = known.overflow;
   state[2] = known.captured || all.strangers_captured ? 1 : 0;
   state[3] = all.strangers;
+  state[4] = known.appends;
 }
 
 // There is a new arena there, of which no graph knows; or an old one is gone.

@@ -3,6 +3,7 @@
 #include "ops.h"
 #include "slot_addressing.h"
 #include "table_factors.h"
+#include "ultramem/value_slots.h"
 
 namespace ultramem::torch_binding {
 namespace {
@@ -269,6 +270,34 @@ std::tuple<Tensor, Tensor> value_ffn_bwd_deferred(
   context.check(ULTRAMEM_CALL(context, value_ffn_bwd_deferred, params));
   note_append(context, params.factors, params.num_tokens);
   return {backward.grad_scores, backward.grad_pre_input};
+}
+
+Tensor value_slots(Tensor indices, Tensor placement, OptionalTensor permutation, int64_t num_slots,
+                   int64_t window, int64_t expand, std::string shuffle, int64_t num_keys,
+                   bool with_groups) {
+  const OpContext context("value_slots", "indices", indices);
+  indices = as_contiguous(indices);
+  placement = as_contiguous(placement);
+  permutation = as_contiguous(permutation);
+  const ScalarType index_type = indices.scalar_type();
+  context.check(index_type == ScalarType::Long || index_type == ScalarType::Int,
+                "indices must be int64 or int32");
+  context.check_shape("placement", placement, "[2]", {2});
+  context.check_dtype("placement", placement, ScalarType::Long);
+  context.check(window >= 1, "window must be positive, got " + std::to_string(window));
+  ValueSlotsParams params;
+  params.addressing =
+      make_addressing(
+      context, {permutation, window, 0, expand, shuffle, num_keys, 0, 0, 0}, num_slots);
+  params.placement = static_cast<const int64_t*>(placement.const_data_ptr());
+  params.indices = indices.const_data_ptr();
+  params.indices_are_int64 = index_type == ScalarType::Long;
+  params.count = indices.numel();
+  params.with_groups = with_groups;
+  Tensor slots = torch::stable::new_empty(indices, indices.sizes(), ScalarType::Long);
+  params.slots = static_cast<int64_t*>(slots.mutable_data_ptr());
+  context.check(ULTRAMEM_CALL(context, value_slots, params));
+  return slots;
 }
 
 }  // namespace ultramem::torch_binding

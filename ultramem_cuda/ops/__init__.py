@@ -20,6 +20,7 @@ from ._product_key import product_key_topk
 from ._rms_norm import rms_norm
 from ._tucker import tucker_filter, tucker_query
 from ._value_ffn import value_ffn
+from ._value_slots import value_slots
 
 __all__ = [
     "key_balance_loss",
@@ -28,4 +29,5 @@ __all__ = [
     "tucker_filter",
     "tucker_query",
     "value_ffn",
+    "value_slots",
 ]

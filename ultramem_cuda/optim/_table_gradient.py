@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import _library, nvtx
 from .._local import local
+from .._retrieval_cache import capture_id
 from ..factors import GradientFactors
 from ..table import MemoryTable, table_of
 
@@ -34,6 +35,8 @@ class StepCache:
         grouping: computed once a step, for both parameters and for norm and update.
         grad_scale: float32 scalar on the device that multiplies the gradients; None for 1.
         unscaled: a :class:`GradScaler` has looked at the factors and put its scale in grad_scale.
+        capture, appends: the CUDA graph that computes it (0: none), and how many appends there had
+            been.
     """
 
     num_entries: int
@@ -42,6 +45,8 @@ class StepCache:
     grouping: Grouping
     grad_scale: Tensor | None = None
     unscaled: bool = False
+    capture: int = 0
+    appends: int = 0
 
     def multiply(self, factor: Tensor) -> None:
         factor = factor.to(self.grouping.keys.device, torch.float32)
@@ -74,14 +79,23 @@ def has_entries(table: MemoryTable) -> bool:
     return table.factors is not None and table.factors.slots.shape[0] > 0
 
 
+def has_gradient(table: MemoryTable, param: Tensor) -> bool:
+    """Whether the table's factors hold a gradient of this parameter of it."""
+    return has_entries(table) and (param is table.values or factors_of(table).grad_a is not None)
+
+
 def step_cache(table: MemoryTable) -> StepCache:
     """That of the table's present factors; at the first call of a step they are exchanged with the
     table's copies, and sorted.
 
     Raises:
-        RuntimeError: gradients came after it was computed.
+        RuntimeError: gradients came after it was computed; or it belongs to another CUDA graph than
+            the one that is being captured, if any.
     """
     factors = factors_of(table)
+    capture = capture_id(table.values.device)
+    if capture or (factors.step_cache is not None and factors.step_cache.capture):
+        return _captured_step_cache(table, capture)
     slots = factors.slots
     num_entries = slots.shape[0]
     # Entries that were written anew tell themselves by their version, where there is one.
@@ -100,13 +114,40 @@ def step_cache(table: MemoryTable) -> StepCache:
 
 def _new_cache(table: MemoryTable, num_entries: int, version: int) -> StepCache:
     factors, sharding = factors_of(table), table.sharding
-    grad_scale: Tensor | None = None
-    if sharding is not None:
-        group = sharding.replica_group
-        factors = factors if group is None else factors.gathered(group)
-        grad_scale = torch.full((), sharding.gradient_scale, device=factors.device)
+    if sharding is not None and sharding.replica_group is not None:
+        factors = factors.gathered(sharding.replica_group)
     grouping = _group(factors.slots, rows_here(table))
-    return StepCache(num_entries, version, factors, grouping, grad_scale)
+    cache = StepCache(num_entries, version, factors, grouping)
+    if sharding is not None:
+        cache.multiply(torch.full((), sharding.gradient_scale, device=factors.device))
+    return cache
+
+
+def _captured_step_cache(table: MemoryTable, capture: int) -> StepCache:
+    """`step_cache` of the graph that is being captured, whose entries cannot be counted."""
+    factors = factors_of(table)
+    cache: StepCache | None = factors.step_cache
+    if cache is None:
+        if table.sharding is not None and table.sharding.num_replicas > 1:
+            raise RuntimeError(
+                "table: clipping and steps of a table with copies on other ranks, whose factors "
+                "they exchange, cannot be captured in a CUDA graph"
+            )
+        cache = _new_cache(table, factors.slots.shape[0], 0)
+        cache.capture, cache.appends = capture, factors.appends
+        factors.step_cache = cache
+    elif cache.capture != capture:
+        raise RuntimeError(
+            "table: clipping or a step saw the factors outside the CUDA graph that is captured, or in "
+            "another one; capture backward, clip_grad_norm_ and step together, and call zero_grad() "
+            "before and after"
+        )
+    elif cache.appends != factors.appends:
+        raise RuntimeError(
+            "table: a backward was captured after clipping or a step; run every backward before "
+            "clip_grad_norm_, and zero_grad() after step()"
+        )
+    return cache
 
 
 @nvtx.annotate("ultramem::table_group")

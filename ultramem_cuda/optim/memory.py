@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from .. import _library, nvtx
 from .._local import Part, is_dtensor, local, part_of
+from .._retrieval_cache import is_capturing
 from ..ops._checks import accumulation_dtype
 from ..table import MemoryTable, live_optimizers, write_scaled
 from ._table_gradient import (
@@ -21,6 +22,7 @@ from ._table_gradient import (
     factors_of,
     found_nonfinite,
     has_entries,
+    has_gradient,
     step_cache,
 )
 
@@ -56,6 +58,11 @@ class MemoryOptimizer(Optimizer):
     ``state_dict()`` saves the scale that master weights were in units of beside them, as
     "master_scale" (one for parameters without a scale); after ``load_state_dict`` the next step
     converts them to the parameter's scale, whether that was loaded before or after.
+
+    A CUDA graph may hold ``step()``, with the backward and clipping before it and ``zero_grad()``,
+    after a first step outside that makes the state. A learning rate that is a number stays what it
+    was at the capture; one in a tensor on the GPU is read at every replay. Where tokens did not fit
+    in a table's buffers the step changes nothing of that table; ``table.factors.check()`` tells.
 
     ``step()`` leaves the factors to be cleared by ``zero_grad()``, which also zeroes ``main_grad``.
     Gradients that are scaled (``grad_scale``, ``found_inf``) are taken as torch's fused optimizers
@@ -178,8 +185,9 @@ class MemoryOptimizer(Optimizer):
             NotImplementedError: deferred gradients in a job of several processes, of a table that
                 ``ultramem_cuda.parallel`` does not know.
             ValueError, TypeError: a parameter that CUDA does not offer, or a weight decay that a
-                table with deferred gradients does not.
-            RuntimeError: a table's buffers overflowed, a gradient is sparse, a table with deferred
+                table with deferred gradients does not; in a CUDA graph, a learning rate on the CPU.
+            RuntimeError: in a CUDA graph, there is no state yet, or a GradScaler and a table with
+                deferred gradients. Or a table's buffers overflowed, a gradient is sparse, a table with deferred
                 gradients has a ``.grad`` too, or weight decay but no scale, factors came after
                 clipping, or factors that no :class:`GradScaler` of this package has unscaled.
                 Nothing has then been updated.
@@ -206,15 +214,14 @@ class MemoryOptimizer(Optimizer):
         work: list[tuple[int, dict[str, Any], Tensor, MemoryTable | None]] = []
         stream = -1
         for deferred in self._tables():
-            factors_of(deferred).check()
+            if not is_capturing(deferred.values.device):
+                factors_of(deferred).check()
             if deferred.sharding is None and _several_processes():
                 raise NotImplementedError(
                     "step: a table with grad_mode='deferred' in a job of several processes, whose "
                     "factors nothing exchanges; use ultramem_cuda.parallel.shard_table or "
                     "replicate_table, or grad_mode='dense'"
                 )
-            if has_entries(deferred):
-                step_cache(deferred)
         for group in self.param_groups:
             for param in group["params"]:
                 stream += 1
@@ -228,7 +235,7 @@ class MemoryOptimizer(Optimizer):
                             "step: a parameter of a table with grad_mode='deferred' has a .grad "
                             "too; a loss on the parameter itself needs grad_mode='dense'"
                         )
-                    if not has_entries(table) or factored_gradient(table, param) is None:
+                    if not has_gradient(table, param):
                         continue
                     if table.scale is None and group["weight_decay"] != 0.0:
                         raise RuntimeError(
@@ -243,8 +250,35 @@ class MemoryOptimizer(Optimizer):
                     if grad.is_sparse:
                         raise RuntimeError("step: sparse gradients are not supported")
                     self._check_size(param)
+                if is_capturing(param.device):
+                    self._check_captured(group, param, table)
                 work.append((stream, group, param, table))
+        for deferred in self._tables():
+            if has_entries(deferred):
+                step_cache(deferred)
         return work
+
+    def _check_captured(
+        self, group: dict[str, Any], param: Tensor, table: MemoryTable | None
+    ) -> None:
+        """Refuse what would do something else, or nothing, at the replays of a CUDA graph."""
+        state = self.state.get(param)
+        if not state or "master_scale" in state:
+            raise RuntimeError(
+                "step: a CUDA graph that is captured before a first step, or before the first one "
+                "after load_state_dict(), would prepare the state at every replay; step once before"
+            )
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and not lr.is_cuda:
+            raise ValueError(
+                "lr: must be on the GPU, or a number, while a CUDA graph is captured, got a tensor "
+                f"on {lr.device}"
+            )
+        if table is not None and hasattr(self, "found_inf"):
+            raise RuntimeError(
+                "step: a GradScaler's step of a table with grad_mode='deferred' cannot be captured "
+                "in a CUDA graph"
+            )
 
     def _tables(self) -> list[MemoryTable]:
         """Those with deferred gradients, each once, in the order of the parameters."""
@@ -306,6 +340,8 @@ class MemoryOptimizer(Optimizer):
             factored = (*cache.grouping, *gradient)
             grad_scale = cache.grad_scale
             scale = table.scale_of(param)
+            if is_capturing(param.device):  # else it has raised
+                found_inf = factors_of(table).overflowed()
         if "master_scale" in state:  # loaded since the last step
             ratio = state.pop("master_scale").cpu() / (1.0 if scale is None else scale.cpu())
             if ratio != 1.0:

@@ -27,6 +27,9 @@ namespace cuda {
 int32_t kernel_count();
 // Attributes of kernel `index` on the current device.
 Status kernel_attributes(int32_t index, KernelAttributes* out);
+// Which CUDA graph is being captured from the stream: a number that no other capture of the process
+// has, 0 where there is none.
+Status capture_id(Stream stream, uint64_t* id);
 }  // namespace cuda
 
 }  // namespace ultramem
