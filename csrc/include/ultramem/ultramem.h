@@ -11,3 +11,4 @@
 #include "ultramem/tucker_query.h"
 #include "ultramem/types.h"
 #include "ultramem/value_ffn.h"
+#include "ultramem/version.h"
