@@ -79,7 +79,6 @@ class CMakeBuild(build_ext):
             # cache would still name the last one.
             f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-DULTRAMEM_CPU_ONLY={'ON' if cpu_only else 'OFF'}",
-            f"-DULTRAMEM_VERSION={self.distribution.get_version()}",
             f"-DULTRAMEM_TORCH_DIR={torch_spec.submodule_search_locations[0]}",
             f"-DPython3_EXECUTABLE={sys.executable}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),

@@ -64,7 +64,7 @@ def shorten(name: str) -> str:
         if character == "(" and depth == 0:
             name = name[:position]
             break
-    return re.sub(r"ultramem::(?:cuda::)?", "", name)
+    return re.sub(r"ultramem::(?:cuda::|api\d+::)?", "", name)
 
 
 def judge(kernels: list[Kernel], known: dict[tuple[str, str], int]) -> list[str]:
@@ -168,7 +168,7 @@ def test_the_report_is_understood() -> None:
     [
         ("void ultramem::cuda::(anonymous namespace)::k<float, 4>(A, int)", "k<float, 4>"),
         ("ultramem::cuda::(anonymous namespace)::k(ultramem::P)", "k"),
-        ("void k<(ultramem::DType)1, (int)4>(int)", "k<(DType)1, (int)4>"),
+        ("void k<(ultramem::api4::DType)1, (int)4>(int)", "k<(DType)1, (int)4>"),
         (
             "void cub::detail::k<cub::Policy<1>::P, (bool)0>(int*)",
             "cub::detail::k<cub::Policy<1>::P, (bool)0>",

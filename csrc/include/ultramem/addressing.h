@@ -3,13 +3,15 @@
 //   v' = shuffle(v);  slot = (v' % window + offset) % num_slots;  group = v' // window
 //
 // for a virtual index v in [0, expand * window). One definition serves every backend, so that all
-// of them agree bit for bit.
+// of them agree bit for bit. Inline throughout: host code and, under nvcc, kernels may call it.
 //
 // The table in memory may be a shard: rows [first_row, first_row + num_rows) of those that indices
 // address. An index that leads to another shard is no error. It contributes zero and reads nothing.
 #pragma once
 
 #include <cstdint>
+
+#include "ultramem/version.h"
 
 #if defined(__CUDACC__)
 #define ULTRAMEM_HOST_DEVICE __host__ __device__ __forceinline__
@@ -18,6 +20,7 @@
 #endif
 
 namespace ultramem {
+inline namespace ULTRAMEM_API {
 
 enum class Shuffle : int32_t {
   kNone = 0,
@@ -25,15 +28,19 @@ enum class Shuffle : int32_t {
   kPermutation = 2,  // an explicit table, as the code released with UltraMemV2 uses
 };
 
+// Which rows of the table a layer's indices address. value_ffn refuses a window above num_slots, an
+// offset outside [0, num_slots), and kFeistel unless num_keys^2 == expand * window.
 struct AddressingParams {
   int64_t num_slots = 0;  // N, physical rows of the table
   int64_t window = 0;     // rows one layer sees; 0: no addressing, the index is the slot
   int64_t offset = 0;     // first row of the window, in [0, num_slots)
   int64_t expand = 1;     // E, virtual copies of the window
   Shuffle shuffle = Shuffle::kNone;
-  int64_t num_keys = 0;                  // n, for kFeistel
-  uint64_t mixed_seed = 0;               // mix64(seed), for kFeistel
-  const int64_t* permutation = nullptr;  // [expand * window], for kPermutation
+  int64_t num_keys = 0;     // n, for kFeistel
+  uint64_t mixed_seed = 0;  // mix64(seed), for kFeistel
+  // [expand * window], for kPermutation, on the operator's device; an entry outside [0, expand *
+  // window) makes its index one that is out of range.
+  const int64_t* permutation = nullptr;
 
   // The rows in memory, those that the operators' pointers and N are about.
   int64_t first_row = 0;
@@ -93,7 +100,7 @@ struct ReciprocalDivisor {
   }
 };
 
-// What an address is divided by.
+// What an address is divided by; made once for many addresses.
 template <typename DivisorT>
 struct AddressDivisors {
   DivisorT num_keys, window, num_slots;
@@ -137,6 +144,8 @@ ULTRAMEM_HOST_DEVICE int64_t row_in_memory(const AddressingParams& params, int64
   return row >= 0 && row < params.rows_in_memory() ? row : kSlotElsewhere;
 }
 
+// The rule at the top of this file; slot -1 for an index out of range. params.permutation must be
+// readable from where this runs.
 template <typename DivisorT>
 ULTRAMEM_HOST_DEVICE SlotAddress resolve_slot(const AddressingParams& params,
                                               const AddressDivisors<DivisorT>& by, int64_t index) {
@@ -158,4 +167,5 @@ ULTRAMEM_HOST_DEVICE SlotAddress resolve_slot(const AddressingParams& params, in
   return resolve_slot(params, AddressDivisors<Divisor>(params), index);
 }
 
+}  // namespace ULTRAMEM_API
 }  // namespace ultramem

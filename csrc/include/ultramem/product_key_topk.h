@@ -15,6 +15,7 @@
 #include "ultramem/types.h"
 
 namespace ultramem {
+inline namespace ULTRAMEM_API {
 
 enum class ScoreMode : int32_t { kTucker = 0, kAdditive = 1 };
 
@@ -42,14 +43,18 @@ inline constexpr int64_t kTensorCoreSmallBytes = int64_t{32} << 20;
 inline constexpr int64_t kTensorCore80MaxKeys = 65536;
 inline constexpr int64_t kTensorCore80MinTokenHeads = 64;
 
+// Invalid: sizes outside what is noted beside them, another rank than 1 or more cores than one in
+// additive mode, and, in Tucker mode, a null core, u or t. Additive mode finds the M best sums only
+// with axis_topk >= min(topk, n); less is the caller's choice. All outputs of the forward are
+// written; the backward reads the last three of them.
 struct ProductKeyTopkParams {
   int64_t num_tokens = 0;   // T
-  int64_t num_keys = 0;     // n, per side
+  int64_t num_keys = 0;     // n, per side, below 2^31
   int64_t key_dim = 0;      // Kd
   int32_t num_heads = 1;    // H
   int32_t num_queries = 1;  // Q: 1 (shared by the ranks) or R
-  int32_t tucker_rank = 1;  // R
-  int32_t num_cores = 1;    // C
+  int32_t tucker_rank = 1;  // R <= kMaxTuckerRank
+  int32_t num_cores = 1;    // C <= kMaxNumCores
   int32_t axis_topk = 0;    // m <= min(n, kMaxAxisTopk)
   int32_t topk = 0;         // M <= min(m * m, kMaxTopk)
   ScoreMode mode = ScoreMode::kTucker;
@@ -58,11 +63,11 @@ struct ProductKeyTopkParams {
   const void* query = nullptr;  // [T, 2, H, Q, Kd]
   const void* keys = nullptr;   // [H, 2, R, n, Kd]
   const void* core = nullptr;   // [C, H, R, R] acc; null in additive mode
-  const void* u = nullptr;      // [H, R] acc; null in additive mode
+  const void* u = nullptr;      // [H, R] acc, from tucker_filter; null in additive mode
   const void* t = nullptr;      // [H, R] acc; null in additive mode
 
-  void* scores = nullptr;             // [T, H, M, C] acc
-  int64_t* indices = nullptr;         // [T, H, M]
+  void* scores = nullptr;             // [T, H, M, C] acc, in descending order of their sums
+  int64_t* indices = nullptr;         // [T, H, M], row * n + col
   int32_t* axis_indices = nullptr;    // [T, H, 2, m], the kept key ids, ascending
   void* axis_scores = nullptr;        // [T, H, 2, R, m] acc, S at the kept keys
   int16_t* grid_positions = nullptr;  // [T, H, M], i * m + j into the kept keys
@@ -71,8 +76,9 @@ struct ProductKeyTopkParams {
 };
 
 // Reads query, keys, core, axis_indices, axis_scores and grid_positions of the forward; writes no
-// output of it. Selection is not differentiated. Null gradients are not computed. What lies where
-// grad_query goes is scratch memory until the end.
+// output of it. Selection is not differentiated. Null gradients are not computed, others are
+// overwritten. What lies where grad_query goes is scratch memory until the end. T * H * 2 * m must
+// be below 2^32. On the CPU, kOutOfRange for axis_indices or grid_positions that no forward wrote.
 //
 // What is not finite stays with the tokens and keys that hold it: an infinite or NaN dS, query or
 // key spoils the gradients of that token and of the keys that it kept, and no other. The CUDA
@@ -85,21 +91,24 @@ struct ProductKeyTopkBwdParams : ProductKeyTopkParams {
   void* grad_core = nullptr;          // like core; null in additive mode
 };
 
-namespace cpu {
+}  // namespace ULTRAMEM_API
+
+namespace cpu ULTRAMEM_EXPORT {
 size_t product_key_topk_fwd_workspace(const ProductKeyTopkParams& params, const Executor& executor);
 Status product_key_topk_fwd(const ProductKeyTopkParams& params, const Executor& executor);
 size_t product_key_topk_bwd_workspace(const ProductKeyTopkBwdParams& params,
                                       const Executor& executor);
 Status product_key_topk_bwd(const ProductKeyTopkBwdParams& params, const Executor& executor);
-}  // namespace cpu
+}  // namespace cpu ULTRAMEM_EXPORT
 
-namespace cuda {
+namespace cuda ULTRAMEM_EXPORT {
 // The path that the forward takes for these sizes and this dtype: the one place of that rule. Reads
 // no pointer and needs no device. compute_capability is 10 * major + minor; where reason is not
 // null, *reason becomes static text that says why.
 RetrievalPath product_key_topk_fwd_path(const ProductKeyTopkParams& params, int compute_capability,
                                         const char** reason = nullptr);
 size_t product_key_topk_fwd_workspace(const ProductKeyTopkParams& params);
+// Runs on the path above, with the compute capability of the current device.
 Status product_key_topk_fwd(const ProductKeyTopkParams& params, Stream stream);
 // Its two halves, one after the other on a stream. The first leaves axis_indices and axis_scores;
 // the second needs no workspace, whose memory may be that of scores, indices and grid_positions,
@@ -108,6 +117,6 @@ Status product_key_topk_fwd_axes(const ProductKeyTopkParams& params, Stream stre
 Status product_key_topk_fwd_grid(const ProductKeyTopkParams& params, Stream stream);
 size_t product_key_topk_bwd_workspace(const ProductKeyTopkBwdParams& params);
 Status product_key_topk_bwd(const ProductKeyTopkBwdParams& params, Stream stream);
-}  // namespace cuda
+}  // namespace cuda ULTRAMEM_EXPORT
 
 }  // namespace ultramem

@@ -11,12 +11,18 @@
 //
 // A section holds `capacity` tokens. The capacity is a multiple of kFactorTokens, so every section
 // begins on a multiple of 256 bytes from the arena's beginning, whatever its elements.
+//
+// To use it: allocate factors_bytes(shape, tokens of a step), zero the header, take `factors_in` of
+// it, hand that to value_ffn_bwd_deferred of every layer and micro-batch. Then table_group over the
+// slots held and table_update for each table (table_update.h), and zero the header's first 16
+// bytes.
 #pragma once
 
 #include "ultramem/types.h"
 #include "ultramem/value_ffn.h"
 
 namespace ultramem {
+inline namespace ULTRAMEM_API {
 
 // An arena's capacity is a multiple of so many tokens.
 inline constexpr int64_t kFactorTokens = 256;
@@ -52,6 +58,8 @@ struct TableFactorsSections {
   int64_t slots, weights, grad_a, groups, grad_outs, pre_inputs, end;
 };
 
+// Rows of the value table's gradient come from grad_outs and weights, those of the pre-value
+// table's from pre_inputs and grad_a.
 constexpr TableFactorsSections factors_sections(const TableFactorsShape& shape) {
   const int64_t acc = element_size(accumulation_dtype(shape.table_dtype));
   const int64_t element = element_size(shape.dtype);
@@ -109,10 +117,11 @@ inline TableFactors factors_in(const TableFactorsShape& shape, void* memory, int
 }
 
 // The backward that appends to `factors` instead of writing gradients of the tables, which must be
-// null, as must grad_a. Where there are scales, the factors are those of the gradients of the
-// products with them. Where the tokens do not fit in what is left of the capacity, nothing is
-// appended and the header's overflow grows by their number; the other gradients are right all the
-// same.
+// null, as must grad_a. Invalid also: a null header, a shape other than the factors', more than
+// kMaxFactorGroups groups, a table of 2^32 - 1 rows or more. Where there are scales, the factors
+// are those of the gradients of the products with them. Where the tokens do not fit in what is left
+// of the capacity, nothing is appended and the header's overflow grows by their number; the other
+// gradients are right all the same.
 struct ValueFfnBwdDeferredParams : ValueFfnBwdParams {
   TableFactors factors;
 };
@@ -134,15 +143,17 @@ struct TableFactorsAppendParams {
   TableFactors factors;
 };
 
-namespace cpu {
+}  // namespace ULTRAMEM_API
+
+namespace cpu ULTRAMEM_EXPORT {
 size_t value_ffn_bwd_deferred_workspace(const ValueFfnBwdDeferredParams& params,
                                         const Executor& executor);
 // One call at a time on the same factors.
 Status value_ffn_bwd_deferred(const ValueFfnBwdDeferredParams& params, const Executor& executor);
 Status table_factors_append(const TableFactorsAppendParams& params, const Executor& executor);
-}  // namespace cpu
+}  // namespace cpu ULTRAMEM_EXPORT
 
-namespace cuda {
+namespace cuda ULTRAMEM_EXPORT {
 // The position to append at is read and advanced on the device, in the stream's order: calls on the
 // same factors from several streams or host threads are the caller's to order.
 size_t value_ffn_bwd_deferred_workspace(const ValueFfnBwdDeferredParams& params);
@@ -151,6 +162,6 @@ Status table_factors_append(const TableFactorsAppendParams& params, Stream strea
 // Whether a CUDA graph is being captured from the stream: what is launched there will write to the
 // same arena at every replay.
 Status is_capturing(Stream stream, bool* capturing);
-}  // namespace cuda
+}  // namespace cuda ULTRAMEM_EXPORT
 
 }  // namespace ultramem

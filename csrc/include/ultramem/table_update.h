@@ -22,7 +22,9 @@
 #include "ultramem/types.h"
 
 namespace ultramem {
+inline namespace ULTRAMEM_API {
 
+// Invalid: 2^31 entries or more, no rows, 2^32 - 1 rows or more.
 struct TableGroupParams {
   const uint32_t* slots = nullptr;  // [n]; one outside [0, num_rows) contributes nothing
   int64_t num_entries = 0;          // n < 2^31
@@ -34,13 +36,14 @@ struct TableGroupParams {
   uint32_t* pieces = nullptr;      // [table_group_max_pieces(n), 2]: (run, piece) of the long runs
   int32_t* counts = nullptr;       // [kGroupCounts]: runs, pieces
 
-  void* workspace = nullptr;
+  void* workspace = nullptr;  // table_group_workspace(params) bytes
 };
 
 inline constexpr int kGroupCounts = 2;
-int64_t table_group_max_pieces(int64_t num_entries);
 
-// One table's gradient.
+// One table's gradient: factors, or a dense one, which has num_rows, dim, source and source_dtype
+// alone. Invalid: C outside 1..4 or not dividing dim, a float64 source for another table, more than
+// 256 groups, groups without their ids.
 struct TableGradient {
   int64_t num_rows = 0;  // N
   int64_t dim = 0;       // columns of a row
@@ -51,7 +54,7 @@ struct TableGradient {
   const uint32_t* run_begins = nullptr;
   const uint32_t* pieces = nullptr;
   const int32_t* counts = nullptr;
-  int64_t num_entries = 0;
+  int64_t num_entries = 0;  // n; null keys mean a dense gradient, so 0 needs some pointer there
 
   const void* weights = nullptr;    // [n, C] acc
   const uint8_t* groups = nullptr;  // [n] or null: group of an entry, below num_groups
@@ -74,7 +77,7 @@ struct TableGradSumSqParams {
   TableGradient gradient;
   DType acc_dtype = DType::kFloat32;  // float64 for float64 tables (CPU)
   double* sum_sq = nullptr;           // [1]: sum of the squares of all rows of the gradient
-  void* workspace = nullptr;
+  void* workspace = nullptr;          // table_grad_sum_sq_workspace(params) bytes
 };
 
 // Adagrad's sums of squares, for shards that hold some columns of a row each: to be added up over
@@ -101,6 +104,10 @@ inline constexpr double kMinTableScale = 0x1p-8;
 // With a scale, p is weight * scale. The decay is the scale's alone, which makes it that of every
 // row, and the weights of touched rows move by 1 / scale of what p does. Where there is decay and
 // 1 - lr * weight_decay is not in (0, 1], nothing changes, as where found_inf is not 0.
+//
+// Only rows that occur in the gradient move (of a dense gradient all do): without a scale, weight
+// decay is theirs alone, too. Invalid: a null step, a master for a float32 or float64 table,
+// moments of another dtype than noted.
 struct TableUpdateParams {
   TableGradient gradient;
   TableOptimizer optimizer = TableOptimizer::kSgd;
@@ -143,10 +150,23 @@ struct TableUpdateParams {
   const void* row_sq = nullptr;
   int64_t row_columns = 0;  // of a whole row, which the mean is over; 0: dim
 
-  void* workspace = nullptr;
+  void* workspace = nullptr;  // table_update_workspace(params) bytes
 };
 
-namespace cpu {
+}  // namespace ULTRAMEM_API
+
+}  // namespace ultramem
+
+namespace ultramem ULTRAMEM_EXPORT {
+
+// Rows of `pieces` for that many entries: runs longer than a piece are summed in pieces.
+int64_t table_group_max_pieces(int64_t num_entries);
+
+}  // namespace ultramem ULTRAMEM_EXPORT
+
+namespace ultramem {
+
+namespace cpu ULTRAMEM_EXPORT {
 size_t table_group_workspace(const TableGroupParams& params, const Executor& executor);
 Status table_group(const TableGroupParams& params, const Executor& executor);
 size_t table_grad_sum_sq_workspace(const TableGradSumSqParams& params, const Executor& executor);
@@ -155,9 +175,9 @@ size_t table_grad_row_sq_workspace(const TableGradRowSqParams& params, const Exe
 Status table_grad_row_sq(const TableGradRowSqParams& params, const Executor& executor);
 size_t table_update_workspace(const TableUpdateParams& params, const Executor& executor);
 Status table_update(const TableUpdateParams& params, const Executor& executor);
-}  // namespace cpu
+}  // namespace cpu ULTRAMEM_EXPORT
 
-namespace cuda {
+namespace cuda ULTRAMEM_EXPORT {
 size_t table_group_workspace(const TableGroupParams& params);
 Status table_group(const TableGroupParams& params, Stream stream);
 size_t table_grad_sum_sq_workspace(const TableGradSumSqParams& params);
@@ -166,6 +186,6 @@ size_t table_grad_row_sq_workspace(const TableGradRowSqParams& params);
 Status table_grad_row_sq(const TableGradRowSqParams& params, Stream stream);
 size_t table_update_workspace(const TableUpdateParams& params);
 Status table_update(const TableUpdateParams& params, Stream stream);
-}  // namespace cuda
+}  // namespace cuda ULTRAMEM_EXPORT
 
 }  // namespace ultramem

@@ -2,13 +2,17 @@
 //
 // The leading pair (u, t) reduces a rank-R score to one number per key, which is what the axes are
 // filtered by (UltraMem, arXiv 2411.12364, section 3). Computed by one-sided Jacobi in float64 and
-// rounded, so that backends agree.
+// rounded, so that backends agree. There is no backward: u and t only rank, and what is trained by
+// sigma (the Tucker penalty) has its gradient from `left` and `right`:
+//   dCbar = left diag(dsigma) right^T,  the same for every core.
 #pragma once
 
 #include "ultramem/types.h"
 
 namespace ultramem {
+inline namespace ULTRAMEM_API {
 
+// Invalid: another dtype, R or C outside 1..4, a negative H. All outputs are written.
 struct TuckerFilterParams {
   int32_t num_cores = 1;          // C
   int32_t num_heads = 1;          // H
@@ -27,11 +31,16 @@ struct TuckerFilterParams {
   void* right = nullptr;  // [H, R, R]
 };
 
-namespace cpu {
+}  // namespace ULTRAMEM_API
+
+namespace cpu ULTRAMEM_EXPORT {
+// On the calling thread: a few hundred operations a head.
 Status tucker_filter(const TuckerFilterParams& params);
-}
-namespace cuda {
+}  // namespace cpu ULTRAMEM_EXPORT
+
+namespace cuda ULTRAMEM_EXPORT {
+// One launch, a thread a head.
 Status tucker_filter(const TuckerFilterParams& params, Stream stream);
-}
+}  // namespace cuda ULTRAMEM_EXPORT
 
 }  // namespace ultramem

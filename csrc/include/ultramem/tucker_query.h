@@ -1,19 +1,22 @@
 // The query projection with its norm for few tokens:
 //   query = RMSNorm_Kd(x W^T),  the norm over each segment of Kd outputs (side, head, query)
 //
-// For many tokens the projection is a matrix product like any other, which this library leaves to
-// others; rms_norm.h has the norm.
+// For many tokens, on the CPU, and on other GPUs the projection is a matrix product like any other,
+// which this library leaves to others (BLAS, cuBLAS): query = rms_norm(x W^T) with num_rows =
+// T * num_segments and dim = Kd, from rms_norm.h.
 #pragma once
 
 #include "ultramem/types.h"
 
 namespace ultramem {
+inline namespace ULTRAMEM_API {
 
 inline constexpr int kTuckerQuerySmallTokens = 64;
 // Elements of the weight beyond which half as many tokens are few: a matrix product hides a norm
 // the better the longer it takes.
 inline constexpr int64_t kTuckerQuerySmallWeight = int64_t{1} << 21;
 
+// Rows of the weight, and segments of a query, are ordered side, head, query.
 struct TuckerQueryParams {
   int64_t num_tokens = 0;    // T
   int64_t d_model = 0;       // D
@@ -37,8 +40,8 @@ inline int64_t tucker_query_small_tokens(const TuckerQueryParams& params) {
                                                          : kTuckerQuerySmallTokens;
 }
 
+// Reads x, weight, norm_weight and projection of the forward; `query` is not read.
 struct TuckerQueryBwdParams : TuckerQueryParams {
-  // `query` is not read, `projection` is.
   const void* grad_query = nullptr;  // [T, 2, H, Q, Kd]
   void* grad_x = nullptr;            // [T, D], or null where it is not wanted
   void* grad_weight = nullptr;       // [2 H Q Kd, D], or null
@@ -46,10 +49,14 @@ struct TuckerQueryBwdParams : TuckerQueryParams {
   void* workspace = nullptr;         // tucker_query_small_bwd_workspace(params) bytes
 };
 
-namespace cuda {
+}  // namespace ULTRAMEM_API
+
+namespace cuda ULTRAMEM_EXPORT {
 // One kernel that reads the weight once. Offered where `supported` says so on the current device:
 // compute capability 9.0, bfloat16 or float16, 1 to tucker_query_small_tokens(params) tokens,
 // 16-byte aligned rows, and shapes that fit shared memory.
+// `supported` looks at sizes, dtypes and the alignment of the pointers, which must be set. Calls of
+// what is not supported return kInvalidArgument.
 bool tucker_query_small_fwd_supported(const TuckerQueryParams& params);
 Status tucker_query_small_fwd(const TuckerQueryParams& params, Stream stream);
 
@@ -59,6 +66,6 @@ Status tucker_query_small_fwd(const TuckerQueryParams& params, Stream stream);
 bool tucker_query_small_bwd_supported(const TuckerQueryBwdParams& params);
 size_t tucker_query_small_bwd_workspace(const TuckerQueryBwdParams& params);
 Status tucker_query_small_bwd(const TuckerQueryBwdParams& params, Stream stream);
-}  // namespace cuda
+}  // namespace cuda ULTRAMEM_EXPORT
 
 }  // namespace ultramem

@@ -12,3 +12,4 @@
 #include "ultramem/types.h"
 #include "ultramem/value_ffn.h"
 #include "ultramem/value_slots.h"
+#include "ultramem/version.h"

@@ -13,21 +13,28 @@
 #include "ultramem/types.h"
 
 namespace ultramem {
+inline namespace ULTRAMEM_API {
 
+// Invalid: C outside 1..4 or not dividing Dv, a float64 dtype beside another, addressing that
+// addressing.h does not allow, a positive Dp without pre_values and pre_input. `out` is
+// overwritten.
+//
+// An index out of range: on the CPU kOutOfRange, and outputs hold anything; on CUDA it contributes
+// zero (check_indices finds it).
 struct ValueFfnParams {
-  int64_t num_tokens = 0;     // T
-  int64_t num_selected = 0;   // S = H * M
-  int64_t pre_value_dim = 0;  // Dp, 0 without pre-values
-  int64_t value_dim = 0;      // Dv, a multiple of C
-  int32_t num_cores = 1;      // C
-  bool sum_groups = true;     // out [T, Dv]; false: out [T, E, Dv]
-  bool indices_are_int64 = true;
-  Activation activation = Activation::kIdentity;
-  DType table_dtype = DType::kFloat32;  // of values and pre_values
+  int64_t num_tokens = 0;                         // T
+  int64_t num_selected = 0;                       // S = H * M
+  int64_t pre_value_dim = 0;                      // Dp, 0 without pre-values
+  int64_t value_dim = 0;                          // Dv, a multiple of C
+  int32_t num_cores = 1;                          // C
+  bool sum_groups = true;                         // out [T, Dv]; false: out [T, E, Dv]
+  bool indices_are_int64 = true;                  // else int32
+  Activation activation = Activation::kIdentity;  // act; not used without pre-values
+  DType table_dtype = DType::kFloat32;            // of values and pre_values
   // Of pre_input and out. "acc" below is the accumulation dtype. Either both dtypes are float64 or
   // neither is.
   DType dtype = DType::kFloat32;
-  AddressingParams addressing;
+  AddressingParams addressing;  // num_slots is N; E is addressing.expand
 
   const void* indices = nullptr;  // [T, S] int64 or int32
   // [T, S, C] acc. The backward needs none where there are no pre-values and neither grad_values
@@ -47,7 +54,9 @@ struct ValueFfnParams {
   void* workspace = nullptr;  // value_ffn_fwd_workspace(params) bytes
 };
 
-// Reads the inputs and pre_activation of the forward. Null gradients are not computed.
+// Reads the inputs and pre_activation of the forward, not `out`. Null gradients are not computed;
+// others are overwritten, but for those of the tables. For gradients of the tables T * S must be
+// below 2^32, on the CPU for any. Sums are in a fixed order, without atomics.
 struct ValueFfnBwdParams : ValueFfnParams {
   const void* grad_out = nullptr;  // like out
   void* grad_scores = nullptr;     // [T, S, C] acc
@@ -62,21 +71,23 @@ struct ValueFfnBwdParams : ValueFfnParams {
   void* grad_a = nullptr;  // [T, S] acc: da; null: not wanted (always null without pre-values)
 };
 
-namespace cpu {
+}  // namespace ULTRAMEM_API
+
+namespace cpu ULTRAMEM_EXPORT {
 size_t value_ffn_fwd_workspace(const ValueFfnParams& params, const Executor& executor);
 Status value_ffn_fwd(const ValueFfnParams& params, const Executor& executor);
 size_t value_ffn_bwd_workspace(const ValueFfnBwdParams& params, const Executor& executor);
 Status value_ffn_bwd(const ValueFfnBwdParams& params, const Executor& executor);
-}  // namespace cpu
+}  // namespace cpu ULTRAMEM_EXPORT
 
-namespace cuda {
-// An index out of range contributes zero. *index_error (device, may be null) is set to 1 where one
-// is found.
+namespace cuda ULTRAMEM_EXPORT {
+// Sets *index_error (on the device, zeroed by the caller) to 1 where an index is out of range.
+// Reads only indices and addressing of the parameters.
 Status check_indices(const ValueFfnParams& params, int32_t* index_error, Stream stream);
 size_t value_ffn_fwd_workspace(const ValueFfnParams& params);
 Status value_ffn_fwd(const ValueFfnParams& params, Stream stream);
 size_t value_ffn_bwd_workspace(const ValueFfnBwdParams& params);
 Status value_ffn_bwd(const ValueFfnBwdParams& params, Stream stream);
-}  // namespace cuda
+}  // namespace cuda ULTRAMEM_EXPORT
 
 }  // namespace ultramem

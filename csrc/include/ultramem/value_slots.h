@@ -8,6 +8,7 @@
 #include "ultramem/types.h"
 
 namespace ultramem {
+inline namespace ULTRAMEM_API {
 
 struct ValueSlotsParams {
   AddressingParams addressing;         // with a window; offset and mixed_seed are those below
@@ -22,12 +23,14 @@ struct ValueSlotsParams {
   int64_t* slots = nullptr;  // [count]; -1 where the index is out of range
 };
 
-namespace cpu {
-Status value_slots(const ValueSlotsParams& params, const Executor& executor);
-}  // namespace cpu
+}  // namespace ULTRAMEM_API
 
-namespace cuda {
+namespace cpu ULTRAMEM_EXPORT {
+Status value_slots(const ValueSlotsParams& params, const Executor& executor);
+}  // namespace cpu ULTRAMEM_EXPORT
+
+namespace cuda ULTRAMEM_EXPORT {
 Status value_slots(const ValueSlotsParams& params, Stream stream);
-}  // namespace cuda
+}  // namespace cuda ULTRAMEM_EXPORT
 
 }  // namespace ultramem
