@@ -36,9 +36,11 @@ def _load() -> str | None:
     try:
         torch.ops.load_library(_PATH)
     except OSError as error:
+        # torch's own error hides what the loader says.
+        said = str(error.__cause__ or error)
         return (
-            f"the native library {_PATH} does not load under torch {torch.__version__}: {error}"
-            + _hint(str(error), torch.__version__)
+            f"the native library {_PATH} does not load under torch {torch.__version__}: {said}"
+            + _hint(said, torch.__version__)
         )
     if not hasattr(torch.ops.ultramem, "value_ffn"):
         return f"{_PATH} is a library, but holds none of the operators"
@@ -46,9 +48,9 @@ def _load() -> str | None:
     if version != NATIVE_API_VERSION:
         return (
             f"the native library {_PATH} and the Python files beside it are of different versions "
-            f"(API version {version or 'below 4'}; these files need {NATIVE_API_VERSION}): build "
-            "it again (`make build` in a checkout), or `pip install --force-reinstall` "
-            "ultramem_cuda"
+            f"(API version {'unknown' if version is None else version}; these files need "
+            f"{NATIVE_API_VERSION}): build it again (`make build` in a checkout), or "
+            "`pip install --force-reinstall` ultramem_cuda"
         )
     return None
 
