@@ -2,6 +2,7 @@
 # make test     set everything up and run the tests
 # make lint     formatting, lint and types
 # make bench    every bench on the GPU; without one, CPU operators against torch eager: ultramem-bench.json
+# make wheel    the sdist, and one wheel for every Python, in dist/
 # make sanitize the CPU kernels under AddressSanitizer and UBSan
 #
 # VENV names the virtual environment (default .venv, created where missing). `make test VENV=`
@@ -40,7 +41,7 @@ define SAY_IF_CPU_ONLY
 print('ultramem_cuda: this build is CPU-only ($(1)).')"
 endef
 
-.PHONY: demo test lint bench sanitize build clean
+.PHONY: demo test lint bench sanitize build wheel clean
 
 demo: $(READY)
 	ULTRAMEM_CPU_ONLY=$(DEMO_CPU_ONLY) $(BUILD)
@@ -54,6 +55,15 @@ build: $(READY)
 # The processes would share a GPU's memory, which tests measure and fill.
 test: build
 	$(PY) -m pytest -q $(if $(HAS_GPU),,$(PARALLEL))
+
+# PYTHONS: interpreters, for whose versions the wheel has a module _C beside that of VENV's Python.
+space := $(subst x,,x x)
+wheel: build
+	rm -rf build/lib.* build/bdist.*    # else modules that are gone since would be in it
+	$(PY) setup.py -q sdist
+	PATH="$(if $(READY),$(abspath $(VENV))/bin:)$$PATH" ULTRAMEM_PYTHONS="$(subst $(space),:,$(strip $(PYTHONS)))" \
+	  $(PY) -m pip wheel -q --no-build-isolation --no-deps --no-cache-dir --wheel-dir dist .
+	ls -l dist
 
 lint: $(READY)
 	PATH="$(if $(READY),$(abspath $(VENV))/bin:)$$PATH" $(PY) -m pre_commit run --all-files

@@ -7,9 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from ultramem_cuda import _extras
 
 from .record import Entry, Record, RecordError, load
 from .shapes import SHAPES
@@ -41,6 +39,11 @@ def points(entries: Iterable[Entry], size: str, what: str) -> list[Point]:
 
 def plot(record: Record, size: str, path: Path) -> None:
     """Draws both passes against one size, on logarithmic axes."""
+    _extras.require("matplotlib", extra="figures")
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
+
     symbol, meaning = AXES[size]
     # Text stays text, and two runs on one record give one file.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "retrieval"}):
@@ -90,10 +93,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not sweep(record):
         print(f"bench.plot_retrieval: {arguments.record} has no section sweep", file=sys.stderr)
         return 1
-    for size, (symbol, _) in AXES.items():
-        path = arguments.out / f"retrieval-{symbol.lower()}.svg"
-        plot(record, size, path)
-        print(path)
+    try:
+        for size, (symbol, _) in AXES.items():
+            path = arguments.out / f"retrieval-{symbol.lower()}.svg"
+            plot(record, size, path)
+            print(path)
+    except ModuleNotFoundError as error:
+        print(f"bench.plot_retrieval: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

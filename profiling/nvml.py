@@ -2,7 +2,7 @@
 
     python -m ultramem_cuda.profiling.nvml      # what this machine's GPUs offer
 
-NVML is asked through nvidia-ml-py, which ``pip install ultramem_cuda[profiling]`` brings. Whatever
+NVML is asked through nvidia-ml-py, which the extra ``profiling`` brings. Whatever
 is refused (no package, no driver, no permission, a GPU without GPM, a single metric) comes back as
 ``Unavailable`` with the reason; nothing here raises for the state of the machine.
 
@@ -15,7 +15,6 @@ Reference: https://docs.nvidia.com/deploy/nvml-api
 
 from __future__ import annotations
 
-import importlib
 import math
 import sys
 import time
@@ -24,6 +23,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+
+from ultramem_cuda import _extras
 
 __all__ = [
     "DRAM",
@@ -84,8 +85,6 @@ _HINTS = {
     _VERSION_MISMATCH: "the driver was updated without a reboot",
 }
 
-_MISSING = "nvidia-ml-py is not installed: pip install ultramem_cuda[profiling]"
-
 
 @dataclass(frozen=True)
 class Unavailable:
@@ -109,9 +108,9 @@ class _Library:
     @classmethod
     def open(cls) -> _Library | Unavailable:
         try:
-            pynvml = importlib.import_module("pynvml")
-        except ModuleNotFoundError:
-            return Unavailable(_MISSING)
+            pynvml = _extras.require("pynvml", extra="profiling")
+        except ModuleNotFoundError as error:
+            return Unavailable(str(error))
         library = cls(pynvml)
         refused = library.call("nvmlInit")
         return refused if isinstance(refused, Unavailable) else library

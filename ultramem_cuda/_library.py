@@ -5,12 +5,18 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from ._version import NATIVE_API_VERSION
+
+OLDEST_TORCH = (2, 11)
 
 # ULTRAMEM_LIBRARY names another build of the library, such as one with sanitizers.
 _PATH = Path(
@@ -30,10 +36,47 @@ def _load() -> str | None:
     try:
         torch.ops.load_library(_PATH)
     except OSError as error:
-        return f"the native library {_PATH} does not load under torch {torch.__version__}: {error}"
+        # torch's own error hides what the loader says.
+        said = str(error.__cause__ or error)
+        return (
+            f"the native library {_PATH} does not load under torch {torch.__version__}: {said}"
+            + _hint(said, torch.__version__)
+        )
     if not hasattr(torch.ops.ultramem, "value_ffn"):
         return f"{_PATH} is a library, but holds none of the operators"
+    version = _api_version(ctypes.CDLL(str(_PATH)))
+    if version != NATIVE_API_VERSION:
+        return (
+            f"the native library {_PATH} and the Python files beside it are of different versions "
+            f"(API version {'unknown' if version is None else version}; these files need "
+            f"{NATIVE_API_VERSION}): build it again (`make build` in a checkout), or "
+            "`pip install --force-reinstall` ultramem_cuda"
+        )
     return None
+
+
+def _hint(loader_says: str, torch_version: str) -> str:
+    """What to do about a message of the dynamic loader, as far as it is known."""
+    release = tuple(map(int, re.findall(r"\d+", torch_version)[:2]))
+    if release < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        return f'; it needs torch {oldest} or later: pip install "torch>={oldest}"'
+    missing = re.search(r"version `((GLIBC|GLIBCXX|CXXABI)_[\d.]+)' not found", loader_says)
+    if missing is None:
+        return ""
+    library = "C library (glibc)" if missing[2] == "GLIBC" else "C++ library (libstdc++)"
+    return (
+        f"; this system's {library} is older than the one it was built for ({missing[1]}): build "
+        "ultramem_cuda from source here, or use a newer system"
+    )
+
+
+def _api_version(library: ctypes.CDLL) -> int | None:
+    """ultramem::kApiVersion of a library, None before it was exported."""
+    try:
+        return int(library.ultramem_api_version())
+    except AttributeError:
+        return None
 
 
 _load_error = _load()
@@ -79,21 +122,35 @@ def cpu_capability() -> str:
     ULTRAMEM_CPU_CAPABILITY (avx512, avx2, default) in the environment lowers it.
     """
     require()
-    function = ctypes.CDLL(str(_PATH)).ultramem_cpu_capability
+    function = _c_functions().ultramem_cpu_capability
     function.restype = ctypes.c_char_p
-    return function().decode()
+    return str(function().decode())
 
 
-def build_info() -> dict[str, Any] | None:
-    """Version, compilers, architectures of this build; None where the module _C is missing.
+def build_info() -> dict[str, Any]:
+    """What the library was built with and for.
 
-    _C belongs to one Python version; the operators do not need it.
+    Returns:
+        version, build_type, cxx_compiler, cuda_compiler (None in a CPU-only build),
+        cuda_architectures and cpu_capabilities (lists; CMake's notation), api_version.
     """
+    require()
+    function = _c_functions().ultramem_build_info
+    function.restype = ctypes.c_char_p
+    info: dict[str, Any] = json.loads(function())
+    for name in ("cuda_architectures", "cpu_capabilities"):
+        info[name] = [item for item in info[name].split(",") if item]
+    info["cuda_compiler"] = info["cuda_compiler"] or None
+    return info
+
+
+def missing_module() -> str | None:
+    """Why the module _C, which belongs to one Python version, cannot be imported; or None."""
     try:
-        extension = importlib.import_module("ultramem_cuda._C")
-    except ImportError:
-        return None
-    return extension.build_info()
+        importlib.import_module("ultramem_cuda._C")
+    except ImportError as error:
+        return str(error)
+    return None
 
 
 def kernel_attributes() -> list[dict[str, Any]]:
@@ -103,11 +160,12 @@ def kernel_attributes() -> list[dict[str, Any]]:
         RuntimeError: without a GPU, without CUDA kernels, or without the module _C.
     """
     require()
-    try:
-        extension = importlib.import_module("ultramem_cuda._C")
-    except ImportError as error:
-        raise RuntimeError(f"ultramem_cuda: the module _C is missing ({error})") from error
-    return extension.kernel_attributes(str(_PATH))
+    missing = missing_module()
+    if missing is not None:
+        raise RuntimeError(f"ultramem_cuda: no module _C for this Python ({missing})")
+    extension = importlib.import_module("ultramem_cuda._C")
+    attributes: list[dict[str, Any]] = extension.kernel_attributes(str(_PATH))
+    return attributes
 
 
 @functools.cache

@@ -1,44 +1,16 @@
-// The module _C: what was built, and what its kernels use on this machine. Nothing else depends on
-// it: the operators live in the torch library, which knows no Python.
+// The module _C: what the torch library's kernels use on this machine. Nothing else depends on it:
+// the operators live in that library, which knows no Python.
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <algorithm>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "ultramem/device_info.h"
 
 namespace py = pybind11;
 
 namespace {
-
-std::vector<std::string> split(const std::string& text) {
-  std::vector<std::string> parts;
-  size_t begin = 0;
-  while (begin < text.size()) {
-    const size_t end = std::min(text.find(',', begin), text.size());
-    parts.push_back(text.substr(begin, end - begin));
-    begin = end + 1;
-  }
-  return parts;
-}
-
-py::dict build_info() {
-  py::dict info;
-  info["version"] = ULTRAMEM_VERSION;
-  info["build_type"] = ULTRAMEM_BUILD_TYPE;
-  info["cxx_compiler"] = ULTRAMEM_CXX_COMPILER;
-  info["cuda_compiler"] = std::string(ULTRAMEM_CUDA_COMPILER).empty()
-                              ? py::object(py::none())
-                              : py::object(py::str(ULTRAMEM_CUDA_COMPILER));
-  info["cuda_architectures"] = split(ULTRAMEM_CUDA_ARCHITECTURES);
-  info["cpu_capabilities"] = split(ULTRAMEM_CPU_CAPABILITIES);
-  info["api_version"] = ultramem::kApiVersion;
-  return info;
-}
 
 // A function of the torch library, which must be loaded already.
 template <typename Function>
@@ -80,9 +52,7 @@ py::list kernel_attributes(const std::string& library_path) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "What ultramem_cuda was built for, and what its kernels use on this machine.";
-  m.def("build_info", &build_info,
-        "Version, compilers, CUDA architectures and CPU instruction sets of this build.");
+  m.doc() = "What the CUDA kernels of ultramem_cuda use on this machine.";
   m.def("kernel_attributes", &kernel_attributes, py::arg("library_path"),
         "Registers, shared and local memory, and occupancy of every CUDA kernel on the current "
         "device. Raises RuntimeError without a GPU.");

@@ -286,8 +286,7 @@ Tensor value_slots(Tensor indices, Tensor placement, OptionalTensor permutation,
   context.check_dtype("placement", placement, ScalarType::Long);
   context.check(window >= 1, "window must be positive, got " + std::to_string(window));
   ValueSlotsParams params;
-  params.addressing =
-      make_addressing(
+  params.addressing = make_addressing(
       context, {permutation, window, 0, expand, shuffle, num_keys, 0, 0, 0}, num_slots);
   params.placement = static_cast<const int64_t*>(placement.const_data_ptr());
   params.indices = indices.const_data_ptr();

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -67,3 +68,14 @@ def test_figures_are_drawn_and_the_same_each_time(
     record.write_text("{}")
     assert plot_retrieval.main([str(record)]) == 1
     assert "no record of a bench" in capsys.readouterr().err
+
+
+def test_without_matplotlib_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = tmp_path / "record.json"
+    record.write_text(json.dumps(sweep_record()))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert plot_retrieval.main([str(record), "--out", str(tmp_path / "out")]) == 1
+    assert 'pip install "ultramem_cuda[figures]"' in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

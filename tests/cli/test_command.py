@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ultramem_cuda import _library, cli, ops
-from ultramem_cuda.cli import check, doctor
+from ultramem_cuda.cli import check, diagnosis, doctor
 
 TINY = [
     *("--preset", "tiny", "--steps", "2", "--batch", "2", "--context", "32"),
@@ -267,7 +267,7 @@ def test_the_package_runs_as_a_module(source: Path, tmp_path: Path) -> None:
 
 
 def test_usable_cores_and_memory_are_plausible() -> None:
-    facts = dict(doctor.sections()["This machine"])
+    facts = dict(doctor.sections(diagnosis.observe())["This machine"])
     assert doctor.usable_cores() >= 1
     assert "usable cores" in facts["processor"]
     assert facts["memory"].endswith("GiB")

@@ -64,7 +64,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "pynvml", None)
     for answer in (nvml.open_device(GPU_UUID), nvml.device_uuids()):
         assert isinstance(answer, Unavailable)
-        assert "pip install ultramem_cuda[profiling]" in answer.reason
+        assert 'pip install "ultramem_cuda[profiling]"' in answer.reason
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

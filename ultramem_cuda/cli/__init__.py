@@ -38,17 +38,26 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "doctor",
-        help="what was built, what this machine has, what will be used",
-        description="Says what was built, what this machine has and what will be used. "
-        "Exits with 1 where the native library is missing or does not load.",
+        help="what is not used and why, what was built, what this machine has",
+        description="Says in its first line whether operators run here, on a CPU and on a GPU; "
+        "then what is not used, why, and what to do; then what was built and what this machine "
+        "has. Exits with 1 where operators do not run on the device asked for.",
     )
     command.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="device that the exit code is about (default: %(default)s)",
+    )
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one JSON object instead")
+    form.add_argument(
         "--shape",
         metavar="SHAPE",
         help="which kernels retrieval runs for this shape, and its memory: S, B, M, L or "
         "n=1138,Kd=192,M=32[,m=,R=,C=,H=,Q=,T=,dtype=bf16|fp16|fp32,mode=tucker|additive]",
     )
-    command.set_defaults(run=lambda args: doctor.run(args.shape))
+    command.set_defaults(run=lambda args: doctor.run(args.shape, args.device, args.json))
 
     command = commands.add_parser(
         "check",

@@ -15,7 +15,7 @@ from ..examples.lm.arguments import describe_corpus, resolve_device, results_tab
 from ..examples.lm.data import load_corpus
 from ..examples.lm.errors import UsageError
 from ..examples.lm.files import write_atomically
-from . import check, doctor, report
+from . import check, diagnosis, doctor, report
 from .demo_training import demo_preset, resolve_jobs, threads_per_job, train_kinds
 from .report import ReportData
 
@@ -28,8 +28,8 @@ def run(args: argparse.Namespace) -> int:
     device = resolve_device(args.device)
     preset = demo_preset(device, args.seed, args.steps)
     jobs = resolve_jobs(args.jobs, device)
-    facts = doctor.sections()
-    print(doctor.render(facts), flush=True)
+    now = diagnosis.observe()
+    print(doctor.text(now), flush=True)
     if not _library.is_loaded():
         print("ultramem demo: the native library is not loaded; see above", file=sys.stderr)
         return 1
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     data = ReportData(
         created=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         device=_description(device, jobs),
-        facts=facts,
+        facts=doctor.sections(now),
         comparisons=comparisons,
         corpus=corpus,
         results=results,

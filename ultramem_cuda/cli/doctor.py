@@ -1,7 +1,9 @@
-"""``ultramem doctor``: what was built, what this machine has, what will be used."""
+"""``ultramem doctor``: what is not used and why, what was built, what this machine has."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import platform
 import re
@@ -17,33 +19,66 @@ from .. import _library
 from .._version import __version__
 from ..examples.lm.arguments import resolve_device
 from ..examples.lm.layers import grouped_mm_runs
-from . import retrieval_shape
+from . import diagnosis, retrieval_shape
 
 Facts = list[tuple[str, str]]
 Sections = dict[str, Facts]
 
 
-def run(shape: str | None = None) -> int:
-    """Prints the sections; 0 where the native library is loaded, else 1.
+def run(shape: str | None = None, device: str = "cpu", as_json: bool = False) -> int:
+    """Prints a verdict, what is not used and why, and the sections.
 
     Args:
         shape: as `retrieval_shape.parse` takes it; what retrieval does with it is then printed
             alone.
+        device: "cpu" or "cuda".
+        as_json: prints one JSON object instead, with the same content.
+
+    Returns:
+        0 where operators run on that type of device, else 1.
     """
-    if shape is None or not _library.is_loaded():
-        print(render(sections()))
-        return 0 if _library.is_loaded() else 1
-    sizes = retrieval_shape.parse(shape)
-    print(render({f"product_key_topk, shape {shape}": retrieval_shape.facts(sizes)}))
-    return 0
+    if shape is not None and _library.is_loaded():
+        sizes = retrieval_shape.parse(shape)
+        print(render({f"product_key_topk, shape {shape}": retrieval_shape.facts(sizes)}))
+        return 0
+    now = diagnosis.observe()
+    runs = {"cpu": now.cpu_runs, "cuda": bool(now.cuda_gpus)}
+    if as_json:
+        content = {
+            "version": __version__,
+            "verdict": diagnosis.verdict(now),
+            **runs,
+            "findings": [dataclasses.asdict(finding) for finding in diagnosis.findings(now)],
+            "facts": {title: dict(facts) for title, facts in sections(now).items()},
+        }
+        print(json.dumps(content, indent=2))
+    else:
+        print(text(now))
+    return 0 if runs[device] else 1
 
 
-def sections() -> Sections:
+def text(now: diagnosis.Situation) -> str:
+    """The verdict, the findings and all sections."""
+    found = diagnosis.findings(now)
+    parts = {"Not used, and why": _explained(found)} if found else {}
+    return f"{diagnosis.verdict(now)}\n{render(parts | sections(now))}"
+
+
+def _explained(found: list[diagnosis.Finding]) -> Facts:
+    facts = []
+    for finding in found:
+        facts.append((finding.subject, finding.cause))
+        if finding.remedy:
+            facts.append(("", f"-> {finding.remedy}"))
+    return facts
+
+
+def sections(now: diagnosis.Situation) -> Sections:
     """All facts, by section."""
     return {
-        "Built": _built(),
-        "This machine": _machine(),
-        "Will be used": _used(),
+        "Built": _built(now),
+        "This machine": _machine(now),
+        "Will be used": _used(now),
     }
 
 
@@ -57,19 +92,14 @@ def render(parts: Sections) -> str:
     return "\n".join(lines)
 
 
-def _built() -> Facts:
+def _built(now: diagnosis.Situation) -> Facts:
     facts = [("ultramem_cuda", __version__), ("native library", str(_library.library_path()))]
-    error = _library.load_error()
-    facts.append(("loads", "yes" if error is None else f"NO: {error}"))
-    if error is None:
-        facts.append(
-            ("CUDA kernels", "yes" if _library.has_cuda_kernels() else "no: CPU-only build")
-        )
-    info = _library.build_info()
-    if info is None:
-        missing = f"no module _C for Python {platform.python_version()}: details unknown"
-        return [*facts, ("build details", missing)]
-    return facts + [(name.replace("_", " "), _plain(value)) for name, value in info.items()]
+    facts.append(("loads", "yes" if now.load_error is None else f"NO: {now.load_error}"))
+    if now.load_error is None:
+        facts.append(("CUDA kernels", "yes" if now.architectures else "no: CPU-only build"))
+        facts += [(k.replace("_", " "), _plain(v)) for k, v in _library.build_info().items()]
+    module = "yes" if now.missing_module is None else "no"
+    return [*facts, (f"_C for Python {sys.version_info[0]}.{sys.version_info[1]}", module)]
 
 
 def _plain(value: object) -> str:
@@ -80,7 +110,7 @@ def _plain(value: object) -> str:
     return str(value)
 
 
-def _machine() -> Facts:
+def _machine(now: diagnosis.Situation) -> Facts:
     facts = [
         ("system", f"{platform.system()} {platform.release()} {platform.machine()}"),
         ("processor", f"{processor_name()}, {usable_cores()} usable cores"),
@@ -91,6 +121,7 @@ def _machine() -> Facts:
         ("C++ compiler", _tool_version("c++", "g++", "clang++")),
         ("nvcc", _tool_version("nvcc")),
         ("cmake", _tool_version("cmake")),
+        ("NVIDIA driver", _driver(now)),
     ]
     if torch.cuda.is_available():
         facts += [(f"GPU {index}", gpu_name(index)) for index in range(torch.cuda.device_count())]
@@ -129,6 +160,13 @@ def _memory() -> str:
         return "unknown"
 
 
+def _driver(now: diagnosis.Situation) -> str:
+    newest = now.driver.cuda_version
+    if newest is None:
+        return "none"
+    return f"runs CUDA up to {newest[0]}.{newest[1]}"
+
+
 def _torch_cuda() -> str:
     return f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
 
@@ -150,18 +188,14 @@ def _tool_version(*names: str) -> str:
     return "not found"
 
 
-def _used() -> Facts:
-    if not _library.is_loaded():
+def _used(now: diagnosis.Situation) -> Facts:
+    if now.load_error is not None:
         return [("operators", "none: the native library is not loaded")]
+    gpus = ", ".join(dict.fromkeys(gpu.name for gpu in now.cuda_gpus))
     facts = [
-        ("CPU operators", f"{_library.cpu_capability()} code on {torch.get_num_threads()} threads")
+        ("CPU operators", f"{now.cpu_capability} code on {torch.get_num_threads()} threads"),
+        ("CUDA operators", f"on {gpus}" if gpus else "none"),
     ]
-    if not torch.cuda.is_available():
-        facts.append(("CUDA operators", "none: no GPU that torch can use"))
-    elif not _library.has_cuda_kernels():
-        facts.append(("CUDA operators", "none: this is a CPU-only build"))
-    else:
-        facts.append(("CUDA operators", f"on {gpu_name(torch.cuda.current_device())}"))
     device = resolve_device(None)
     facts.append(("train and demo", f"on {device.type}"))
     grouped = grouped_mm_runs(device, torch.bfloat16)
