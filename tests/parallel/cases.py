@@ -210,7 +210,7 @@ def text(step: int, num_ranks: int, device: str) -> tuple[Tensor, Tensor]:
     return ids[:, :, :-1], ids[:, :, 1:]
 
 
-LEARNING_RATES = {"MemoryAdam": 2e-3, "MemoryAdagrad": 5e-3, "MemorySGD": 0.1}
+LEARNING_RATES = {"MemoryAdam": 2e-3, "MemoryAdagrad": 5e-3, "MemorySGD": 0.1, "AdamW": 2e-3}
 
 
 def make_optimizer(run: Training, model: nn.Module) -> Any:
@@ -220,7 +220,8 @@ def make_optimizer(run: Training, model: nn.Module) -> Any:
         weight_decay=run.weight_decay,
         value_weight_decay=run.weight_decay,
     )
-    return getattr(um.optim, run.optimizer)(groups)
+    home = um.optim if hasattr(um.optim, run.optimizer) else torch.optim
+    return getattr(home, run.optimizer)(groups)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import cases
@@ -232,3 +233,21 @@ def overflown(by: str) -> tuple[bool, bool]:
 @pytest.mark.parametrize("by", ["columns", "rows"])
 def test_one_rank_without_finite_gradients_stops_all(pool: Any, by: str) -> None:
     assert pool(2).run(overflown, by) == [(False, True)] * 2
+
+
+def uneven(by: str) -> None:
+    config = cases.layer_config()
+    table = um.MemoryTable.from_config(config, grad_mode="deferred")
+    um.parallel.shard_table(table, cases.mesh_of("cpu", (2,)), by=by)
+    os.environ["ULTRAMEM_DEBUG"] = "1"
+    try:
+        with pytest.raises(RuntimeError, match=r"same number of tokens to a layer, got \[3, 4\]"):
+            um.UltraMemLayer(config, 0)(torch.randn(3 + dist.get_rank(), 16), table)
+        um.UltraMemLayer(config, 0)(torch.randn(3, 16), table)
+    finally:
+        del os.environ["ULTRAMEM_DEBUG"]
+
+
+@pytest.mark.parametrize("by", ["columns", "rows"])
+def test_uneven_batches_are_found_when_asked(pool: Any, by: str) -> None:
+    pool(2).run(uneven, by)

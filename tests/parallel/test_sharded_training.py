@@ -26,6 +26,7 @@ FURTHER: dict[str, dict[str, Any]] = {
         "optimizer": "MemoryAdagrad",
     },
     "dense rows, FSDP2": {"by": "rows", "grad_mode": "dense", "network": "fsdp"},
+    "dense rows, torch's AdamW": {"by": "rows", "grad_mode": "dense", "optimizer": "AdamW"},
     "copies": {"by": "copies"},
     "no pre-values": {"by": "columns", "pre_value_dim": 0},
 }

@@ -244,7 +244,7 @@ class MemoryOptimizer(Optimizer):
                         )
                 else:
                     grad = dense_gradient(param)
-                    if grad is None or local(param).numel() == 0:
+                    if grad is None or param.numel() == 0:
                         continue
                     _check_placed_alike(param, grad)
                     if grad.is_sparse:
@@ -324,6 +324,10 @@ class MemoryOptimizer(Optimizer):
             if group["master_weights"] and param.dtype in (torch.bfloat16, torch.float16):
                 state["master"] = param.detach().float()
 
+        if rows.numel() == 0:  # a DTensor, of which other ranks have all
+            went = 1.0 if found_inf is None else (found_inf == 0).to(state["step"])
+            state["step"].add_(went)
+            return
         grad: Tensor | None = None
         scale: Tensor | None = None
         factored: tuple[Any, ...]

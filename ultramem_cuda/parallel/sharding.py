@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -132,11 +133,13 @@ class TableSharding:
         """``ops.value_ffn`` of a sharded table, for the tokens of this rank.
 
         Every rank of the memory group must call it for the same number of tokens, layer by layer in
-        the same order. Nothing waits for the device. Arguments, result and gradients are those of
+        the same order; with ULTRAMEM_DEBUG=1 in the environment they ask each other first. Nothing
+        waits for the device otherwise. Arguments, result and gradients are those of
         ``ops.value_ffn``; with ``grad_mode="deferred"`` the factors of all ranks' tokens are
         appended on each.
 
         Raises:
+            RuntimeError: other ranks bring another number of tokens (ULTRAMEM_DEBUG=1).
             NotImplementedError: a ``main_grad`` of the parameters; dense gradients of copies.
         """
         if pre_input is not None:
@@ -146,6 +149,8 @@ class TableSharding:
             pre_values = local(table.pre_values)
         scores = accumulation_cast("value_ffn", "scores", scores, values.dtype)
         self._check_gradients(table)
+        if os.environ.get("ULTRAMEM_DEBUG") == "1":
+            self._check_num_tokens(indices.shape[0])
         kind = ColumnRead if self.by == "columns" else RowRead
         read = kind(
             sharding=self,
@@ -158,6 +163,16 @@ class TableSharding:
             dtype=values.dtype if pre_input is None else pre_input.dtype,
         )
         return read(indices, scores, pre_input, values, pre_values)
+
+    def _check_num_tokens(self, num_tokens: int) -> None:
+        mine = torch.tensor([num_tokens], device=self.device)
+        of_all = torch.empty(self.num_shards, dtype=mine.dtype, device=self.device)
+        dist.all_gather_into_tensor(of_all, mine, group=self.shard_group)
+        if (of_all != num_tokens).any():
+            raise RuntimeError(
+                "table: all ranks of a memory group must bring the same number of tokens to a "
+                f"layer, got {of_all.tolist()}"
+            )
 
     def _check_gradients(self, table: MemoryTable) -> None:
         if not torch.is_grad_enabled():
