@@ -13,7 +13,7 @@ The operators are in `ultramem_cuda.ops` (and under `torch.ops.ultramem`); the c
 
 from pathlib import Path as _Path
 
-from . import factors, init, losses, nvtx, ops, optim, stats, topology
+from . import checkpoint, factors, init, losses, nvtx, ops, optim, stats, topology
 from ._version import __version__
 from .addressing import SlotAddressing
 from .block import ffn_with_memory
@@ -29,6 +29,7 @@ __all__ = [
     "UltraMemConfig",
     "UltraMemLayer",
     "__version__",
+    "checkpoint",
     "factors",
     "ffn_with_memory",
     "init",

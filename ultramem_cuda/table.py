@@ -41,8 +41,11 @@ def table_of(parameter: Tensor) -> MemoryTable | None:
 
 
 @torch.no_grad()
-def write_scaled(to: Tensor, rows: Tensor, scale: Tensor) -> None:
-    """to = rows * scale, rounded once from float64, of which there is never a whole table."""
+def write_scaled(to: Any, rows: Any, scale: Tensor) -> None:
+    """to = rows * scale, rounded once from float64, of which there is never a whole table. Of
+    DTensors, which must be sharded alike, each process its own rows."""
+    if hasattr(to, "device_mesh"):
+        to, rows = to.to_local(), rows.to_local()
     scale = scale.to(rows.device, torch.float64)
     for out, part in zip(to.split(_ROWS_AT_ONCE), rows.split(_ROWS_AT_ONCE), strict=True):
         out.copy_(part.double() * scale)
