@@ -15,7 +15,7 @@ import importlib as _importlib
 from pathlib import Path as _Path
 from typing import Any as _Any
 
-from . import factors, init, losses, nvtx, ops, optim, stats, topology
+from . import checkpoint, factors, init, losses, nvtx, ops, optim, stats, topology
 from ._version import __version__
 from .addressing import SlotAddressing
 from .block import ffn_with_memory
@@ -31,6 +31,7 @@ __all__ = [
     "UltraMemConfig",
     "UltraMemLayer",
     "__version__",
+    "checkpoint",
     "factors",
     "ffn_with_memory",
     "init",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 README = Path(__file__).parents[2] / "README.md"
 
 
@@ -47,6 +49,22 @@ def test_training_guide() -> None:
     for block in blocks[4:]:
         exec(block, names)
     assert len(names["usage"]) == len(names["key_usage"]) == 3
+
+
+def test_checkpoints_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(README.parent / "tests" / "checkpoint")
+    import published
+
+    names: dict[str, object] = {}
+    for block in python_blocks(README.parent / "docs" / "checkpoints.md"):
+        exec(block, names)
+    model, other = names["model"], names["other"]
+    scale = model.table.scale[0]
+    assert scale < 1
+    assert names["torch"].equal(other.table.values, (model.table.values.double() * scale).float())
+    options = published.options()
+    table, layers = names["from_release"](published.state_dict(options), options)
+    assert layers[0](published.tokens(options), table).shape == (40, 24)
 
 
 def test_links_lead_somewhere() -> None:

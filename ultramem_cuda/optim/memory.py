@@ -158,6 +158,15 @@ class MemoryOptimizer(Optimizer):
     def _init_state(self, state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
         """Adds this optimizer's own state."""
 
+    def _new_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """A parameter's state before its first step."""
+        state: dict[str, Any] = {}
+        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+        self._init_state(state, param, group)
+        if group["master_weights"] and param.dtype in (torch.bfloat16, torch.float16):
+            state["master"] = param.detach().float()
+        return state
+
     def _rows(self, tensor: Tensor) -> Tensor:
         """A contiguous tensor as [N, dim]."""
         if tensor.dim() > 1:
@@ -319,10 +328,7 @@ class MemoryOptimizer(Optimizer):
         rows = self._rows(local(param))
         state = self.state[param]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            self._init_state(state, param, group)
-            if group["master_weights"] and param.dtype in (torch.bfloat16, torch.float16):
-                state["master"] = param.detach().float()
+            state.update(self._new_state(param, group))
 
         if rows.numel() == 0:  # a DTensor, of which other ranks have all
             went = 1.0 if found_inf is None else (found_inf == 0).to(state["step"])
