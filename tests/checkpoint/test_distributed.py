@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import distributed_worker as worker
+import pytest
 from small_model import same_tensors, train
 
 import ultramem_cuda as um
@@ -19,6 +20,7 @@ TIMEOUT_S = 300
 
 
 def test_four_processes(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{FILE.parent}"}
     environment["OMP_NUM_THREADS"] = "1"
     # What is freed goes back at once, so that a peak is what was held and no slack of malloc.

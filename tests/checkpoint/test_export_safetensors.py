@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors
-import safetensors.torch
 import torch
 from small_model import CONFIG, Model, make_model, make_optimizers, same_tensors, train
 from torch import nn
 
 import ultramem_cuda as um
 from ultramem_cuda.checkpoint import _safetensors
+
+safetensors = pytest.importorskip("safetensors")
+pytest.importorskip("safetensors.torch")
 
 EXPORT = um.checkpoint.export_safetensors
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
