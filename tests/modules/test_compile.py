@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from module_cases import layer_and_table, small_config, tokens
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from module_cases import layer_and_table, small_config, tokens
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
@@ -228,7 +228,9 @@ def test_selective_checkpointing(grad_mode: str) -> None:
     with Counted() as counted:
         x = x.requires_grad_()
         y = selectively(model, x)
-        leaves = [x, *model.parameters()] if grad_mode == "dense" else [x, *model.memory.parameters()]
+        leaves = (
+            [x, *model.parameters()] if grad_mode == "dense" else [x, *model.memory.parameters()]
+        )
         found = torch.autograd.grad(y.square().mean(), leaves)
     assert counted.calls["product_key_topk"] == 2
     assert counted.calls["value_ffn"] == 4

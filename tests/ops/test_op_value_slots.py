@@ -71,7 +71,9 @@ def test_an_index_out_of_range_has_no_slot(device: str) -> None:
         slots = ops.value_slots(
             indices, addressing.placement(device), addressing=addressing, with_groups=with_groups
         )
-        assert torch.equal((slots == -1).cpu(), torch.tensor([True, False, False, True, True, True]))
+        assert torch.equal(
+            (slots == -1).cpu(), torch.tensor([True, False, False, True, True, True])
+        )
 
 
 @pytest.mark.parametrize(

@@ -147,8 +147,8 @@ def test_a_learning_rate_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     (x,) = batches("cpu", 1)
     model(x).backward()
     optimizer.step()
+    optimizer.zero_grad()
     with as_if_captured(monkeypatch), pytest.raises(ValueError, match="lr: must be on the GPU"):
-        optimizer.zero_grad()
         optimizer.step()
 
 
