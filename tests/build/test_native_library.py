@@ -77,6 +77,7 @@ def test_exports_only_its_c_entry_points():
         if line.split()[-2] == "T"
     }
     assert exported == {
+        "ultramem_capture_id",
         "ultramem_cpu_capability",
         "ultramem_factors_forget",
         "ultramem_factors_sections",

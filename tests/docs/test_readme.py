@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import torch
+from torch._dynamo.utils import counters
+
 README = Path(__file__).parents[2] / "README.md"
 
 
@@ -47,6 +50,18 @@ def test_training_guide() -> None:
     for block in blocks[4:]:
         exec(block, names)
     assert len(names["usage"]) == len(names["key_usage"]) == 3
+
+
+def test_compile_guide() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    names: dict[str, object] = {}
+    for block in python_blocks(README.parent / "docs" / "compile.md"):
+        exec(block, names)
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 1  # of three blocks
+    assert all(layer.memory.keys.grad.any() for layer in names["model"].blocks)
+    assert names["loaded"](torch.zeros(3, 64)).shape == (3, 64)
 
 
 def test_links_lead_somewhere() -> None:
