@@ -23,11 +23,14 @@ _MACHINE = {
     "cuda": ("device", "gpu", "torch"),
     "cpu": ("device", "cpu", "threads", "cpu_capability", "torch"),
 }
-# Peers that are our own kernels on other inputs, or without a graph: no measure of a machine.
+# Peers that are our own kernels, on other inputs, without a graph or summed: no measure of a
+# machine.
 _OURS_TOO = {
     ("retrieval", "adversarial", "random"),
     ("value_ffn", "table", "uniform"),
     ("value_ffn", "layer", "eager"),
+    ("graph_step", "layer_step", "kernels"),
+    ("graph_step", "lm_step", "kernels"),
 }
 
 

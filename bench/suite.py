@@ -1,4 +1,4 @@
-"""``python -m bench``: the benches of retrieval and the value FFN in one run, record and table."""
+"""``python -m bench``: the benches of retrieval, the value FFN and steps in one run, one record."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 
 from ultramem_cuda.profiling.timing import machine, write_json
 
+from . import graph_step, retrieval, value_ffn
 from . import ops as bench_ops
-from . import retrieval, value_ffn
 from .command import (
     COMPILE_HELP,
     DTYPE,
@@ -35,7 +35,7 @@ from .shapes import SMOKE
 
 EXIT_OK, EXIT_WRONG, EXIT_USAGE = 0, 1, 2
 
-BENCHES = {bench.name: bench for bench in (retrieval.BENCH, value_ffn.BENCH)}
+BENCHES = {bench.name: bench for bench in (retrieval.BENCH, value_ffn.BENCH, graph_step.BENCH)}
 # What stands for a bench where there is no GPU.
 CPU_OPERATORS = {
     "retrieval": ("tucker_query", "product_key_topk"),

@@ -134,7 +134,7 @@ class GradientFactors:
         # One tensor object for good: graphs of compiled code and saved contexts hold it, so new
         # memory is put into it.
         self._arena = self._allocate(0, device)
-        # As torch._dynamo.mark_static_address has it, whose import takes seconds: the CUDA graphs of
+        # As torch._dynamo.mark_static_address has it, whose import takes seconds: CUDA graphs of
         # mode="reduce-overhead" would else not write to an input.
         self._arena._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
         self._count(0)
@@ -244,7 +244,7 @@ class GradientFactors:
         return self.dtype if self._shape is None else self._shape.dtype
 
     def _view(self, section: int, dtype: torch.dtype, row: tuple[int, ...]) -> Tensor:
-        """The used prefix of a section, [tokens, *row]; all of it while a CUDA graph is captured."""
+        """The used prefix of a section, [tokens, *row]; all of it during a capture."""
         self._enter_stream()
         tokens = self.capacity if is_capturing(self.device) else self.num_tokens
         if self._shape is None:
@@ -330,8 +330,8 @@ class GradientFactors:
     def clear(self) -> None:
         """Forget all factors; the buffers stay.
 
-        While a CUDA graph is captured, that is what its replays do, but for the count of tokens that
-        did not fit.
+        While a CUDA graph is captured, that is what its replays do, but for the count of tokens
+        that did not fit.
         """
         self.step_cache = None
         if self.capacity == 0:

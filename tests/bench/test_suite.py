@@ -61,6 +61,7 @@ def test_parts_that_are_asked_for() -> None:
     assert chosen("--shape", "L") == {
         "retrieval": ["table", "memory", "sweep", "adversarial"],
         "value_ffn": ["large"],
+        "graph_step": ["layer_step", "lm_step"],
     }
     assert chosen("--only", "value_ffn", "--section", "step", "--shape", "B") == {}
 
@@ -102,16 +103,15 @@ def test_each_bench_gets_its_settings(arguments: list[str], compiles: bool) -> N
     ]
     record = Record({}, "bfloat16", True, [])
     parsed = suite.parse([*arguments, "--seed", "7"], "bench")
-    assert len(list(suite.measure_gpu(plan, parsed, CPU, record))) == 2
-    retrieval, value_ffn = found
-    assert (retrieval.compile, value_ffn.compile) == (compiles, False)
-    assert retrieval.seed == value_ffn.seed == 7
-    expected = (25, 20)
+    assert len(list(suite.measure_gpu(plan, parsed, CPU, record))) == 3
+    assert [settings.compile for settings in found] == [compiles, False, False]
+    assert [settings.seed for settings in found] == [7, 7, 7]
+    expected = [25, 20, 20]
     if "--smoke" in arguments:
-        expected = (2, 2)
+        expected = [2, 2, 2]
     elif "--quick" in arguments:
-        expected = (suite.QUICK_REPEATS,) * 2
-    assert (retrieval.repeats, value_ffn.repeats) == expected
+        expected = [suite.QUICK_REPEATS] * 3
+    assert [settings.repeats for settings in found] == expected
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,7 @@ def test_exports_only_its_c_entry_points():
     assert exported == {
         "ultramem_api_version",
         "ultramem_build_info",
+        "ultramem_capture_id",
         "ultramem_cpu_capability",
         "ultramem_factors_forget",
         "ultramem_factors_sections",

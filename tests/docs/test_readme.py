@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from torch._dynamo.utils import counters
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -65,6 +67,30 @@ def test_checkpoints_page(monkeypatch: pytest.MonkeyPatch) -> None:
     options = published.options()
     table, layers = names["from_release"](published.state_dict(options), options)
     assert layers[0](published.tokens(options), table).shape == (40, 24)
+
+
+def test_compile_guide() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    names: dict[str, object] = {}
+    for block in python_blocks(README.parent / "docs" / "compile.md"):
+        exec(block, names)
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 1  # of three blocks
+    assert all(layer.memory.keys.grad.any() for layer in names["model"].blocks)
+    assert names["loaded"](torch.zeros(3, 64)).shape == (3, 64)
+
+
+def test_parallel_page() -> None:
+    names: dict[str, object] = {}
+    try:
+        for block in python_blocks(README.parent / "docs" / "parallel.md"):
+            exec(block, names)
+        tables = [module.values for module in names["model"].modules() if hasattr(module, "values")]
+        assert [type(values).__name__ for values in tables] == ["DTensor"]
+        assert names["optimizer"].state
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_links_lead_somewhere() -> None:

@@ -11,7 +11,7 @@ from helpers import Data, accumulation_dtype
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ultramem_cuda import GradientFactors, ops
+from ultramem_cuda import GradientFactors, SlotAddressing, ops
 
 MakeArgs = Callable[..., tuple[Any, ...]]
 
@@ -117,6 +117,14 @@ def bag_args(data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5) -> tup
     values = data.normal(12, 6, dtype=dtype, requires_grad=grad)
     tensors = data.integers(12, tokens, 4, dtype=torch.int32), scores, values, *[None] * 7
     return *tensors, "identity", 0, 0, 1, "none", 0, 0, True
+
+
+def value_slots_args(
+    data: Data, dtype: torch.dtype, grad: bool, tokens: int = 5
+) -> tuple[Any, ...]:
+    addressing = SlotAddressing(12, 9, 4, expand=4, shuffle="feistel", seed=3)
+    indices = data.integers(36, tokens, 4)
+    return indices, addressing.placement(data.device), None, 12, 9, 4, "feistel", 6, True
 
 
 def saved_of_value_ffn(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -249,6 +257,7 @@ FORWARDS: dict[str, tuple[str, MakeArgs]] = {
     "value_ffn_bag": ("value_ffn", bag_args),
     "value_ffn_scaled": ("value_ffn", scaled_args),
     "value_ffn_shard": ("value_ffn", of_shard(value_ffn_args, 10)),
+    "value_slots": ("value_slots", value_slots_args),
 }
 BACKWARDS: dict[str, tuple[str, MakeArgs]] = {
     "rms_norm_bwd": ("rms_norm_bwd", rms_norm_bwd_args),

@@ -147,8 +147,8 @@ def test_a_learning_rate_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     (x,) = batches("cpu", 1)
     model(x).backward()
     optimizer.step()
+    optimizer.zero_grad()
     with as_if_captured(monkeypatch), pytest.raises(ValueError, match="lr: must be on the GPU"):
-        optimizer.zero_grad()
         optimizer.step()
 
 
@@ -261,7 +261,9 @@ def test_whole_step_in_a_graph(make: Any, grad_mode: str) -> None:
         x.copy_(batch)
         graph.replay()
         step(eager, optimizers[0], batch)
-    assert_same_table(captured.table, eager.table)
+    # Not to the bit: squares are added in an order that may follow the number of entries.
+    for a, b in zip(captured.table.parameters(), eager.table.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
     if grad_mode == "deferred":
         assert captured.table.factors.num_tokens == 2 * TOKENS
         captured.table.factors.check()

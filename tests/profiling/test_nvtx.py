@@ -16,7 +16,7 @@ import torch
 from helpers import Data
 from torch import Tensor, nn
 
-from ultramem_cuda import MemoryTable, UltraMemConfig, UltraMemLayer, nvtx, ops
+from ultramem_cuda import MemoryTable, SlotAddressing, UltraMemConfig, UltraMemLayer, nvtx, ops
 from ultramem_cuda.optim import MemoryAdam, MemorySGD, clip_grad_norm_
 
 CONFIG = UltraMemConfig(
@@ -148,7 +148,10 @@ def test_every_operator_both_ways(recorder: Recorder) -> None:
         loss = sigma.sum() + ops.key_balance_loss(query, keys, kept, u=u, t=t).sum()
         loss = loss + Model("cpu")(tokens("cpu")).sum()
         loss.backward()
+        addressing = SlotAddressing(256, 256, shuffle="feistel")
+        ops.value_slots(data.integers(256, 5), addressing.placement(), addressing=addressing)
     expected = {f"ultramem::{op} {way}" for op in ops.__all__ for way in ("fwd", "bwd")}
+    expected.remove("ultramem::value_slots bwd")  # of indices there is none
     assert names(recorder.take()) - {"UltraMemLayer fwd"} == expected
 
 

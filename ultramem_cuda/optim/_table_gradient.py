@@ -138,9 +138,9 @@ def _captured_step_cache(table: MemoryTable, capture: int) -> StepCache:
         factors.step_cache = cache
     elif cache.capture != capture:
         raise RuntimeError(
-            "table: clipping or a step saw the factors outside the CUDA graph that is captured, or in "
-            "another one; capture backward, clip_grad_norm_ and step together, and call zero_grad() "
-            "before and after"
+            "table: clipping or a step saw the factors outside the CUDA graph that is captured, or "
+            "in another one; capture backward, clip_grad_norm_ and step together, and call "
+            "zero_grad() before and after"
         )
     elif cache.appends != factors.appends:
         raise RuntimeError(

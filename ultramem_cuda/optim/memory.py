@@ -195,11 +195,11 @@ class MemoryOptimizer(Optimizer):
                 ``ultramem_cuda.parallel`` does not know.
             ValueError, TypeError: a parameter that CUDA does not offer, or a weight decay that a
                 table with deferred gradients does not; in a CUDA graph, a learning rate on the CPU.
-            RuntimeError: in a CUDA graph, there is no state yet, or a GradScaler and a table with
-                deferred gradients. Or a table's buffers overflowed, a gradient is sparse, a table with deferred
+            RuntimeError: a table's buffers overflowed, a gradient is sparse, a table with deferred
                 gradients has a ``.grad`` too, or weight decay but no scale, factors came after
-                clipping, or factors that no :class:`GradScaler` of this package has unscaled.
-                Nothing has then been updated.
+                clipping, or factors that no :class:`GradScaler` of this package has unscaled; in a
+                CUDA graph, there is no state yet, clipping was not captured with the step, or a
+                GradScaler steps a table with deferred gradients. Nothing has then been updated.
         """
         loss = None
         if closure is not None:
