@@ -211,6 +211,7 @@ __device__ void dot_slices(const TableT* table, const ValueFfnBwdParams& params,
 // What the kernel has beside the operator's parameters.
 struct AnyArguments {
   TokenFactors factors;
+  AddressDivisors<ReciprocalDivisor> divisors;
   int capacity;
   bool vector_values, vector_pre_values;
 };
@@ -267,7 +268,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   for (int first = 0; first < num_selected; first += arguments.capacity) {
     const int count = min(num_selected - first, arguments.capacity);
     __syncthreads();  // the previous chunk has been read
-    resolve_chunk(params, entry + first, chunk, count);
+    resolve_chunk(params, arguments.divisors, entry + first, chunk, count);
     __syncthreads();
     if (arguments.vector_values) {
       dot_slices<kCount>(values, params, first_grad, chunk, count);
@@ -281,7 +282,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   if (params.grad_pre_input == nullptr) return;
   const auto load_chunk = [&](int first, int count) {
     // A single chunk is still there from above.
-    if (num_selected > arguments.capacity) resolve_chunk(params, entry + first, chunk, count);
+    if (num_selected > arguments.capacity) {
+      resolve_chunk(params, arguments.divisors, entry + first, chunk, count);
+    }
     const float scale = load_scale(params.pre_value_scale);
     for (int i = threadIdx.x; i < count; i += kThreads) {
       chunk.weights[i] = scale * arguments.factors.grad_a[entry + first + i];
@@ -375,6 +378,7 @@ template <typename TableT>
 Status launch_bwd_any(const ValueFfnBwdParams& params, const TokenFactors& factors, Stream stream) {
   AnyArguments arguments;
   arguments.factors = factors;
+  arguments.divisors = AddressDivisors<ReciprocalDivisor>(params.addressing);
   arguments.capacity = chunk_capacity(params.num_selected);
   arguments.vector_values = values_are_vectors(params, params.grad_out);
   arguments.vector_pre_values = pre_values_are_vectors(params, params.grad_pre_input);

@@ -171,10 +171,12 @@ __device__ __forceinline__ int64_t load_index(const ValueFfnParams& params, int6
 
 // Slots first .. first+count of the token whose entries begin at `entry`. Thread i of the block
 // writes elements i, i + kThreads, ...; a barrier is the caller's.
-__device__ __forceinline__ void resolve_chunk(const ValueFfnParams& params, int64_t entry,
-                                              const SlotChunk& chunk, int count) {
+__device__ __forceinline__ void resolve_chunk(const ValueFfnParams& params,
+                                              const AddressDivisors<ReciprocalDivisor>& divisors,
+                                              int64_t entry, const SlotChunk& chunk, int count) {
   for (int i = threadIdx.x; i < count; i += kThreads) {
-    const SlotAddress address = resolve_slot(params.addressing, load_index(params, entry + i));
+    const SlotAddress address =
+        resolve_slot(params.addressing, divisors, load_index(params, entry + i));
     chunk.slots[i] = address.slot;
     chunk.groups[i] = static_cast<int32_t>(address.group);
   }

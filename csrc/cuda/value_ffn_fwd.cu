@@ -119,8 +119,9 @@ __device__ void dot_rows(const TableT* table, const void* x, DType x_dtype, int6
 
 template <typename TableT>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    value_ffn_fwd_any_kernel(const __grid_constant__ ValueFfnParams params, int capacity,
-                             bool vector_pre_values, bool vector_values) {
+    value_ffn_fwd_any_kernel(const __grid_constant__ ValueFfnParams params,
+                             const __grid_constant__ AddressDivisors<ReciprocalDivisor> divisors,
+                             int capacity, bool vector_pre_values, bool vector_values) {
   constexpr int kCount = kVector<TableT>;
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ float partial[kThreads * kCount];
@@ -130,13 +131,12 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const int num_cores = params.num_cores;
   const int64_t entry = token * num_selected;
   const bool one_chunk = num_selected <= capacity;
-  const auto* scores = static_cast<const float*>(params.scores) + entry * num_cores;
   // Written here and read back by other threads of the block: no pointer to const.
   float* a =
       params.pre_values != nullptr ? static_cast<float*>(params.pre_activation) + entry : nullptr;
 
   if (one_chunk) {
-    resolve_chunk(params, entry, chunk, num_selected);
+    resolve_chunk(params, divisors, entry, chunk, num_selected);
     __syncthreads();
   }
   if (a != nullptr) {
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
       const int count = min(num_selected - first, capacity);
       if (!one_chunk) {
         __syncthreads();
-        resolve_chunk(params, entry + first, chunk, count);
+        resolve_chunk(params, divisors, entry + first, chunk, count);
         __syncthreads();
       }
       if (vector_pre_values) {
@@ -161,13 +161,14 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   }
 
   const auto load_chunk = [&](int first, int count) {
-    if (!one_chunk) resolve_chunk(params, entry + first, chunk, count);
+    if (!one_chunk) resolve_chunk(params, divisors, entry + first, chunk, count);
     const float scale = load_scale(params.value_scale);
+    // Not kept beside the sums, which would spill registers.
+    const auto* scores = static_cast<const float*>(params.scores) + (entry + first) * num_cores;
     for (int i = threadIdx.x; i < count; i += kThreads) {
       const float h = a != nullptr ? activate(params.activation, a[first + i]) : 1.0f;
       for (int c = 0; c < num_cores; ++c) {
-        chunk.weights[c * chunk.capacity + i] =
-            h * (scale * scores[int64_t{first + i} * num_cores + c]);
+        chunk.weights[c * chunk.capacity + i] = h * (scale * scores[int64_t{i} * num_cores + c]);
       }
     }
   };
@@ -233,8 +234,8 @@ Status launch_fwd_any(const ValueFfnParams& params, Stream stream) {
   const size_t shared_bytes = SlotChunk::bytes(capacity, params.num_cores);
   value_ffn_fwd_any_kernel<TableT>
       <<<static_cast<unsigned>(params.num_tokens), kThreads, shared_bytes, stream>>>(
-          params, capacity, pre_values_are_vectors(params, nullptr),
-          values_are_vectors(params, params.out));
+          params, AddressDivisors<ReciprocalDivisor>(params.addressing), capacity,
+          pre_values_are_vectors(params, nullptr), values_are_vectors(params, params.out));
   return launch_status();
 }
 

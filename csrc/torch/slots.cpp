@@ -48,9 +48,8 @@ void check_tokens(const OpContext& context, const char* name, const Tensor& tens
   }
 }
 
-// Of [T, S, C], known but for its dtype.
-int64_t check_weights(const OpContext& context, const Tensor& weights,
-                      const ValueFfnParams& params) {
+// C of weights [T, S, C], whose dtype is still to be checked.
+int64_t cores_of(const OpContext& context, const Tensor& weights, const ValueFfnParams& params) {
   context.check_shape("weights", weights, "[T, S, C]",
                       {params.num_tokens, params.num_selected, -1});
   return weights.size(2);
@@ -62,7 +61,7 @@ TableFactorsShape appended_shape(const OpContext& context, const ValueFfnParams&
                                  const Tensor& grad_out, const OptionalTensor& pre_input) {
   TableFactorsShape shape;
   shape.num_selected = entries.num_selected;
-  const int64_t num_cores = check_weights(context, weights, entries);
+  const int64_t num_cores = cores_of(context, weights, entries);
   context.check(
       num_cores >= 1 && num_cores <= kMaxNumCores,
       "the number of cores C (weights.shape[2]) must be 1..4, got " + std::to_string(num_cores));
@@ -141,7 +140,7 @@ Tensor slot_sum(Tensor indices, Tensor weights, Tensor rows, ScalarType dtype,
   ValueFfnParams params;
   params.sum_groups = sum_groups;
   take_indices(context, indices, params);
-  take_rows(context, rows, row_scale, check_weights(context, weights, params), params);
+  take_rows(context, rows, row_scale, cores_of(context, weights, params), params);
   context.check_dtype("weights", weights, scalar_type(accumulation_dtype(params.table_dtype)));
   params.addressing = make_addressing(
       context, {permutation, window, offset, expand, shuffle, num_keys, seed, first_row, num_slots},

@@ -223,13 +223,14 @@ class TokenPass {
   // needs.
   Acc score_gradients(int64_t entry, int k, const Acc (*grad_weight)[kSlotsAtOnce],
                       Acc hidden) const {
-    const Acc* scores = static_cast<const Acc*>(p_.scores) + entry * p_.num_cores;
+    const Acc* scores =
+        has_pre_values(p_) ? static_cast<const Acc*>(p_.scores) + entry * p_.num_cores : nullptr;
     Acc* grad_scores = static_cast<Acc*>(p_.grad_scores);
     Acc grad_hidden = 0;
     for (int c = 0; c < kMaxNumCores && c < p_.num_cores; ++c) {
       const Acc scaled = value_scale_ * grad_weight[c][k];
       if (grad_scores != nullptr) grad_scores[entry * p_.num_cores + c] = hidden * scaled;
-      if (has_pre_values(p_)) grad_hidden += scores[c] * scaled;
+      if (scores != nullptr) grad_hidden += scores[c] * scaled;
     }
     return grad_hidden;
   }

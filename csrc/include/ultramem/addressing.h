@@ -140,8 +140,11 @@ ULTRAMEM_HOST_DEVICE int64_t feistel_shuffle(uint64_t mixed_seed, int64_t index,
 
 // Where a row of all num_slots lies among those in memory.
 ULTRAMEM_HOST_DEVICE int64_t row_in_memory(const AddressingParams& params, int64_t slot) {
+  // One comparison: in unsigned arithmetic a row before the first is beyond the last, and the last
+  // of num_rows = 0, which are all, is beyond any.
   const int64_t row = slot - params.first_row;
-  return row >= 0 && row < params.rows_in_memory() ? row : kSlotElsewhere;
+  const uint64_t last = static_cast<uint64_t>(params.num_rows) - 1;
+  return static_cast<uint64_t>(row) <= last ? row : kSlotElsewhere;
 }
 
 // The rule at the top of this file; slot -1 for an index out of range. params.permutation must be
