@@ -310,7 +310,7 @@ def declared_functions() -> set[str]:
     for header in (api_layout.INCLUDE / "ultramem").glob("*.h"):
         code = api_layout.code_of(header.read_text())
         for namespace, body in re.findall(
-            r"^namespace (\w+) ULTRAMEM_EXPORT \{\n(.*?)^\}", code, re.MULTILINE | re.DOTALL
+            r"^namespace (\w+) ULTRAMEM_PUBLIC \{\n(.*?)^\}", code, re.MULTILINE | re.DOTALL
         ):
             scope = "" if namespace == "ultramem" else f"{namespace}::"
             names = re.findall(

@@ -24,7 +24,7 @@ struct KernelAttributes {
 
 // Of the library that was linked or loaded, whatever headers the caller was compiled with. They
 // return static text and never fail.
-namespace ultramem ULTRAMEM_EXPORT {
+namespace ultramem ULTRAMEM_PUBLIC {
 
 // The package's version: "0.1.0".
 const char* version();
@@ -36,18 +36,18 @@ bool has_cuda_kernels();
 // The GPU code inside, in CMake's notation, separated by commas: "80,90a-real". Empty without any.
 const char* cuda_architectures();
 
-}  // namespace ultramem ULTRAMEM_EXPORT
+}  // namespace ultramem ULTRAMEM_PUBLIC
 
 namespace ultramem {
 
-namespace cpu ULTRAMEM_EXPORT {
+namespace cpu ULTRAMEM_PUBLIC {
 // "AVX512", "AVX2" or "DEFAULT": what the operators run on this machine. The environment variable
 // ULTRAMEM_CPU_CAPABILITY (avx512, avx2, default) lowers it. Static text; decided at the first call
 // of this or an operator.
 const char* capability();
-}  // namespace cpu ULTRAMEM_EXPORT
+}  // namespace cpu ULTRAMEM_PUBLIC
 
-namespace cuda ULTRAMEM_EXPORT {
+namespace cuda ULTRAMEM_PUBLIC {
 // Kernels that kernel_attributes knows.
 int32_t kernel_count();
 // Attributes of kernel `index`, in [0, kernel_count()), on the current device. Loads the kernel.
@@ -56,6 +56,6 @@ Status kernel_attributes(int32_t index, KernelAttributes* out);
 // Which CUDA graph is being captured from the stream: a number that no other capture of the process
 // has, 0 where there is none.
 Status capture_id(Stream stream, uint64_t* id);
-}  // namespace cuda ULTRAMEM_EXPORT
+}  // namespace cuda ULTRAMEM_PUBLIC
 
 }  // namespace ultramem

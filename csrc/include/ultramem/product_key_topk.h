@@ -93,15 +93,15 @@ struct ProductKeyTopkBwdParams : ProductKeyTopkParams {
 
 }  // namespace ULTRAMEM_API
 
-namespace cpu ULTRAMEM_EXPORT {
+namespace cpu ULTRAMEM_PUBLIC {
 size_t product_key_topk_fwd_workspace(const ProductKeyTopkParams& params, const Executor& executor);
 Status product_key_topk_fwd(const ProductKeyTopkParams& params, const Executor& executor);
 size_t product_key_topk_bwd_workspace(const ProductKeyTopkBwdParams& params,
                                       const Executor& executor);
 Status product_key_topk_bwd(const ProductKeyTopkBwdParams& params, const Executor& executor);
-}  // namespace cpu ULTRAMEM_EXPORT
+}  // namespace cpu ULTRAMEM_PUBLIC
 
-namespace cuda ULTRAMEM_EXPORT {
+namespace cuda ULTRAMEM_PUBLIC {
 // The path that the forward takes for these sizes and this dtype: the one place of that rule. Reads
 // no pointer and needs no device. compute_capability is 10 * major + minor; where reason is not
 // null, *reason becomes static text that says why.
@@ -117,6 +117,6 @@ Status product_key_topk_fwd_axes(const ProductKeyTopkParams& params, Stream stre
 Status product_key_topk_fwd_grid(const ProductKeyTopkParams& params, Stream stream);
 size_t product_key_topk_bwd_workspace(const ProductKeyTopkBwdParams& params);
 Status product_key_topk_bwd(const ProductKeyTopkBwdParams& params, Stream stream);
-}  // namespace cuda ULTRAMEM_EXPORT
+}  // namespace cuda ULTRAMEM_PUBLIC
 
 }  // namespace ultramem

@@ -31,16 +31,16 @@ struct RmsNormBwdParams : RmsNormParams {
 
 }  // namespace ULTRAMEM_API
 
-namespace cpu ULTRAMEM_EXPORT {
+namespace cpu ULTRAMEM_PUBLIC {
 Status rms_norm_fwd(const RmsNormParams& params, const Executor& executor);
 size_t rms_norm_bwd_workspace(const RmsNormBwdParams& params, const Executor& executor);
 Status rms_norm_bwd(const RmsNormBwdParams& params, const Executor& executor);
-}  // namespace cpu ULTRAMEM_EXPORT
+}  // namespace cpu ULTRAMEM_PUBLIC
 
-namespace cuda ULTRAMEM_EXPORT {
+namespace cuda ULTRAMEM_PUBLIC {
 Status rms_norm_fwd(const RmsNormParams& params, Stream stream);
 size_t rms_norm_bwd_workspace(const RmsNormBwdParams& params);
 Status rms_norm_bwd(const RmsNormBwdParams& params, Stream stream);
-}  // namespace cuda ULTRAMEM_EXPORT
+}  // namespace cuda ULTRAMEM_PUBLIC
 
 }  // namespace ultramem

@@ -145,15 +145,15 @@ struct TableFactorsAppendParams {
 
 }  // namespace ULTRAMEM_API
 
-namespace cpu ULTRAMEM_EXPORT {
+namespace cpu ULTRAMEM_PUBLIC {
 size_t value_ffn_bwd_deferred_workspace(const ValueFfnBwdDeferredParams& params,
                                         const Executor& executor);
 // One call at a time on the same factors.
 Status value_ffn_bwd_deferred(const ValueFfnBwdDeferredParams& params, const Executor& executor);
 Status table_factors_append(const TableFactorsAppendParams& params, const Executor& executor);
-}  // namespace cpu ULTRAMEM_EXPORT
+}  // namespace cpu ULTRAMEM_PUBLIC
 
-namespace cuda ULTRAMEM_EXPORT {
+namespace cuda ULTRAMEM_PUBLIC {
 // The position to append at is read and advanced on the device, in the stream's order: calls on the
 // same factors from several streams or host threads are the caller's to order.
 size_t value_ffn_bwd_deferred_workspace(const ValueFfnBwdDeferredParams& params);
@@ -162,6 +162,6 @@ Status table_factors_append(const TableFactorsAppendParams& params, Stream strea
 // Whether a CUDA graph is being captured from the stream: what is launched there will write to the
 // same arena at every replay.
 Status is_capturing(Stream stream, bool* capturing);
-}  // namespace cuda ULTRAMEM_EXPORT
+}  // namespace cuda ULTRAMEM_PUBLIC
 
 }  // namespace ultramem

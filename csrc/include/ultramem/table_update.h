@@ -157,16 +157,16 @@ struct TableUpdateParams {
 
 }  // namespace ultramem
 
-namespace ultramem ULTRAMEM_EXPORT {
+namespace ultramem ULTRAMEM_PUBLIC {
 
 // Rows of `pieces` for that many entries: runs longer than a piece are summed in pieces.
 int64_t table_group_max_pieces(int64_t num_entries);
 
-}  // namespace ultramem ULTRAMEM_EXPORT
+}  // namespace ultramem ULTRAMEM_PUBLIC
 
 namespace ultramem {
 
-namespace cpu ULTRAMEM_EXPORT {
+namespace cpu ULTRAMEM_PUBLIC {
 size_t table_group_workspace(const TableGroupParams& params, const Executor& executor);
 Status table_group(const TableGroupParams& params, const Executor& executor);
 size_t table_grad_sum_sq_workspace(const TableGradSumSqParams& params, const Executor& executor);
@@ -175,9 +175,9 @@ size_t table_grad_row_sq_workspace(const TableGradRowSqParams& params, const Exe
 Status table_grad_row_sq(const TableGradRowSqParams& params, const Executor& executor);
 size_t table_update_workspace(const TableUpdateParams& params, const Executor& executor);
 Status table_update(const TableUpdateParams& params, const Executor& executor);
-}  // namespace cpu ULTRAMEM_EXPORT
+}  // namespace cpu ULTRAMEM_PUBLIC
 
-namespace cuda ULTRAMEM_EXPORT {
+namespace cuda ULTRAMEM_PUBLIC {
 size_t table_group_workspace(const TableGroupParams& params);
 Status table_group(const TableGroupParams& params, Stream stream);
 size_t table_grad_sum_sq_workspace(const TableGradSumSqParams& params);
@@ -186,6 +186,6 @@ size_t table_grad_row_sq_workspace(const TableGradRowSqParams& params);
 Status table_grad_row_sq(const TableGradRowSqParams& params, Stream stream);
 size_t table_update_workspace(const TableUpdateParams& params);
 Status table_update(const TableUpdateParams& params, Stream stream);
-}  // namespace cuda ULTRAMEM_EXPORT
+}  // namespace cuda ULTRAMEM_PUBLIC
 
 }  // namespace ultramem

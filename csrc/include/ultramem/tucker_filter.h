@@ -33,14 +33,14 @@ struct TuckerFilterParams {
 
 }  // namespace ULTRAMEM_API
 
-namespace cpu ULTRAMEM_EXPORT {
+namespace cpu ULTRAMEM_PUBLIC {
 // On the calling thread: a few hundred operations a head.
 Status tucker_filter(const TuckerFilterParams& params);
-}  // namespace cpu ULTRAMEM_EXPORT
+}  // namespace cpu ULTRAMEM_PUBLIC
 
-namespace cuda ULTRAMEM_EXPORT {
+namespace cuda ULTRAMEM_PUBLIC {
 // One launch, a thread a head.
 Status tucker_filter(const TuckerFilterParams& params, Stream stream);
-}  // namespace cuda ULTRAMEM_EXPORT
+}  // namespace cuda ULTRAMEM_PUBLIC
 
 }  // namespace ultramem

@@ -51,7 +51,7 @@ struct TuckerQueryBwdParams : TuckerQueryParams {
 
 }  // namespace ULTRAMEM_API
 
-namespace cuda ULTRAMEM_EXPORT {
+namespace cuda ULTRAMEM_PUBLIC {
 // One kernel that reads the weight once. Offered where `supported` says so on the current device:
 // compute capability 9.0, bfloat16 or float16, 1 to tucker_query_small_tokens(params) tokens,
 // 16-byte aligned rows, and shapes that fit shared memory.
@@ -66,6 +66,6 @@ Status tucker_query_small_fwd(const TuckerQueryParams& params, Stream stream);
 bool tucker_query_small_bwd_supported(const TuckerQueryBwdParams& params);
 size_t tucker_query_small_bwd_workspace(const TuckerQueryBwdParams& params);
 Status tucker_query_small_bwd(const TuckerQueryBwdParams& params, Stream stream);
-}  // namespace cuda ULTRAMEM_EXPORT
+}  // namespace cuda ULTRAMEM_PUBLIC
 
 }  // namespace ultramem

@@ -73,14 +73,14 @@ struct ValueFfnBwdParams : ValueFfnParams {
 
 }  // namespace ULTRAMEM_API
 
-namespace cpu ULTRAMEM_EXPORT {
+namespace cpu ULTRAMEM_PUBLIC {
 size_t value_ffn_fwd_workspace(const ValueFfnParams& params, const Executor& executor);
 Status value_ffn_fwd(const ValueFfnParams& params, const Executor& executor);
 size_t value_ffn_bwd_workspace(const ValueFfnBwdParams& params, const Executor& executor);
 Status value_ffn_bwd(const ValueFfnBwdParams& params, const Executor& executor);
-}  // namespace cpu ULTRAMEM_EXPORT
+}  // namespace cpu ULTRAMEM_PUBLIC
 
-namespace cuda ULTRAMEM_EXPORT {
+namespace cuda ULTRAMEM_PUBLIC {
 // Sets *index_error (on the device, zeroed by the caller) to 1 where an index is out of range.
 // Reads only indices and addressing of the parameters.
 Status check_indices(const ValueFfnParams& params, int32_t* index_error, Stream stream);
@@ -88,6 +88,6 @@ size_t value_ffn_fwd_workspace(const ValueFfnParams& params);
 Status value_ffn_fwd(const ValueFfnParams& params, Stream stream);
 size_t value_ffn_bwd_workspace(const ValueFfnBwdParams& params);
 Status value_ffn_bwd(const ValueFfnBwdParams& params, Stream stream);
-}  // namespace cuda ULTRAMEM_EXPORT
+}  // namespace cuda ULTRAMEM_PUBLIC
 
 }  // namespace ultramem

@@ -25,12 +25,12 @@ struct ValueSlotsParams {
 
 }  // namespace ULTRAMEM_API
 
-namespace cpu ULTRAMEM_EXPORT {
+namespace cpu ULTRAMEM_PUBLIC {
 Status value_slots(const ValueSlotsParams& params, const Executor& executor);
-}  // namespace cpu ULTRAMEM_EXPORT
+}  // namespace cpu ULTRAMEM_PUBLIC
 
-namespace cuda ULTRAMEM_EXPORT {
+namespace cuda ULTRAMEM_PUBLIC {
 Status value_slots(const ValueSlotsParams& params, Stream stream);
-}  // namespace cuda ULTRAMEM_EXPORT
+}  // namespace cuda ULTRAMEM_PUBLIC
 
 }  // namespace ultramem

@@ -13,7 +13,7 @@
 #define ULTRAMEM_API ULTRAMEM_API_NAME(ULTRAMEM_API_VERSION)
 
 // On the namespaces of the functions that the shared library exports; nothing else is exported.
-#define ULTRAMEM_EXPORT __attribute__((visibility("default")))
+#define ULTRAMEM_PUBLIC __attribute__((visibility("default")))
 
 namespace ultramem {
 inline namespace ULTRAMEM_API {
