@@ -110,7 +110,7 @@ class Wire:
     """Bytes that this GPU has sent over NVLink, as the driver counts them."""
 
     def __init__(self, device: torch.device) -> None:
-        self._gpu = open_device(device)
+        self._gpu = open_device(device) if device.type == "cuda" else Unavailable("no GPU")
 
     def sent(self, call: Callable[[], object], calls: int) -> float | str:
         """Bytes a call, or why they are not known."""

@@ -327,6 +327,16 @@ def test_bad_arguments_raise(device: str) -> None:
             calls.sum(*arguments)
 
 
+def test_differentiating_raises(device: str) -> None:
+    """They are what gradients are made of, where the caller knows more than they do."""
+    calls = Calls.of(SMALL, device, torch.float32)
+    weights, inputs = calls.scores.requires_grad_(), torch.ones(9, 8, device=device)
+    with pytest.raises(RuntimeError, match="slot_sum: differentiating twice is not supported"):
+        calls.sum(weights, calls.values, torch.float32, None).sum().backward()
+    with pytest.raises(RuntimeError, match="slot_dots: differentiating twice is not supported"):
+        calls.dots(inputs.requires_grad_(), calls.values, 2, None).sum().backward()
+
+
 def test_float64_is_all_or_nothing() -> None:
     calls = Calls.of(SMALL, "cpu", torch.float64)
     with pytest.raises(RuntimeError, match="rows and inputs must both be float64 or neither"):

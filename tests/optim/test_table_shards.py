@@ -266,16 +266,17 @@ def test_no_entries(device: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("first_column", [3, 8])
 @pytest.mark.parametrize("dim", [21, 48, 1000])
-def test_cuda_has_the_same_bits(dim: int) -> None:
+def test_cuda_has_the_same_bits(dim: int, first_column: int) -> None:
     on_cpu = Gradient.drawn(Data(9), torch.float32, dim=dim)
     on_cuda = Gradient.drawn(Data(9, "cuda"), torch.float32, dim=dim)
     sums = on_cpu.row_sq(ROWS)
     assert torch.equal(on_cuda.row_sq(ROWS).cpu(), sums)
     states = [state_of(Data(10, d), "adagrad", torch.bfloat16, torch.float32, dim) for d in
               ("cpu", "cuda")]  # fmt: skip
-    update("adagrad", states[0], on_cpu, 100, 3, sums, 2 * dim)
-    update("adagrad", states[1], on_cuda, 100, 3, sums.cuda(), 2 * dim)
+    update("adagrad", states[0], on_cpu, 100, first_column, sums, 2 * dim)
+    update("adagrad", states[1], on_cuda, 100, first_column, sums.cuda(), 2 * dim)
     check_equal({n: None if x is None else x.cpu() for n, x in states[1].items()}, states[0])
 
 

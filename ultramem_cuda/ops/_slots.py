@@ -1,7 +1,7 @@
 """The fake implementations of the operators for a table's shards, see csrc/torch/slots.cpp.
 
-They have no public wrappers and no gradients: `ultramem_cuda.parallel` calls them between its
-exchanges, with the arguments that `value_ffn` gives its addressing.
+They have no public wrappers, and differentiating them raises: `ultramem_cuda.parallel` calls them
+between its exchanges, with the arguments that `value_ffn` gives its addressing.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import _library
 from ._checks import ArgumentChecks, accumulation_dtype, check_cores
+from ._common import register
 
 
 def _check_indices(checks: ArgumentChecks, indices: Tensor) -> None:
@@ -132,6 +133,6 @@ def _table_factors_append_fake(
 
 
 if _library.is_loaded():
-    torch.library.register_fake("ultramem::slot_dots", _slot_dots_fake)
-    torch.library.register_fake("ultramem::slot_sum", _slot_sum_fake)
+    register("slot_dots", _slot_dots_fake)
+    register("slot_sum", _slot_sum_fake)
     torch.library.register_fake("ultramem::table_factors_append", _table_factors_append_fake)
