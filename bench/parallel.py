@@ -59,6 +59,7 @@ class Rank:
 
     settings: Settings
     mesh: DeviceMesh
+    alone: DeviceMesh  # of this rank
     device: torch.device
     wire: Wire
 
@@ -149,6 +150,9 @@ class Layer:
         )
         if way in ("columns", "rows"):
             um.parallel.shard_table(self.table, rank.mesh, by=way)
+        else:
+            # Optimizers step no table of which they know nothing where there are other ranks.
+            um.parallel.replicate_table(self.table, rank.alone)
         self.table.reserve(num_tokens, dtype=torch.bfloat16)
         self.x = torch.randn(num_tokens, self.config.d_model, **options).requires_grad_()
         self.grad = torch.randn(num_tokens, self.config.d_model, **options)
@@ -353,7 +357,8 @@ def _run(index: int, size: int, store: str, settings: Settings, path: str) -> No
     )
     mesh = init_device_mesh(settings.device_type, (size,), mesh_dim_names=("memory",))
     device = torch.device(f"cuda:{index}" if settings.device_type == "cuda" else "cpu")
-    rank = Rank(settings, mesh, device, Wire(device))
+    alone = init_device_mesh(settings.device_type, (size, 1), mesh_dim_names=("others", "alone"))
+    rank = Rank(settings, mesh, alone["alone"], device, Wire(device))
     record: dict[str, Any] = {
         "machine": machine(device),
         "ranks": size,

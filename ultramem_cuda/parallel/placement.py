@@ -74,7 +74,7 @@ def replicate_table(table: MemoryTable, mesh: DeviceMesh) -> MemoryTable:
         )
     if mesh.ndim != 1:
         raise ValueError(f"mesh: must have one dimension, got {mesh.ndim}")
-    _place(table, TableSharding(mesh, None, None, 0))
+    _place(table, TableSharding(mesh, None, None, 0 if mesh.size() > 1 else None))
     return table
 
 
