@@ -112,6 +112,20 @@ struct BackwardPass {
     }
   }
 
+  __device__ __forceinline__ void skip(int64_t entry, bool exists, int rank) const {
+    store(entry, exists, rank, 0, 0);
+  }
+
+  __device__ __forceinline__ void store(int64_t entry, bool exists, int rank, float grad_score,
+                                        float da) const {
+    if (exists && rank < params.num_cores && params.grad_scores != nullptr) {
+      static_cast<float*>(params.grad_scores)[entry * params.num_cores + rank] = grad_score;
+    }
+    if (exists && rank == 0 && arguments.grad_a != nullptr && position >= 0) {
+      arguments.grad_a[position * params.num_selected + entry] = da;
+    }
+  }
+
   template <typename Traits>
   __device__ __forceinline__ void weigh(const float (&dots)[Traits::kVectors],
                                         const int (&cores)[Traits::kVectors], const Batch& batch,
@@ -134,12 +148,7 @@ struct BackwardPass {
       if (rank == c) grad_score = h * grad_weight;
     }
     const float da = batch.slope[i] * sum;
-    if (exists && rank < params.num_cores && params.grad_scores != nullptr) {
-      static_cast<float*>(params.grad_scores)[entry * params.num_cores + rank] = grad_score;
-    }
-    if (exists && rank == 0 && arguments.grad_a != nullptr && position >= 0) {
-      arguments.grad_a[position * params.num_selected + entry] = da;
-    }
+    store(entry, exists, rank, grad_score, da);
 #pragma unroll
     for (int v = 0; v < Traits::kVectors; ++v) weights[v] = da;
   }
@@ -336,18 +345,21 @@ __global__ void __launch_bounds__(kThreads)
 
 // Host ------------------------------------------------------------------------------------------
 
-#define ULTRAMEM_REGISTER_VALUE_FFN_BWD_TOKENS(id, name, TableT)                     \
-  ULTRAMEM_REGISTER_KERNEL(value_ffn_bwd_tokens_short_##id,                          \
-                           "value_ffn_bwd_tokens<" name ", short rows>", kWarpSize,  \
-                           value_ffn_bwd_tokens_kernel<TableT, 8, 4>);               \
-  ULTRAMEM_REGISTER_KERNEL(value_ffn_bwd_tokens_medium_##id,                         \
-                           "value_ffn_bwd_tokens<" name ", medium rows>", kWarpSize, \
-                           value_ffn_bwd_tokens_kernel<TableT, 32, 4>);              \
-  ULTRAMEM_REGISTER_KERNEL(value_ffn_bwd_tokens_long_##id,                           \
-                           "value_ffn_bwd_tokens<" name ", long rows>", kWarpSize,   \
-                           value_ffn_bwd_tokens_kernel<TableT, 32, 8>);              \
-  ULTRAMEM_REGISTER_KERNEL(value_ffn_bwd_tokens_any_##id,                            \
-                           "value_ffn_bwd_tokens<" name ", any rows>", kThreads,     \
+#define ULTRAMEM_REGISTER_VALUE_FFN_BWD_TOKENS(id, name, TableT)                        \
+  ULTRAMEM_REGISTER_KERNEL(value_ffn_bwd_tokens_short_##id,                             \
+                           "value_ffn_bwd_tokens<" name ", short rows>", kWarpSize,     \
+                           value_ffn_bwd_tokens_kernel<TableT, 8, 4>);                  \
+  ULTRAMEM_REGISTER_KERNEL(value_ffn_bwd_tokens_half_##id,                              \
+                           "value_ffn_bwd_tokens<" name ", half-warp rows>", kWarpSize, \
+                           value_ffn_bwd_tokens_kernel<TableT, 16, 4>);                 \
+  ULTRAMEM_REGISTER_KERNEL(value_ffn_bwd_tokens_medium_##id,                            \
+                           "value_ffn_bwd_tokens<" name ", medium rows>", kWarpSize,    \
+                           value_ffn_bwd_tokens_kernel<TableT, 32, 4>);                 \
+  ULTRAMEM_REGISTER_KERNEL(value_ffn_bwd_tokens_long_##id,                              \
+                           "value_ffn_bwd_tokens<" name ", long rows>", kWarpSize,      \
+                           value_ffn_bwd_tokens_kernel<TableT, 32, 8>);                 \
+  ULTRAMEM_REGISTER_KERNEL(value_ffn_bwd_tokens_any_##id,                               \
+                           "value_ffn_bwd_tokens<" name ", any rows>", kThreads,        \
                            value_ffn_bwd_tokens_any_kernel<TableT>)
 ULTRAMEM_FOR_EACH_TABLE_DTYPE(ULTRAMEM_REGISTER_VALUE_FFN_BWD_TOKENS);
 ULTRAMEM_REGISTER_KERNEL(value_ffn_factors, "value_ffn_factors", kThreads,

@@ -45,6 +45,12 @@ struct ForwardPass {
     for (int c = 0; c < kMaxNumCores; ++c) batch.scores[c][i] = slot >= 0 ? request.scores[c] : 0;
   }
 
+  __device__ __forceinline__ void skip(int64_t entry, bool exists, int rank) const {
+    if (params.pre_values != nullptr && exists && rank == 0) {
+      static_cast<float*>(params.pre_activation)[entry] = 0;
+    }
+  }
+
   __device__ __forceinline__ void begin() {}
   __device__ __forceinline__ void finish(int64_t) const {}
 
@@ -200,6 +206,8 @@ __global__ void __launch_bounds__(kThreads)
 #define ULTRAMEM_REGISTER_VALUE_FFN_FWD(id, name, TableT)                                         \
   ULTRAMEM_REGISTER_KERNEL(value_ffn_fwd_short_##id, "value_ffn_fwd<" name ", short rows>",       \
                            kWarpSize, value_ffn_fwd_kernel<TableT, 8, 4>);                        \
+  ULTRAMEM_REGISTER_KERNEL(value_ffn_fwd_half_##id, "value_ffn_fwd<" name ", half-warp rows>",    \
+                           kWarpSize, value_ffn_fwd_kernel<TableT, 16, 4>);                       \
   ULTRAMEM_REGISTER_KERNEL(value_ffn_fwd_medium_##id, "value_ffn_fwd<" name ", medium rows>",     \
                            kWarpSize, value_ffn_fwd_kernel<TableT, 32, 4>);                       \
   ULTRAMEM_REGISTER_KERNEL(value_ffn_fwd_long_##id, "value_ffn_fwd<" name ", long rows>",         \

@@ -34,7 +34,7 @@ FURTHER: dict[str, dict[str, Any]] = {
 
 def check(ranks: Ranks, run: cases.Training, bound: float) -> None:
     expected = cases.train_alone(run, ranks.size)
-    # There is something to find out: it learns, and clipping and decay have work.
+    # There is something to find out: it learns, batch by batch of five, and clipping has work.
     assert sum(expected.losses[-5:]) < sum(expected.losses[:5]) - 0.5
     assert max(expected.norms) > run.max_norm
     results = ranks.run(cases.train_distributed, run)
@@ -51,7 +51,9 @@ def training(ranks: Ranks, fields: dict[str, Any]) -> tuple[cases.Training, floa
     """float64, in which no top-k flips, and a bound; on GPUs float32."""
     if ranks.device_type == "cpu":
         return cases.Training(**fields), 1e-9
-    return cases.Training(**fields, dtype=torch.float32, device="cuda", steps=5), 1e-3
+    # Whose rounding Adam would turn into whole steps where gradients are near zero.
+    sgd = {**fields, "optimizer": "MemorySGD"}
+    return cases.Training(**sgd, dtype=torch.float32, device="cuda", steps=15), 1e-3
 
 
 @pytest.mark.parametrize("name", RUNS)
