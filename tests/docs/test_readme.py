@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 README = Path(__file__).parents[2] / "README.md"
 
 
@@ -47,6 +49,16 @@ def test_training_guide() -> None:
     for block in blocks[4:]:
         exec(block, names)
     assert len(names["usage"]) == len(names["key_usage"]) == 3
+
+
+def test_transformers_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", minversion="5.0")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in python_blocks(README.parent / "docs" / "transformers.md"):
+        exec(block, names)
+    assert names["a"].shape == (1, 11)
+    assert (tmp_path / "with-memory" / "config.json").is_file()
 
 
 def test_links_lead_somewhere() -> None:

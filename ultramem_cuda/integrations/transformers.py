@@ -120,11 +120,13 @@ def add_memory(
     )
     device = _common_device(mlps)
     copies = _with_memory_config(model.config, placement)
-    model_class = memory_model_class(type(model))
+    family: Any = type(model)
+    model_class = memory_model_class(family)
     # What from_pretrained will construct. Where that fails, it fails here, with nothing changed;
     # and transformers gets to know the class, which it does when one is constructed.
     with torch.device("meta"):
         model_class(copy.deepcopy(copies[id(model.config)]))
+    _attach(model, placement, dtype=model.dtype, device=device)
     for module in model.modules():
         # Modules share the model's configuration, or a part of it.
         if id(getattr(module, "config", None)) in copies:
@@ -132,7 +134,6 @@ def add_memory(
     # A conversion to the checkpoint format of the family does not know the new names.
     model.__dict__.pop("_weight_conversions", None)
     model.__class__ = model_class
-    _attach(model, placement, dtype=model.dtype, device=device)
     _register_models(model_class.base_class.config_class)
     return model
 
@@ -249,9 +250,9 @@ class _MemoryModel:
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         placement = _Placement.of(config)
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         # Of the default dtype and device, as the rest of the model was.
-        _attach(self, placement)  # type: ignore[arg-type]
+        _attach(self, placement)
 
     @property
     def memory_table(self) -> MemoryTable:
@@ -284,8 +285,9 @@ class _MemoryModel:
 
 
 @functools.cache
-def memory_model_class(base: type[PreTrainedModel]) -> type[Any]:
-    """The subclass of a model class of transformers that has memory layers.
+def memory_model_class(base: Any) -> Any:
+    """The subclass of a model class of transformers, such as ``LlamaForCausalLM``, that has memory
+    layers.
 
     Its ``from_pretrained`` loads what ``save_pretrained`` wrote after :func:`add_memory`, which
     ``AutoModelForCausalLM`` and its like do by themselves; use it for a class that they do not
@@ -301,7 +303,7 @@ def memory_model_class(base: type[PreTrainedModel]) -> type[Any]:
 
 
 @functools.cache
-def _memory_config_class(base: type[PreTrainedConfig]) -> type[Any]:
+def _memory_config_class(base: Any) -> Any:
     names = {
         "__module__": __name__,
         "__doc__": f"{base.__name__} with 'ultramem', the configuration of memory layers.",
@@ -311,23 +313,23 @@ def _memory_config_class(base: type[PreTrainedConfig]) -> type[Any]:
     return type(f"UltraMem{base.__name__}", (_MemoryConfig, base), names)
 
 
-def _new_config(base: type[PreTrainedConfig]) -> Any:
+def _new_config(base: Any) -> Any:
     cls = _memory_config_class(base)
     return cls.__new__(cls)
 
 
-def _new_model(base: type[PreTrainedModel]) -> Any:
+def _new_model(base: Any) -> Any:
     cls = memory_model_class(base)
     return cls.__new__(cls)
 
 
 @functools.cache
-def _register_models(base: type[PreTrainedConfig]) -> None:
+def _register_models(base: Any) -> None:
     """Have AutoModelForCausalLM and its like construct models with memory layers for
     configurations with them."""
     for name in _AUTO_MODELS:
         mapping = getattr(transformers, f"{name}_MAPPING")
-        model_class = mapping[base] if base in mapping else None
+        model_class = mapping.get(base, None)
         # Some families have several, in a tuple.
         if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
             mapping.register(_memory_config_class(base), memory_model_class(model_class))
@@ -358,7 +360,8 @@ def _with_memory_config(config: PreTrainedConfig, placement: _Placement) -> dict
     """Copies, by the id of what they are copies of, of a configuration and all in it."""
     copies: dict[int, Any] = {}
     new = copy.deepcopy(config, copies)
-    new.__class__ = _memory_config_class(type(config))
+    family: Any = type(config)
+    new.__class__ = _memory_config_class(family)
     new.ultramem = placement.to_dict()
     return copies
 
@@ -459,12 +462,15 @@ def _attach(
         device=device,
         grad_mode=placement.grad_mode,
     )
-    setattr(model.base_model, _TABLE, table.train(model.training))
+    wrapped = []
     for layer_index, block_index in enumerate(placement.layers):
-        block = blocks[block_index]
+        ffn = _find_mlp(blocks[block_index], placement.mlp)
         memory = UltraMemLayer(placement.config, layer_index, dtype=dtype, device=device)
-        wrapped = FFNWithMemory(_find_mlp(block, placement.mlp), memory, table)
-        setattr(block, placement.mlp, wrapped.train(model.training))
+        wrapped.append(FFNWithMemory(ffn, memory, table))
+    # Once everything has found its memory.
+    setattr(model.base_model, _TABLE, table.train(model.training))
+    for block_index, module in zip(placement.layers, wrapped, strict=True):
+        setattr(blocks[block_index], placement.mlp, module.train(model.training))
 
 
 # ---- loading -------------------------------------------------------------------------------------
