@@ -226,6 +226,7 @@ def test_mixture_of_experts(tmp_path: Path) -> None:
     enlarge_memory(add_memory(model, MEMORY))
     loaded = AutoModelForCausalLM.from_pretrained(saved(model, tmp_path / "memory"))
     assert_same(model, loaded)
+    assert loaded.config._experts_implementation == plain.config._experts_implementation
     assert torch.equal(logits(loaded), logits(model))
 
 

@@ -279,6 +279,15 @@ class _MemoryModel:
         _settle(model, info)
         return (model, info) if output_loading_info else model
 
+    # transformers looks for these two in the source of the class's module, which is not this one.
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return cls.base_class._can_set_attn_implementation()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return cls.base_class._can_set_experts_implementation()
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class has no importable name.
         return _new_model, (self.base_class,), self.__dict__
