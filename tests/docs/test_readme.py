@@ -93,6 +93,16 @@ def test_parallel_page() -> None:
         torch.distributed.destroy_process_group()
 
 
+def test_transformers_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", minversion="5.0")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in python_blocks(README.parent / "docs" / "transformers.md"):
+        exec(block, names)
+    assert names["a"].shape == (1, 11)
+    assert (tmp_path / "with-memory" / "config.json").is_file()
+
+
 def test_links_lead_somewhere() -> None:
     pages = [README, *README.parent.glob("docs/*.md"), README.parent / "CONTRIBUTING.md"]
     links = [
