@@ -209,7 +209,8 @@ def test_row_squares(device_dtype: tuple[str, torch.dtype], dim: int) -> None:
     device, dtype = device_dtype
     data = Data(5, device)
     table = deferred_table(data, 500, dim, dtype=dtype)
-    slots = torch.cat([data.integers(400, 150), torch.full((120,), 33), torch.tensor([NOWHERE])])
+    drawn = data.integers(400, 150).cpu()
+    slots = torch.cat([drawn, torch.full((120,), 33), torch.tensor([NOWHERE])])
     fill(table, data, 271, 1, slots=slots)
     f = table.factors
     gradient = Gradient(f.slots, f.weights, None, f.grad_outs, 1)
