@@ -440,6 +440,10 @@ class MemoryTable(nn.Module):
             error_msgs,
         )
 
+    def rows(self) -> tuple[nn.Parameter, nn.Parameter | None]:
+        """values and pre_values."""
+        return self.values, self.pre_values
+
     def scale_of(self, parameter: Tensor) -> Tensor | None:
         """That of one of the parameters, a scalar view."""
         if self.scale is None:

@@ -112,20 +112,6 @@ struct BackwardPass {
     }
   }
 
-  __device__ __forceinline__ void skip(int64_t entry, bool exists, int rank) const {
-    store(entry, exists, rank, 0, 0);
-  }
-
-  __device__ __forceinline__ void store(int64_t entry, bool exists, int rank, float grad_score,
-                                        float da) const {
-    if (exists && rank < params.num_cores && params.grad_scores != nullptr) {
-      static_cast<float*>(params.grad_scores)[entry * params.num_cores + rank] = grad_score;
-    }
-    if (exists && rank == 0 && arguments.grad_a != nullptr && position >= 0) {
-      arguments.grad_a[position * params.num_selected + entry] = da;
-    }
-  }
-
   template <typename Traits>
   __device__ __forceinline__ void weigh(const float (&dots)[Traits::kVectors],
                                         const int (&cores)[Traits::kVectors], const Batch& batch,
@@ -148,7 +134,12 @@ struct BackwardPass {
       if (rank == c) grad_score = h * grad_weight;
     }
     const float da = batch.slope[i] * sum;
-    store(entry, exists, rank, grad_score, da);
+    if (exists && rank < params.num_cores && params.grad_scores != nullptr) {
+      static_cast<float*>(params.grad_scores)[entry * params.num_cores + rank] = grad_score;
+    }
+    if (exists && rank == 0 && arguments.grad_a != nullptr && position >= 0) {
+      arguments.grad_a[position * params.num_selected + entry] = da;
+    }
 #pragma unroll
     for (int v = 0; v < Traits::kVectors; ++v) weights[v] = da;
   }

@@ -45,12 +45,6 @@ struct ForwardPass {
     for (int c = 0; c < kMaxNumCores; ++c) batch.scores[c][i] = slot >= 0 ? request.scores[c] : 0;
   }
 
-  __device__ __forceinline__ void skip(int64_t entry, bool exists, int rank) const {
-    if (params.pre_values != nullptr && exists && rank == 0) {
-      static_cast<float*>(params.pre_activation)[entry] = 0;
-    }
-  }
-
   __device__ __forceinline__ void begin() {}
   __device__ __forceinline__ void finish(int64_t) const {}
 

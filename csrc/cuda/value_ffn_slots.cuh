@@ -61,7 +61,6 @@ struct SlotArguments {
   int warp_parts;    // of a warp
   int token_blocks;  // that share a token; more than one are a cluster
   int stages;        // places of the ring of steps
-  bool skips;        // steps without a row: where others have most rows, they are many
   bool keeps_parts;  // every part has its own sum in shared memory; else they are added up there
 };
 
@@ -132,13 +131,6 @@ __device__ __forceinline__ void request_row(const void* table, int row_vectors, 
     cp_async_16_alone(to + v * kWarpSize * 16, row + vector, v * Traits::kLanes < row_vectors,
                       slot >= 0 && vector < row_vectors);
   }
-}
-
-// Whether no team of the warp has a row to read for its slot.
-template <typename Traits>
-__device__ __forceinline__ bool nowhere(int64_t slot) {
-  if constexpr (Traits::kTeams == 1) return slot < 0;
-  return __all_sync(kFullMask, slot < 0);
 }
 
 // A lane's vectors of a row that has arrived.
@@ -224,7 +216,6 @@ __device__ __forceinline__ void store_sum(const SlotArguments& arguments, const 
 //                                       from dot products by vector to the weight by which each
 //                                       vector of the other row is added; `cores` are those of the
 //                                       vectors of the value's row
-//   skip(entry, exists, rank)           in place of weigh for a slot without a row
 //   finish(token)                       .. by a block of each token, when all else is requested
 template <typename Traits, typename Pass>
 __device__ __forceinline__ void pass_over_slots(Pass pass, const SlotArguments& arguments,
@@ -306,34 +297,30 @@ __device__ __forceinline__ void pass_over_slots(Pass pass, const SlotArguments& 
       const unsigned i = step * kTeams + team;
       const Batch& batch = batches[i / kBatch % 2];
       const uint4* rows = ring + step % kStages * step_vectors + lane;
-      if (arguments.skips && nowhere<Traits>(batch.slots[i % kBatch])) {
-        pass.skip(first_entry + i, i < num_slots, rank);
-      } else {
-        float dots[kVectors] = {};
-        uint4 row[kVectors];
-        load_row<Traits>(rows, arguments.dot_vectors, row);
+      float dots[kVectors] = {};
+      uint4 row[kVectors];
+      load_row<Traits>(rows, arguments.dot_vectors, row);
 #pragma unroll
-        for (int v = 0; v < kVectors; ++v) {
-          if (v * kLanes >= arguments.dot_vectors) break;
-          float odd = 0;
+      for (int v = 0; v < kVectors; ++v) {
+        if (v * kLanes >= arguments.dot_vectors) break;
+        float odd = 0;
 #pragma unroll
-          for (int j = 0; j < kElements; j += 2) {
-            dots[v] = fmaf(element<TableT>(row[v], j), input[v][j], dots[v]);
-            odd = fmaf(element<TableT>(row[v], j + 1), input[v][j + 1], odd);
-          }
-          dots[v] += odd;
+        for (int j = 0; j < kElements; j += 2) {
+          dots[v] = fmaf(element<TableT>(row[v], j), input[v][j], dots[v]);
+          odd = fmaf(element<TableT>(row[v], j + 1), input[v][j + 1], odd);
         }
-        float weights[kVectors];
-        pass.template weigh<Traits>(dots, cores, batch, i % kBatch, first_entry + i, i < num_slots,
-                                    rank, weights);
-        load_row<Traits>(rows + dot_rows * kWarpSize, arguments.sum_vectors, row);
+        dots[v] += odd;
+      }
+      float weights[kVectors];
+      pass.template weigh<Traits>(dots, cores, batch, i % kBatch, first_entry + i, i < num_slots,
+                                  rank, weights);
+      load_row<Traits>(rows + dot_rows * kWarpSize, arguments.sum_vectors, row);
 #pragma unroll
-        for (int v = 0; v < kVectors; ++v) {
-          if (v * kLanes >= arguments.sum_vectors) break;
+      for (int v = 0; v < kVectors; ++v) {
+        if (v * kLanes >= arguments.sum_vectors) break;
 #pragma unroll
-          for (int j = 0; j < kElements; ++j) {
-            sum[v][j] = fmaf(weights[v], element<TableT>(row[v], j), sum[v][j]);
-          }
+        for (int j = 0; j < kElements; ++j) {
+          sum[v][j] = fmaf(weights[v], element<TableT>(row[v], j), sum[v][j]);
         }
       }
       if (--steps_left == 0 || step + 1 == num_steps) {
@@ -372,12 +359,10 @@ __device__ __forceinline__ void pass_over_slots(Pass pass, const SlotArguments& 
         __syncwarp();
       }
       const int64_t slot = batches[i / kBatch % 2].slots[(i + team) % kBatch];
-      if (!arguments.skips || !nowhere<Traits>(slot)) {
-        const uint32_t to = shared_address(ring + ahead % kStages * step_vectors + lane);
-        request_row<Traits>(arguments.dot_table, arguments.dot_vectors, slot, rank, to);
-        request_row<Traits>(arguments.sum_table, arguments.sum_vectors, slot, rank,
-                            to + dot_rows * kWarpSize * 16);
-      }
+      const uint32_t to = shared_address(ring + ahead % kStages * step_vectors + lane);
+      request_row<Traits>(arguments.dot_table, arguments.dot_vectors, slot, rank, to);
+      request_row<Traits>(arguments.sum_table, arguments.sum_vectors, slot, rank,
+                          to + dot_rows * kWarpSize * 16);
     }
     cp_async_commit();  // a group a step, even an empty one: the wait above counts them
   }
@@ -430,7 +415,6 @@ SlotArguments slot_arguments(const ValueFfnParams& params) {
   arguments.num_selected = static_cast<int>(params.num_selected);
   arguments.num_cores = params.num_cores;
   arguments.divisors = AddressDivisors<ReciprocalDivisor>(params.addressing);
-  arguments.skips = params.addressing.rows_in_memory() < params.addressing.num_slots;
   return arguments;
 }
 

@@ -251,3 +251,22 @@ def uneven(by: str) -> None:
 @pytest.mark.parametrize("by", ["columns", "rows"])
 def test_uneven_batches_are_found_when_asked(pool: Any, by: str) -> None:
     pool(2).run(uneven, by)
+
+
+def table_alone(by: str) -> None:
+    """The network is frozen; no gradient as large as the table appears."""
+    config = cases.layer_config()
+    table = um.MemoryTable.from_config(config, grad_mode="deferred")
+    um.parallel.shard_table(table, cases.mesh_of("cpu", (2,)), by=by)
+    layer = um.UltraMemLayer(config, 0).requires_grad_(False)
+    layer(torch.randn(3, 16), table).sum().backward()
+    assert table.factors is not None
+    assert table.factors.num_tokens == 6
+    assert all(p.grad is None for p in table.parameters())
+    table.requires_grad_(False)
+    assert not layer(torch.randn(3, 16), table).requires_grad
+
+
+@pytest.mark.parametrize("by", ["columns", "rows"])
+def test_tables_that_train_alone(pool: Any, by: str) -> None:
+    pool(2).run(table_alone, by)

@@ -170,8 +170,8 @@ class MemoryOptimizer(Optimizer):
     def _rows(self, tensor: Tensor) -> Tensor:
         """A contiguous tensor as [N, dim]."""
         if tensor.dim() > 1:
-            return tensor.view(-1, tensor.shape[-1]) if tensor.numel() else tensor.flatten(1)
-        return tensor.view(1, -1)
+            return tensor.view(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+        return tensor.view(1, tensor.numel())
 
     def _first(self, param: Tensor, part: Part) -> tuple[int, int]:
         """The row and the column of the whole parameter, as [N, dim], where this rank's part
@@ -620,7 +620,9 @@ class MemoryAdagrad(MemoryOptimizer):
         _check_number("initial_accumulator_value", group["initial_accumulator_value"])
 
     def _rows(self, tensor: Tensor) -> Tensor:
-        return tensor.view(tensor.shape[0], -1) if tensor.dim() > 0 else tensor.view(1, 1)
+        if tensor.dim() == 0:
+            return tensor.view(1, 1)
+        return tensor.view(tensor.shape[0], math.prod(tensor.shape[1:]))
 
     def _first(self, param: Tensor, part: Part) -> tuple[int, int]:
         return (part.offset, 0) if part.dim == 0 else super()._first(param, part)

@@ -63,7 +63,10 @@ class ColumnRead(ShardedRead):
         pre_values: Tensor | None,
     ) -> Tensor:
         self.factors = self.prepare_factors(values, pre_values, self.num_pieces)
-        out: Tensor = _ColumnRead.apply(self, indices, scores, pre_input, values, pre_values)
+        anchor = self.anchor(values.device)
+        out: Tensor = _ColumnRead.apply(
+            self, indices, scores, pre_input, values, pre_values, anchor
+        )
         return out
 
     @property
@@ -107,6 +110,7 @@ class ColumnRead(ShardedRead):
     def append(
         self, ids: Tensor, weights: Tensor, grad_a: Tensor | None, grad_out: Tensor, inputs: Any
     ) -> None:
+        assert self.factors is not None
         with self.factors._appending(ids.shape[0]) as arena:
             torch.ops.ultramem.table_factors_append(
                 ids, weights, grad_a, grad_out, inputs, self.table.num_slots, *self.place, arena
@@ -148,6 +152,7 @@ class _ColumnRead(torch.autograd.Function):
         pre_input: Tensor | None,
         values: Tensor,
         pre_values: Tensor | None,
+        anchor: Tensor,
     ) -> Tensor:
         ctx.read = read
         if indices.shape[0] == 0:
@@ -174,13 +179,13 @@ class _ColumnRead(torch.autograd.Function):
         read: ColumnRead = ctx.read
         if grad_out.shape[0] == 0:
             _, scores, pre_input, values, pre_values = ctx.saved_tensors
-            like = (None, None, scores, pre_input, values, pre_values)
+            like = (None, None, scores, pre_input, values, pre_values, None)
             return tuple(
                 torch.zeros_like(t) if t is not None and needed else None
                 for t, needed in zip(like, ctx.needs_input_grad, strict=True)
             )
         ids, scores, inputs, values, pre_values, a = ctx.saved_tensors
-        need_values, need_pre_values = ctx.needs_input_grad[4:]
+        need_values, need_pre_values = ctx.needs_input_grad[4:6]
         grad_outs = exchange_columns(grad_out, read.group)
         grad_scores = read.dots(ids, grad_outs, values, 0)
         grad_a = grad_inputs = None
@@ -202,7 +207,7 @@ class _ColumnRead(torch.autograd.Function):
                 grad_values = read.dense(ids, weights, grad_outs, values, 0)
             if need_pre_values and grad_a is not None:
                 grad_pre_values = read.dense(ids, grad_a, inputs, pre_values, 1)
-        return None, None, *grads, grad_values, grad_pre_values
+        return None, None, *grads, grad_values, grad_pre_values, None
 
 
 def _return_gradients(

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..addressing import SlotAddressing
-from ..factors import FactorShape
+from ..factors import FactorShape, GradientFactors
 from ..ops._value_ffn import addressing_arguments
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class ShardedRead:
     num_selected: int
     num_cores: int
     dtype: torch.dtype
+    factors: GradientFactors | None = dataclasses.field(default=None, init=False)
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -64,6 +65,11 @@ class ShardedRead:
         """The operators' arguments that say which row an index is."""
         return (*addressing_arguments(self.addressing), self.sum_groups)
 
+    def anchor(self, device: torch.device) -> Tensor:
+        """An input without values, of no gradient, on whose account a backward runs although
+        nothing but a deferred table trains."""
+        return torch.empty(0, device=device, requires_grad=self.factors is not None)
+
     def scale_of(self, which: int) -> Tensor | None:
         """That of values (0) or pre_values (1)."""
         return None if self.table.scale is None else self.table.scale[which]
@@ -71,12 +77,12 @@ class ShardedRead:
     def output_shape(self, num_tokens: int) -> tuple[int, ...]:
         return (num_tokens, *self.group_shape, self.table.value_dim)
 
-    def prepare_factors(self, values: Tensor, pre_values: Tensor | None, num_cores: int) -> Any:
+    def prepare_factors(
+        self, values: Tensor, pre_values: Tensor | None, num_cores: int
+    ) -> GradientFactors | None:
         """The table's factors, if a backward is to append to them: their shape is fixed here."""
         factors = self.table.factors
-        trains = self.table.values.requires_grad or (
-            self.table.pre_values is not None and self.table.pre_values.requires_grad
-        )
+        trains = any(p is not None and p.requires_grad for p in self.table.rows())
         if factors is None or not trains or not torch.is_grad_enabled():
             return None
         num_groups = 1 if self.sum_groups else self.addressing.expand

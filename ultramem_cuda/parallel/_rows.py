@@ -42,7 +42,8 @@ class RowRead(ShardedRead):
         pre_values: Tensor | None,
     ) -> Tensor:
         self.factors = self.prepare_factors(values, pre_values, self.num_cores)
-        out: Tensor = _RowRead.apply(self, indices, scores, pre_input, values, pre_values)
+        anchor = self.anchor(values.device)
+        out: Tensor = _RowRead.apply(self, indices, scores, pre_input, values, pre_values, anchor)
         return out
 
     @property
@@ -75,6 +76,7 @@ class _RowRead(torch.autograd.Function):
         pre_input: Tensor | None,
         values: Tensor,
         pre_values: Tensor | None,
+        anchor: Tensor,
     ) -> Tensor:
         ctx.read = read
         if indices.shape[0] == 0:
@@ -107,9 +109,9 @@ class _RowRead(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise_double_backward("value_ffn")
         read: RowRead = ctx.read
-        need_values, need_pre_values = ctx.needs_input_grad[4:]
+        need_values, need_pre_values = ctx.needs_input_grad[4:6]
         if grad_out.shape[0] == 0:
-            like = (None, None, *ctx.saved_tensors)
+            like = (None, None, *ctx.saved_tensors, None)
             return tuple(
                 torch.zeros_like(t) if t is not None and needed else None
                 for t, needed in zip(like, ctx.needs_input_grad, strict=True)
@@ -145,7 +147,7 @@ class _RowRead(torch.autograd.Function):
             grad_values = grad_values.mul_(scale) if need_values else None
             grad_pre_values = grad_pre_values.mul_(scale) if need_pre_values else None
         grads = _return_gradients(read, grad_scores, grad_inputs if inputs is not None else None)
-        return None, None, *grads, grad_values, grad_pre_values
+        return None, None, *grads, grad_values, grad_pre_values, None
 
 
 def _return_gradients(

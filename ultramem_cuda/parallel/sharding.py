@@ -144,9 +144,9 @@ class TableSharding:
         """
         if pre_input is not None:
             (pre_input,) = cast_for_autocast(pre_input)
-        values, pre_values = local(table.values), None
-        if table.pre_values is not None:
-            pre_values = local(table.pre_values)
+        # Deferred gradients reach no parameter: a DTensor would get zeros of its whole size.
+        rows = [p if table.factors is None or p is None else p.detach() for p in table.rows()]
+        values, pre_values = (local(part) for part in rows)
         scores = accumulation_cast("value_ffn", "scores", scores, values.dtype)
         self._check_gradients(table)
         if os.environ.get("ULTRAMEM_DEBUG") == "1":
