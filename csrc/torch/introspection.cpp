@@ -11,14 +11,13 @@ ULTRAMEM_EXPORT int32_t ultramem_api_version() { return ultramem::kApiVersion; }
 
 // What was built, as a JSON object; lists are joined by commas. CMakeLists.txt defines the names.
 ULTRAMEM_EXPORT const char* ultramem_build_info() {
-  static const std::string info = "{\"version\": \"" ULTRAMEM_VERSION
-                                  "\", \"build_type\": \"" ULTRAMEM_BUILD_TYPE
-                                  "\", \"cxx_compiler\": \"" ULTRAMEM_CXX_COMPILER
-                                  "\", \"cuda_compiler\": \"" ULTRAMEM_CUDA_COMPILER
-                                  "\", \"cuda_architectures\": \"" ULTRAMEM_CUDA_ARCHITECTURES
-                                  "\", \"cpu_capabilities\": \"" ULTRAMEM_CPU_CAPABILITIES
-                                  "\", \"api_version\": " +
-                                  std::to_string(ultramem::kApiVersion) + "}";
+  static const std::string info =
+      "{\"version\": \"" ULTRAMEM_VERSION "\", \"build_type\": \"" ULTRAMEM_BUILD_TYPE
+      "\", \"cxx_compiler\": \"" ULTRAMEM_CXX_COMPILER
+      "\", \"cuda_compiler\": \"" ULTRAMEM_CUDA_COMPILER
+      "\", \"cuda_architectures\": \"" ULTRAMEM_CUDA_ARCHITECTURES
+      "\", \"cpu_capabilities\": \"" ULTRAMEM_CPU_CAPABILITIES "\", \"api_version\": " +
+      std::to_string(ultramem::kApiVersion) + "}";
   return info.c_str();
 }
 
