@@ -293,6 +293,38 @@ def train_distributed(run: Training) -> Trained:
     return Trained(losses, norms, effective(model.table))
 
 
+def train_from(run: Training, path: str, resume: bool, first: int, batches: int) -> list[float]:
+    """Losses of some steps, from a checkpoint or to one, of the mean over so many batches that the
+    ranks share; in one process without a process group, too."""
+    size, rank = 1, 0
+    if dist.is_initialized():
+        size, rank = dist.get_world_size(), dist.get_rank()
+    model = language_model(run)
+    wrapped = distribute(run, model) if dist.is_initialized() else model
+    optimizer = make_optimizer(run, model)
+    if resume:
+        torch.nn.init.zeros_(model.head.weight)  # what is loaded is what counts
+        checkpoint = um.checkpoint.load(path, model, optimizer)
+        assert checkpoint.step == first
+    share = batches // size
+    losses = []
+    for step in range(first, first + run.steps):
+        mine = slice(rank * share, (rank + 1) * share)
+        inputs, targets = (t[mine].flatten(0, 1) for t in text(step, batches, run.device))
+        loss = cross_entropy(wrapped(inputs)[0], targets)
+        loss.backward()
+        um.optim.clip_grad_norm_(model, run.max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach().clone()
+        if dist.is_initialized():
+            dist.all_reduce(mean)
+        losses.append(mean.item() / size)
+    if not resume:
+        um.checkpoint.save(path, model, optimizer, step=first + run.steps)
+    return losses
+
+
 # ---- the wire ------------------------------------------------------------------------------------
 
 
