@@ -25,13 +25,15 @@ class Part(NamedTuple):
     dim: int | None  # that the tensor is cut along; None: the rank has all of it
     offset: int  # where the part begins
     group: Any  # the ranks that have the other parts
+    copies: tuple[Any, ...] = ()  # groups of ranks that have the same part
 
 
 def part_of(tensor: Any) -> Part:
     """The part of a DTensor; of any other tensor, all of it.
 
     Raises:
-        NotImplementedError: cut along two dimensions, unevenly, or sums that are still to be taken.
+        NotImplementedError: cut along two dimensions, along other than the first into parts of
+            different sizes, or sums that are still to be taken.
     """
     if not is_dtensor(tensor):
         return Part(None, 0, None)
@@ -41,10 +43,21 @@ def part_of(tensor: Any) -> Part:
             "a DTensor must be replicated, or sharded over one dimension of its mesh, got "
             f"{list(tensor.placements)}"
         )
+    mesh = tensor.device_mesh
+    copies = tuple(
+        mesh.get_group(i)
+        for i, placement in enumerate(tensor.placements)
+        if placement.is_replicate() and mesh.size(i) > 1
+    )
     if not cut:
-        return Part(None, 0, None)
+        return Part(None, 0, None, copies)
     mesh_dim, placement = cut[0]
-    mesh, length = tensor.device_mesh, tensor.shape[placement.dim]
+    length = tensor.shape[placement.dim]
+    if placement.dim > 0 and length % mesh.size(mesh_dim):
+        raise NotImplementedError(
+            f"a DTensor must be cut into equal parts along dimension {placement.dim}, got "
+            f"{length} columns over {mesh.size(mesh_dim)} ranks"
+        )
     chunk = -(-length // mesh.size(mesh_dim))
     offset = min(chunk * mesh.get_local_rank(mesh_dim), length)
-    return Part(placement.dim, offset, mesh.get_group(mesh_dim))
+    return Part(placement.dim, offset, mesh.get_group(mesh_dim), copies)

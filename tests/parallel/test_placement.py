@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import ultramem_cuda as um
@@ -230,6 +232,88 @@ def overflown(by: str) -> tuple[bool, bool]:
     return moved[0], moved[1]
 
 
+class Both(torch.nn.Module):
+    def __init__(self, table: um.MemoryTable) -> None:
+        super().__init__()
+        self.table, self.layer = table, um.UltraMemLayer(cases.layer_config(), 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, self.table)
+
+
+def overflown_beside_ddp(network: str) -> tuple[list[bool], float]:
+    """Dense gradients of the table, not finite on one rank, and those of a network that are."""
+    torch.manual_seed(0)
+    table = um.MemoryTable.from_config(cases.layer_config())
+    um.parallel.shard_table(table, cases.mesh_of("cpu", (2,)), by="rows")
+    model = Both(table)
+    wrapped: torch.nn.Module = model
+    if network == "ddp":
+        um.parallel.ignore_tables_in_ddp(model)
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    else:
+        other = init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))
+        fully_shard(model, mesh=other, ignored_params=um.parallel.table_parameters(model))
+    optimizer = um.optim.MemorySGD(model.parameters(), lr=1.0)
+    scaler = um.optim.GradScaler("cpu", init_scale=4.0)
+    moved = []
+    for bad in (float("inf"), 1.0):
+        before = cases.effective(table)
+        scaler.scale(wrapped(torch.randn(4, 16)).square().sum()).backward()
+        gradient = table.values.grad
+        assert isinstance(gradient, DTensor)
+        if dist.get_rank() == 1:
+            gradient.to_local()[0, 0] *= bad
+            gradient.to_local()[0, 0] += bad
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        moved.append(not torch.equal(cases.effective(table)["values"], before["values"]))
+    return moved, scaler.get_scale()
+
+
+@pytest.mark.parametrize("network", ["ddp", "fsdp"])
+def test_dense_gradients_that_are_not_finite_on_one_rank(pool: Any, network: str) -> None:
+    assert pool(2).run(overflown_beside_ddp, network) == [([False, True], 2.0)] * 2
+
+
+def stale(by: str) -> None:
+    table = um.MemoryTable.from_config(cases.layer_config(), grad_mode="deferred")
+    optimizer = um.optim.MemorySGD(table.parameters(), lr=1.0)
+    mesh = cases.mesh_of("cpu", (2,))
+    if by == "copies":
+        um.parallel.replicate_table(table, mesh)
+    else:
+        um.parallel.shard_table(table, mesh, by=by)
+    um.UltraMemLayer(cases.layer_config(), 0)(torch.randn(3, 16), table).sum().backward()
+    with pytest.raises(RuntimeError, match="make the optimizer afterwards"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("by", ["rows", "copies"])
+def test_optimizers_of_the_parameters_before(pool: Any, by: str) -> None:
+    pool(2).run(stale, by)
+
+
+def uneven_copies() -> None:
+    table = um.MemoryTable.from_config(cases.layer_config(), grad_mode="deferred")
+    um.parallel.replicate_table(table, cases.mesh_of("cpu", (2,)))
+    tokens = 3 * dist.get_rank()
+    um.UltraMemLayer(cases.layer_config(), 0)(torch.randn(tokens, 16), table).sum().backward()
+    optimizer = um.optim.MemorySGD(table.parameters(), lr=1.0)
+    os.environ["ULTRAMEM_DEBUG"] = "1"
+    try:
+        for call in (optimizer.step, lambda: um.optim.clip_grad_norm_([], 1.0, tables=[table])):
+            with pytest.raises(RuntimeError, match=r"to a step, got \[0, 3\]"):
+                call()
+    finally:
+        del os.environ["ULTRAMEM_DEBUG"]
+
+
+def test_copies_of_different_batches_are_found_when_asked(pool: Any) -> None:
+    pool(2).run(uneven_copies)
+
+
 @pytest.mark.parametrize("by", ["columns", "rows"])
 def test_one_rank_without_finite_gradients_stops_all(pool: Any, by: str) -> None:
     assert pool(2).run(overflown, by) == [(False, True)] * 2
@@ -241,7 +325,7 @@ def uneven(by: str) -> None:
     um.parallel.shard_table(table, cases.mesh_of("cpu", (2,)), by=by)
     os.environ["ULTRAMEM_DEBUG"] = "1"
     try:
-        with pytest.raises(RuntimeError, match=r"same number of tokens to a layer, got \[3, 4\]"):
+        with pytest.raises(RuntimeError, match=r"a memory group, to a layer, got \[3, 4\]"):
             um.UltraMemLayer(config, 0)(torch.randn(3 + dist.get_rank(), 16), table)
         um.UltraMemLayer(config, 0)(torch.randn(3, 16), table)
     finally:

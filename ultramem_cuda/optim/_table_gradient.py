@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -77,6 +78,16 @@ def rows_here(table: MemoryTable) -> int:
 
 def has_entries(table: MemoryTable) -> bool:
     return table.factors is not None and table.factors.slots.shape[0] > 0
+
+
+def check_copies(table: MemoryTable) -> None:
+    """With ULTRAMEM_DEBUG=1: that the copies of a table have factors of as many tokens.
+
+    Raises:
+        RuntimeError: they have not, and an exchange would hang or mix them up.
+    """
+    if os.environ.get("ULTRAMEM_DEBUG") == "1" and table.sharding is not None:
+        table.sharding.check_copies(factors_of(table).num_tokens)
 
 
 def has_gradient(table: MemoryTable, param: Tensor) -> bool:

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import nvtx
-from .._local import local, part_of
-from ..table import MemoryTable
+from .._local import is_dtensor, local, part_of
+from .._retrieval_cache import is_capturing
+from ..table import MemoryTable, table_of
 from ._table_gradient import (
+    check_copies,
     deferred_table,
     dense_gradient,
     found_nonfinite,
@@ -81,6 +83,9 @@ def clip_grad_norm_(
     params = list({id(param): param for param in params}.values())
 
     deferred = [(p, t) for p in params if (t := deferred_table(p)) and p.requires_grad]
+    for table in {id(t): t for _, t in deferred}.values():
+        if not is_capturing(table.values.device):
+            check_copies(table)
     deferred = [(p, t) for p, t in deferred if has_entries(t)]
     clipped = {id(p) for p, _ in deferred}
     for _, table in deferred:
@@ -104,6 +109,11 @@ def clip_grad_norm_(
         squares.append((part_of(param).group, square))
     total = _sum_over_ranks(squares, device).sqrt()
     total = total.to(torch.float64 if is_double else torch.float32)
+    for _, table in deferred:
+        # Copies step alike to the bit, whatever order each memory group has summed in.
+        if table.sharding is not None and table.sharding.num_replicas > 1:
+            torch.distributed.broadcast(total, group=table.sharding.replica_group, group_src=0)
+            break
     if error_if_nonfinite and not total.isfinite():
         raise RuntimeError(
             f"clip_grad_norm_: the total norm of the gradients is {total.item()}; to clip "
@@ -133,13 +143,13 @@ def _sum_over_ranks(squares: list[tuple[Any, Tensor]], device: torch.device) -> 
     """The sum of all, each over the ranks that have a part of it: one reduction a group."""
     by_group: dict[Any, list[Tensor]] = {}
     for group, square in squares:
-        by_group.setdefault(group, []).append(square.to(device))
+        by_group.setdefault((group, square.device), []).append(square)
     totals = []
-    for group, parts in by_group.items():
+    for (group, _), parts in by_group.items():
         total = torch.stack(parts).sum()
         if group is not None:
             torch.distributed.all_reduce(total, group=group)
-        totals.append(total)
+        totals.append(total.to(device))
     return torch.stack(totals).sum()
 
 
@@ -162,16 +172,56 @@ class GradScaler(torch.amp.GradScaler):
     def _unscale_grads_(
         self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
-        found = super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
-        params = (param for group in optimizer.param_groups for param in group["params"])
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        grads = [param.grad for param in params if param.grad is not None]
+        if any(is_dtensor(grad) for grad in grads):
+            # torch's takes no DTensors beside tensors, and asks the mesh of the first alone.
+            found = _unscale([local(grad) for grad in grads], inv_scale, found_inf, allow_fp16)
+        else:
+            found = super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
         tables = {id(t): t for param in params if (t := deferred_table(param)) and has_entries(t)}
         for table in tables.values():
             cache = step_cache(table)
             bad = found_nonfinite(table)
             seen = found.get(bad.device)
-            bad = bad if seen is None else torch.maximum(seen, bad)
-            found[bad.device] = bad if table.sharding is None else table.sharding.max_over_mesh(bad)
+            found[bad.device] = bad if seen is None else torch.maximum(seen, bad)
             if not cache.unscaled:
                 cache.multiply(inv_scale)
                 cache.unscaled = True
+        for mesh in _meshes(params):
+            for device in found:
+                if device.type == mesh.device_type:
+                    for dim in range(mesh.ndim):
+                        torch.distributed.all_reduce(
+                            found[device],
+                            op=torch.distributed.ReduceOp.MAX,
+                            group=mesh.get_group(dim),
+                        )
         return found
+
+
+def _unscale(
+    grads: list[Tensor], inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+) -> dict[torch.device, Tensor]:
+    """In place, and for each device whether a value on it is not finite."""
+    found: dict[torch.device, Tensor] = {}
+    for group in _by_device_and_dtype(grads):
+        if group[0].dtype == torch.float16 and not allow_fp16:
+            raise ValueError("Attempting to unscale FP16 gradients.")
+        device = group[0].device
+        if device not in found:
+            found[device] = found_inf.to(device, copy=True)
+        torch._amp_foreach_non_finite_check_and_unscale_(group, found[device], inv_scale.to(device))
+    return found
+
+
+def _meshes(params: list[Tensor]) -> list[Any]:
+    """Those that parameters, or tables, lie over: ranks that must agree on a step."""
+    meshes: list[Any] = []
+    for param in params:
+        table = table_of(param)
+        placed = [param.device_mesh] if is_dtensor(param) else []  # type: ignore[attr-defined]
+        if table is not None and table.sharding is not None:
+            placed.append(table.sharding.mesh)
+        meshes += [mesh for mesh in placed if mesh not in meshes]
+    return meshes

@@ -14,8 +14,9 @@ from .. import _library, nvtx
 from .._local import Part, is_dtensor, local, part_of
 from .._retrieval_cache import is_capturing
 from ..ops._checks import accumulation_dtype
-from ..table import MemoryTable, live_optimizers, write_scaled
+from ..table import MemoryTable, live_optimizers, table_of, write_scaled
 from ._table_gradient import (
+    check_copies,
     deferred_table,
     dense_gradient,
     factored_gradient,
@@ -225,6 +226,7 @@ class MemoryOptimizer(Optimizer):
         for deferred in self._tables():
             if not is_capturing(deferred.values.device):
                 factors_of(deferred).check()
+                check_copies(deferred)
             if deferred.sharding is None and _several_processes():
                 raise NotImplementedError(
                     "step: a table with grad_mode='deferred' in a job of several processes, whose "
@@ -236,6 +238,7 @@ class MemoryOptimizer(Optimizer):
                 stream += 1
                 if not param.requires_grad:
                     continue  # its factors may be there all the same
+                _check_current(param)
                 table = deferred_table(param)
                 if table is not None:
                     self._check_decay(group, param)
@@ -352,6 +355,8 @@ class MemoryOptimizer(Optimizer):
             scale = table.scale_of(param)
             if is_capturing(param.device):  # else it has raised
                 found_inf = factors_of(table).overflowed()
+                if table.sharding is not None:
+                    found_inf = table.sharding.max_over_mesh(found_inf)
         if "master_scale" in state:  # loaded since the last step
             ratio = state.pop("master_scale").cpu() / (1.0 if scale is None else scale.cpu())
             if ratio != 1.0:
@@ -447,6 +452,15 @@ class MemoryOptimizer(Optimizer):
             for name, value in state_dict["state"].get(saved_id, {}).items():
                 if isinstance(value, Tensor):
                     self.state[param][name] = value.to(param.device, copy=True)
+
+
+def _check_current(param: Tensor) -> None:
+    table = table_of(param)
+    if table is not None and not any(param is mine for mine in table.rows()):
+        raise RuntimeError(
+            "step: a parameter that its table has replaced, as shard_table and replicate_table do; "
+            "make the optimizer afterwards"
+        )
 
 
 def _check_placed_alike(param: Any, grad: Any) -> None:
@@ -638,6 +652,8 @@ class MemoryAdagrad(MemoryOptimizer):
             num_rows = local(param).shape[0]
             squares = torch.ops.ultramem.table_grad_row_sq(*factored, num_rows)
         torch.distributed.all_reduce(squares, group=part.group)
+        for copies in part.copies:  # to the bit, whatever order each group has summed in
+            torch.distributed.broadcast(squares, group=copies, group_src=0)
         return squares, param.shape[1]
 
     def _init_state(self, state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:

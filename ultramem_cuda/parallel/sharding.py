@@ -150,7 +150,8 @@ class TableSharding:
         scores = accumulation_cast("value_ffn", "scores", scores, values.dtype)
         self._check_gradients(table)
         if os.environ.get("ULTRAMEM_DEBUG") == "1":
-            self._check_num_tokens(indices.shape[0])
+            whose = "all ranks of a memory group, to a layer"
+            self._check_equal(indices.shape[0], self.shard_group, whose)
         kind = ColumnRead if self.by == "columns" else RowRead
         read = kind(
             sharding=self,
@@ -164,14 +165,19 @@ class TableSharding:
         )
         return read(indices, scores, pre_input, values, pre_values)
 
-    def _check_num_tokens(self, num_tokens: int) -> None:
-        mine = torch.tensor([num_tokens], device=self.device)
-        of_all = torch.empty(self.num_shards, dtype=mine.dtype, device=self.device)
-        dist.all_gather_into_tensor(of_all, mine, group=self.shard_group)
-        if (of_all != num_tokens).any():
+    def check_copies(self, num_tokens: int) -> None:
+        """Raise where copies of this part hold factors of other numbers of tokens."""
+        if self.num_replicas > 1:
+            self._check_equal(num_tokens, self.replica_group, "the copies of a table, to a step")
+
+    def _check_equal(self, number: int, group: dist.ProcessGroup | None, whose: str) -> None:
+        mine = torch.tensor([number], device=self.device)
+        of_all = mine.new_empty(dist.get_world_size(group))
+        dist.all_gather_into_tensor(of_all, mine, group=group)
+        if (of_all != number).any():
             raise RuntimeError(
-                "table: all ranks of a memory group must bring the same number of tokens to a "
-                f"layer, got {of_all.tolist()}"
+                f"table: the same number of tokens must be brought by {whose}, got "
+                f"{of_all.tolist()}"
             )
 
     def _check_gradients(self, table: MemoryTable) -> None:

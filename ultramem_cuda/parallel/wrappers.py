@@ -22,10 +22,12 @@ def ignore_tables_in_ddp(model: nn.Module) -> None:
     It would wait for gradients that never come, and average what is averaged already.
     """
     names = {
-        f"{prefix}.{name}" if prefix else name
+        f"{prefix}.{name}"
         for prefix, table in _tables(model).items()
         for name in table.state_dict()
     }
+    # DDP looks for what the root module itself holds with a dot and without.
+    names |= {name[1:] for name in names if name.startswith(".")}
     known = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
         model, sorted(names | set(known))
