@@ -12,8 +12,8 @@ The operators are in `ultramem_cuda.ops` (and under `torch.ops.ultramem`); the c
 """
 
 import importlib as _importlib
+import typing as _typing
 from pathlib import Path as _Path
-from typing import Any as _Any
 
 from . import checkpoint, factors, init, losses, nvtx, ops, optim, stats, topology
 from ._version import __version__
@@ -44,14 +44,14 @@ __all__ = [
     "topology",
 ]
 
-# Imported at first use: torch.distributed takes a while, and not every torch has it.
-_LAZY = ("parallel",)
-
-
-def __getattr__(name: str) -> _Any:
-    if name in _LAZY:
-        return _importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if _typing.TYPE_CHECKING:
+    from . import parallel
+else:
+    # Imported at first use: torch.distributed takes a while, and not every torch has it.
+    def __getattr__(name: str) -> _typing.Any:
+        if name == "parallel":
+            return _importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # python_ref, profiling, bench and examples are folders of the repository's root, shipped inside

@@ -108,7 +108,7 @@ def test_check_passes_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("check", "--device", "cpu") == 0
     printed = capsys.readouterr().out
     assert "FAILED" not in printed
-    for operator in ops.__all__:
+    for operator in set(ops.__all__) - {"value_slots"}:  # whose result has no dtype to check
         for dtype in ("fp64", "fp32", "bf16", "fp16"):
             if operator != "tucker_filter" or dtype in ("fp64", "fp32"):
                 assert any(

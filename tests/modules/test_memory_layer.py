@@ -298,11 +298,3 @@ def test_tables_that_cannot_be_read_are_refused() -> None:
     layer, table = layer_and_table()
     with pytest.raises(TypeError, match="table: must be a MemoryTable, got Parameter"):
         layer(tokens(2, 24), table.values)
-
-    class Sharded(torch.Tensor):
-        device_mesh = None
-
-    values = table.values.detach().as_subclass(Sharded)
-    table.values = torch.nn.Parameter(values)
-    with pytest.raises(NotImplementedError, match="leave the table in FSDP's root unit"):
-        layer(tokens(2, 24), table)

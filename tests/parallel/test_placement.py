@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import ultramem_cuda as um
 
@@ -97,6 +97,8 @@ def refusals() -> list[str]:
     used = table()
     layer = um.UltraMemLayer(cases.layer_config(), 0)
     layer(torch.randn(3, 16), used).sum().backward()
+    foreign = table("dense")
+    foreign.values = torch.nn.Parameter(distribute_tensor(foreign.values.detach(), mesh))
     main_grad = shard(table("dense"), mesh, by="columns")
     main_grad.values.main_grad = torch.zeros(203, 24)  # type: ignore[attr-defined]
     return [
@@ -109,6 +111,7 @@ def refusals() -> list[str]:
         message(lambda: shard(um.MemoryTable(1, 4), mesh, by="rows")),
         message(lambda: copies(table("dense"), mesh)),
         message(lambda: layer(torch.randn(3, 16), main_grad)),
+        message(lambda: layer(torch.randn(3, 16), foreign)),
     ]
 
 
@@ -128,6 +131,7 @@ def test_what_is_refused(pool: Any) -> None:
     for messages in pool(2).run(refusals):
         assert messages[:8] == expected
         assert messages[8].startswith("table: main_grad is not offered where the table is sharded")
+        assert messages[9].endswith("(or leave the table in FSDP's root unit)")
 
 
 def without_anything_to_exchange() -> None:
