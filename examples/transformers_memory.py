@@ -1,4 +1,4 @@
-"""A Llama of transformers with and without memory layers, on equal active parameters.
+"""A decoder of transformers with and without memory layers, on equal active parameters.
 
     python -m examples.transformers_memory                     # from a checkout
     python -m ultramem_cuda.examples.transformers_memory       # as installed
@@ -25,7 +25,13 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.utils import logging as transformers_logging
 
 import ultramem_cuda as um
@@ -38,6 +44,10 @@ from .lm.files import write_atomically
 WIDTH_STEP = 8
 ACTIVE_TOLERANCE = 0.01
 VAL_FRACTION = 0.03
+FAMILIES: dict[str, tuple[Any, Any]] = {
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+}
 PROMPT = b"def __init__(self, "
 
 
@@ -50,6 +60,7 @@ class Settings:
     read so often that it needs no more.
     """
 
+    family: str = "qwen3"
     hidden_size: int = 64
     num_layers: int = 2
     num_attention_heads: int = 2
@@ -101,15 +112,18 @@ def memory_config(settings: Settings) -> um.UltraMemConfig:
 
 
 def build(settings: Settings, intermediate_size: int, with_memory: bool) -> Any:
-    """A Llama over bytes with weights of N(0, 1/D), seeded."""
+    """A decoder over bytes with weights of N(0, 1/D), seeded."""
     torch.manual_seed(settings.seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
+    config_class, model_class = FAMILIES[settings.family]
+    model = model_class(
+        config_class(
             vocab_size=256,
             hidden_size=settings.hidden_size,
             intermediate_size=intermediate_size,
             num_hidden_layers=settings.num_layers,
             num_attention_heads=settings.num_attention_heads,
+            num_key_value_heads=settings.num_attention_heads,
+            head_dim=settings.hidden_size // settings.num_attention_heads,
             max_position_embeddings=2 * settings.context,
             initializer_range=settings.hidden_size**-0.5,
             bos_token_id=None,
@@ -280,6 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="transformers_memory", description=(__doc__ or "").splitlines()[0]
     )
+    parser.add_argument("--family", choices=FAMILIES, default=Settings.family)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="S")
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--json", type=Path, help="write settings, losses and the text there")
@@ -288,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()
     records = []
     for seed in options.seeds:
-        settings = Settings(seed=seed, steps=options.steps)
+        settings = Settings(family=options.family, seed=seed, steps=options.steps)
         with tempfile.TemporaryDirectory() as temporary:
             records.append(compare(settings, options.out or Path(temporary), print))
     print(records[-1]["generated"])

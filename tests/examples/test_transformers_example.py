@@ -25,8 +25,9 @@ def _read_once() -> Iterator[None]:
         yield
 
 
-def test_few_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    record = example.compare(BRIEF, tmp_path, print)
+@pytest.mark.parametrize("family", example.FAMILIES)
+def test_few_steps(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = example.compare(dataclasses.replace(BRIEF, family=family), tmp_path, print)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[2] for line in lines] == ["dense", "memory", "generates"]
     dense, memory = record["dense"], record["memory"]
@@ -65,4 +66,4 @@ def test_command(
     assert example.main(["--seeds", "1", "2", "--json", str(file)]) == 0
     assert [record["seed"] for record in json.loads(file.read_text())] == [1, 2]
     assert "text" in capsys.readouterr().out
-    assert example.main(["--seeds", "3"]) == 1
+    assert example.main(["--seeds", "3", "--family", "llama"]) == 1
