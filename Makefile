@@ -14,8 +14,9 @@ JOBS ?= $(shell nproc)
 
 export MAX_JOBS ?= $(JOBS)
 
-# pytest with a process a core (eight at most), where there is pytest-xdist.
-PARALLEL = $(shell $(PY) -c "import xdist" 2>/dev/null && echo "-n $(JOBS) --maxprocesses 8 --dist worksteal")
+# pytest with a process a core (eight at most), where there is pytest-xdist; a file to a process, so that
+# what its tests share (wheels, processes of torch.distributed) is made once.
+PARALLEL = $(shell $(PY) -c "import xdist" 2>/dev/null && echo "-n $(JOBS) --maxprocesses 8 --dist loadfile")
 # Those processes and torch's tests have a core each; BLAS behind NumPy would take all of them.
 test sanitize: export OPENBLAS_NUM_THREADS ?= 1
 

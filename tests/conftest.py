@@ -15,17 +15,19 @@ import torch
 from ultramem_cuda import _library
 
 # No deadlines: the first call of an operator loads code. The same examples in every run, so that a
-# failure here is a failure everywhere; HYPOTHESIS_PROFILE=thorough looks for new ones, and brief is
-# for tests/sanitize.sh.
+# failure here is a failure everywhere: ci draws fewer than gpu, the default where there is one;
+# HYPOTHESIS_PROFILE=thorough looks for new ones, and brief is for tests/sanitize.sh.
 _COMMON = {
     "deadline": None,
     "database": None,
     "suppress_health_check": [hypothesis.HealthCheck.too_slow],
 }
-hypothesis.settings.register_profile("ci", max_examples=30, derandomize=True, **_COMMON)
-hypothesis.settings.register_profile("brief", max_examples=10, derandomize=True, **_COMMON)
+hypothesis.settings.register_profile("gpu", max_examples=30, derandomize=True, **_COMMON)
+hypothesis.settings.register_profile("ci", max_examples=20, derandomize=True, **_COMMON)
+hypothesis.settings.register_profile("brief", max_examples=6, derandomize=True, **_COMMON)
 hypothesis.settings.register_profile("thorough", max_examples=500, print_blob=True, **_COMMON)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+_PROFILE = "gpu" if torch.cuda.is_available() else "ci"
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", _PROFILE))
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -23,6 +23,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+# What four ranks cut otherwise than two: cores into pieces, groups, narrow columns.
+ON_FOUR = ("plain", "one core", "three cores", "groups apart", "values alone")
+
+
 def check(ranks: Ranks, config: Any, by: str, grad_mode: str, dtype: torch.dtype) -> None:
     bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     device = ranks.device_type
@@ -42,6 +46,8 @@ def check(ranks: Ranks, config: Any, by: str, grad_mode: str, dtype: torch.dtype
 @pytest.mark.parametrize("by", ["columns", "rows"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_outputs_and_gradients(ranks: Ranks, variant: str, by: str, grad_mode: str) -> None:
+    if ranks.size == 4 and variant not in ON_FOUR:
+        pytest.skip("two ranks show it")
     dtype = torch.float64 if ranks.device_type == "cpu" else torch.float32
     check(ranks, cases.layer_config(**VARIANTS[variant]), by, grad_mode, dtype)
 
