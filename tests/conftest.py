@@ -23,8 +23,8 @@ _COMMON = {
     "suppress_health_check": [hypothesis.HealthCheck.too_slow],
 }
 hypothesis.settings.register_profile("gpu", max_examples=30, derandomize=True, **_COMMON)
-hypothesis.settings.register_profile("ci", max_examples=20, derandomize=True, **_COMMON)
-hypothesis.settings.register_profile("brief", max_examples=6, derandomize=True, **_COMMON)
+hypothesis.settings.register_profile("ci", max_examples=15, derandomize=True, **_COMMON)
+hypothesis.settings.register_profile("brief", max_examples=4, derandomize=True, **_COMMON)
 hypothesis.settings.register_profile("thorough", max_examples=500, print_blob=True, **_COMMON)
 _PROFILE = "gpu" if torch.cuda.is_available() else "ci"
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", _PROFILE))

@@ -17,7 +17,9 @@ class Pool:
 
     def __call__(self, size: int, backend: str = "gloo") -> Ranks:
         key = (size, backend)
-        if key not in self._groups or not self._groups[key].alive:
+        if key in self._groups and not self._groups[key].alive:
+            self._groups.pop(key).close()
+        if key not in self._groups:
             self._groups[key] = Ranks(size, backend)
         return self._groups[key]
 
@@ -26,7 +28,8 @@ class Pool:
             group.close()
 
 
-@pytest.fixture(scope="session")
+# Of this folder: tests elsewhere look at what processes there are.
+@pytest.fixture(scope="package")
 def pool() -> Iterator[Pool]:
     pool = Pool()
     yield pool

@@ -100,7 +100,7 @@ class Ranks:
 
     @property
     def alive(self) -> bool:
-        return bool(self._processes)
+        return bool(self._processes) and all(process.is_alive() for process in self._processes)
 
     def stop(self) -> None:
         for process in self._processes:
@@ -109,7 +109,7 @@ class Ranks:
         self._processes = []
 
     def close(self) -> None:
-        for pipe in self._pipes if self._processes else []:
+        for pipe in self._pipes if self.alive else []:
             pipe.send(None)
         for process in self._processes:
             process.join(10.0)
