@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops._common import raise_double_backward
-from ._read import ShardedRead
+from ._read import ShardedRead, no_gradients
 from .collectives import Parcels, Section, exchange_columns, return_columns
 
 _ACTIVATIONS = {"identity": lambda a: a, "gelu": F.gelu, "relu": F.relu, "silu": F.silu}
@@ -107,6 +107,13 @@ class ColumnRead(ShardedRead):
             ids, weights, rows, self.dtype, self.scale_of(which), *place
         )
 
+    def joined(self, pieces: Tensor, inputs: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Gradients of scores [T, S, C] and pre_input [T, Dp], from those by rank."""
+        # The pieces of all ranks in the order of the columns; those of a core are neighbours.
+        ordered = pieces.movedim(0, 2).flatten(2)
+        scores = ordered.unflatten(2, (self.num_cores, self.piece_repeats)).sum(3)
+        return scores, None if inputs is None else inputs.movedim(0, 1).flatten(1)
+
     def append(
         self, ids: Tensor, weights: Tensor, grad_a: Tensor | None, grad_out: Tensor, inputs: Any
     ) -> None:
@@ -178,12 +185,8 @@ class _ColumnRead(torch.autograd.Function):
             raise_double_backward("value_ffn")
         read: ColumnRead = ctx.read
         if grad_out.shape[0] == 0:
-            _, scores, pre_input, values, pre_values = ctx.saved_tensors
-            like = (None, None, scores, pre_input, values, pre_values, None)
-            return tuple(
-                torch.zeros_like(t) if t is not None and needed else None
-                for t, needed in zip(like, ctx.needs_input_grad, strict=True)
-            )
+            _, *saved = ctx.saved_tensors
+            return no_gradients(ctx, None, None, *saved, None)
         ids, scores, inputs, values, pre_values, a = ctx.saved_tensors
         need_values, need_pre_values = ctx.needs_input_grad[4:6]
         grad_outs = exchange_columns(grad_out, read.group)
@@ -197,7 +200,7 @@ class _ColumnRead(torch.autograd.Function):
             h = _ACTIVATIONS[read.activation](a)
             grad_scores, weights = h * grad_scores, h * scores
             grad_inputs = read.sums(ids, grad_a, pre_values, 1)
-        grads = _return_gradients(read, grad_scores, grad_inputs)
+        grads = read.joined(*read.send_back(grad_scores, grad_inputs))
         grad_values = grad_pre_values = None
         if read.factors is not None:
             flat = None if grad_a is None else grad_a.squeeze(2)
@@ -208,25 +211,3 @@ class _ColumnRead(torch.autograd.Function):
             if need_pre_values and grad_a is not None:
                 grad_pre_values = read.dense(ids, grad_a, inputs, pre_values, 1)
         return None, None, *grads, grad_values, grad_pre_values, None
-
-
-def _return_gradients(
-    read: ColumnRead, grad_scores: Tensor, grad_inputs: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Of scores [T, S, C] and pre_input [T, Dp], back where they came from."""
-    ranks = read.num_ranks
-    tokens = grad_scores.shape[0] // ranks
-    sections = [Section((tokens, *grad_scores.shape[1:]), grad_scores.dtype)]
-    if grad_inputs is not None:
-        sections.append(Section((tokens, grad_inputs.shape[1]), grad_inputs.dtype))
-    parcels = Parcels(ranks, sections, grad_scores.device)
-    parcels[0].copy_(grad_scores.unflatten(0, (ranks, tokens)))
-    if grad_inputs is not None:
-        parcels[1].copy_(grad_inputs.unflatten(0, (ranks, tokens)))
-    received = parcels.exchange(read.group)
-    # The pieces of all ranks in the order of the columns; those of a core are neighbours.
-    pieces = received[0].movedim(0, 2).flatten(2)
-    scores = pieces.unflatten(2, (read.num_cores, read.piece_repeats)).sum(3)
-    if grad_inputs is None:
-        return scores, None
-    return scores, received[1].movedim(0, 1).flatten(1)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..addressing import SlotAddressing
 from ..factors import FactorShape, GradientFactors
 from ..ops._value_ffn import addressing_arguments
+from .collectives import Parcels, Section
 
 if TYPE_CHECKING:
     from ..table import MemoryTable
@@ -89,3 +90,25 @@ class ShardedRead:
         shape = FactorShape(self.num_selected, num_cores, num_groups, self.dtype)
         factors._for_forward(values, pre_values, shape)
         return factors
+
+    def send_back(
+        self, grad_scores: Tensor, grad_inputs: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What this rank has of the gradients of all tokens' scores [P*T, *] and inputs [P*T, w],
+        to the ranks whose tokens they are: what each of those had of this one's, [P, T, *]."""
+        grads = [grad for grad in (grad_scores, grad_inputs) if grad is not None]
+        parts = [grad.unflatten(0, (self.num_ranks, -1)) for grad in grads]
+        sections = [Section(tuple(part.shape[1:]), part.dtype) for part in parts]
+        parcels = Parcels(self.num_ranks, sections, grad_scores.device)
+        for i, part in enumerate(parts):
+            parcels[i].copy_(part)
+        received = parcels.exchange(self.group)
+        return received[0], None if grad_inputs is None else received[1]
+
+
+def no_gradients(ctx: Any, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of a read without tokens, which asks no other rank: zeros where something is wanted."""
+    return tuple(
+        torch.zeros_like(tensor) if tensor is not None and needed else None
+        for tensor, needed in zip(inputs, ctx.needs_input_grad, strict=True)
+    )

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..ops._common import raise_double_backward
-from ._read import ShardedRead
+from ._read import ShardedRead, no_gradients
 from .collectives import Parcels, Section, gather_rows, return_sum
 
 
@@ -111,11 +111,7 @@ class _RowRead(torch.autograd.Function):
         read: RowRead = ctx.read
         need_values, need_pre_values = ctx.needs_input_grad[4:6]
         if grad_out.shape[0] == 0:
-            like = (None, None, *ctx.saved_tensors, None)
-            return tuple(
-                torch.zeros_like(t) if t is not None and needed else None
-                for t, needed in zip(like, ctx.needs_input_grad, strict=True)
-            )
+            return no_gradients(ctx, None, None, *ctx.saved_tensors, None)
         ids, scores, inputs, values, pre_values, a = ctx.saved_tensors
         permutation, *rest = read.place
         arguments = (
@@ -146,24 +142,7 @@ class _RowRead(torch.autograd.Function):
             scale = read.sharding.gradient_scale
             grad_values = grad_values.mul_(scale) if need_values else None
             grad_pre_values = grad_pre_values.mul_(scale) if need_pre_values else None
-        grads = _return_gradients(read, grad_scores, grad_inputs if inputs is not None else None)
+        scores, inputs = read.send_back(grad_scores, None if inputs is None else grad_inputs)
+        # Of a slot's score one rank has the gradient, and the others zero.
+        grads = (scores.sum(0), None if inputs is None else inputs.sum(0))
         return None, None, *grads, grad_values, grad_pre_values, None
-
-
-def _return_gradients(
-    read: RowRead, grad_scores: Tensor, grad_inputs: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Of scores [T, S, C] and pre_input [T, Dp], back where they came from."""
-    ranks = read.num_ranks
-    tokens = grad_scores.shape[0] // ranks
-    sections = [Section((tokens, *grad_scores.shape[1:]), grad_scores.dtype)]
-    if grad_inputs is not None:
-        sections.append(Section((tokens, grad_inputs.shape[1]), grad_inputs.dtype))
-    parcels = Parcels(ranks, sections, grad_scores.device)
-    parcels[0].copy_(grad_scores.unflatten(0, (ranks, tokens)))
-    if grad_inputs is not None:
-        parcels[1].copy_(grad_inputs.unflatten(0, (ranks, tokens)))
-    received = parcels.exchange(read.group)
-    # Of a slot's score one rank has the gradient, and the others zero.
-    scores = received[0].sum(0)
-    return scores, None if grad_inputs is None else received[1].sum(0)
