@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import cache
 from typing import Any
 
@@ -48,6 +49,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    # Thousands of tests and all that they import stay to the end: no collection of garbage need
+    # walk through them.
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
+
+
+@pytest.fixture(scope="module")
+def quick_collections() -> None:
+    """For tests of benches, which ask for many collections of garbage: what there is by now, of
+    imports and compilations before, stays to the end."""
+    gc.collect()
+    gc.freeze()
+
+
 # Session-scoped, because hypothesis refuses fixtures that it would have to make anew per example.
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
@@ -80,6 +102,15 @@ def _device_dtype(device: str, dtype: torch.dtype) -> object:
 def device_dtype(request: pytest.FixtureRequest) -> tuple[str, torch.dtype]:
     """Every device with every dtype that it is offered in."""
     return request.param
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    if config.getoption("dist") != "loadfile":
+        return None
+    from file_schedule import FileSchedule
+
+    return FileSchedule(config, log)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

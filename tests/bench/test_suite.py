@@ -22,6 +22,7 @@ from ultramem_cuda.profiling import timing
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("quick_collections")
 
 
 def of(us: float) -> timing.Timing:

@@ -27,6 +27,7 @@ from ultramem_cuda.profiling import timing
 CPU = torch.device("cpu")
 SETTINGS = retrieval_cases.Settings(CPU, 2, 1, compile=False, smoke=True)
 SECTIONS = value_ffn.BENCH.sections
+pytestmark = pytest.mark.usefixtures("quick_collections")
 
 
 def of(us: float) -> timing.Timing:

@@ -52,6 +52,7 @@ from ultramem_cuda.profiling.traffic import Layer
 SMALL = Settings(decode_tokens=(64, 1), training_tokens=(64,), packages=False, repeats=2)
 MEASURED = ("decode", "training")
 quiet = Progress(lambda line: None)
+pytestmark = pytest.mark.usefixtures("quick_collections")
 
 
 def measure(
