@@ -17,12 +17,12 @@ from ultramem_cuda.cli.interrupts import Terminated, terminable
 
 PROGRAM = [sys.executable, "-m", "ultramem_cuda"]
 # The check has its own tests; here one operator is enough.
-DEMO = """
+ONE_OPERATOR = """
 import sys
 from ultramem_cuda import cli
 from ultramem_cuda.cli import check
 check._OPERATORS = {"rms_norm": check._OPERATORS["rms_norm"]}
-sys.exit(cli.main(["demo", *sys.argv[1:]]))
+sys.exit(cli.main(sys.argv[1:]))
 """
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="this machine has no /dev/full")
@@ -70,7 +70,7 @@ class Demo:
         arguments = ["--data", str(source), "--out", str(out), "--jobs", "2", "--quiet", *ENDLESS]
         with open(self.errors, "wb") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", DEMO, *arguments],
+                [sys.executable, "-c", ONE_OPERATOR, "demo", *arguments],
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
                 start_new_session=True,
@@ -155,6 +155,8 @@ def test_a_reader_that_goes_away(command: str, source: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("command", ["doctor", "train", "check"])
 def test_a_full_device(command: str, source: Path, tmp_path: Path) -> None:
     arguments = train(source, tmp_path / "out") if command == "train" else [*PROGRAM, command]
+    if command == "check":
+        arguments = [sys.executable, "-c", ONE_OPERATOR, command]
     with open(FULL, "wb") as full:
         done = subprocess.run(
             arguments, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=120

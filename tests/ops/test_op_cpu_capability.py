@@ -22,6 +22,8 @@ TESTS = [
     "test_op_value_ffn.py::test_activations",
     "test_op_value_ffn.py::test_row_widths_around_multiples_of_vector_widths",
 ]
+# Those of the fixed shapes that are large: vectors and their tails are in the others as well.
+SELECTED = "not 4096 and not 1138 and not -small and not -layer and not -bag"
 
 
 def expected_capability(requested: str) -> str:
@@ -39,7 +41,8 @@ import sys
 import pytest
 from ultramem_cuda import _library
 print("capability", _library.cpu_capability())
-sys.exit(pytest.main({["-q", "-p", "no:cacheprovider", "-m", "not gpu", *paths]!r}))
+options = ["-q", "-p", "no:cacheprovider", "-m", "not gpu", "-k", {SELECTED!r}]
+sys.exit(pytest.main([*options, *{paths!r}]))
 """
     done = run_python(code, env={"ULTRAMEM_CPU_CAPABILITY": capability})
     assert done.returncode == 0, done.stdout + done.stderr

@@ -61,8 +61,8 @@ def test_product_key_topk(rank: int, num_cores: int, key_norm: bool, shared_quer
 @pytest.mark.parametrize("shared_query", [True, False])
 def test_key_balance_loss(shared_query: bool, normalize: str) -> None:
     data = Data(14)
-    query, keys = leaf(data, 3, 2, 2, 1 if shared_query else 3, 5), leaf(data, 2, 2, 3, 9, 5)
-    kept = data.integers(9, 3, 2, 2, 4)
+    query, keys = leaf(data, 3, 2, 2, 1 if shared_query else 3, 4), leaf(data, 2, 2, 3, 6, 4)
+    kept = data.integers(6, 3, 2, 2, 4)
     u, t = data.normal(2, 3, dtype=F64), data.normal(2, 3, dtype=F64)
     function = partial(ops.key_balance_loss, axis_indices=kept, u=u, t=t, normalize=normalize)
     assert gradcheck(function, (query, keys))

@@ -300,7 +300,11 @@ def test_opcheck(device: str, case: str, dtype: torch.dtype) -> None:
     name, make = ALL[case]
     # A gradient operator is not differentiable; that is tested below.
     arguments = make(Data(1, device), dtype, case in FORWARDS)
-    torch.library.opcheck(getattr(torch.ops.ultramem, name).default, arguments)
+    options = {}
+    if device == "cpu" and dtype != torch.float32:
+        # Tracing, which takes nearly all of the time, sees the same operators in either dtype.
+        options["test_utils"] = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(getattr(torch.ops.ultramem, name).default, arguments, **options)
 
 
 @pytest.mark.parametrize("case", [case for case in ALL if case != "tucker_filter"])

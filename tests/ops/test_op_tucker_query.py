@@ -137,6 +137,8 @@ def test_few_tokens(
     tokens, d_model, num_heads, num_queries, key_dim = shape
     if d_model > 4096 and dtype == torch.float32:
         pytest.skip("for the 16-bit kernels; the bound is not one for float32 sums of this length")
+    if device == "cpu" and tokens * d_model * num_queries * key_dim > 2**25:
+        pytest.skip("large for the kernels of CUDA: the CPU has one way for all")
     data = Data(tokens, device)
     rows = 2 * num_heads * num_queries * key_dim
     weight = data.normal(rows, d_model, dtype=dtype, scale=d_model**-0.5)

@@ -166,6 +166,8 @@ def test_few_tokens_with_many_slots_and_many_with_few(
     device_dtype: tuple[str, torch.dtype], tokens: int, selected: int, dims: tuple[int, int]
 ) -> None:
     """Few tokens are shared by many warps of the GPU, many take one each."""
+    if device_dtype[0] == "cpu":
+        tokens = min(tokens, 90)
     case = Case(tokens, selected, 2, dims[1] // 2, 200, dims[0], activation="gelu", seed=13)
     check(case, *device_dtype)
 
