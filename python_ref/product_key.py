@@ -122,8 +122,7 @@ def product_key_topk(
     grid_indices = axis_indices[:, :, 0, :, None] * num_keys + axis_indices[:, :, 1, None, :]
     candidates = (*grid_ranks.shape[:2], axis_topk * axis_topk)
     flat_ranks, flat_indices = grid_ranks.reshape(candidates), grid_indices.reshape(candidates)
-    # lexsort's last key is its first: by rank, then by index.
-    grid_positions = np.lexsort((flat_indices, -flat_ranks), axis=-1)[..., :topk]
+    grid_positions = _best_positions(flat_ranks, flat_indices, topk)
     indices = np.take_along_axis(flat_indices, grid_positions, axis=-1)
 
     return ProductKeyResult(
@@ -315,6 +314,20 @@ def _grid_rank(row: FloatArray, col: FloatArray, core_sum: FloatArray | None) ->
     core_sum = core_sum.reshape(*core_sum.shape, *(1,) * (row.ndim - 3))
     folded = (row[:, :, :, None] * core_sum).sum(axis=2)  # row^T Cbar, [T, H, R, ...]
     return (folded * col).sum(axis=2)
+
+
+def _best_positions(ranks: FloatArray, indices: IntArray, topk: int) -> IntArray:
+    """Positions [T, H, M] of the best of [T, H, K], by rank, then by index."""
+    negated = -ranks
+    # Only what the last one kept does not outrank is put in order: partition, like sort, puts NaN
+    # last.
+    last = np.partition(negated, topk - 1, axis=-1)[..., topk - 1, None]
+    near = int((~(negated > last)).sum(axis=-1).max(initial=topk))
+    positions = np.argpartition(negated, near - 1, axis=-1)[..., :near]
+    # lexsort's last key is its first.
+    by = (indices, negated)
+    order = np.lexsort([np.take_along_axis(x, positions, axis=-1) for x in by], axis=-1)
+    return np.take_along_axis(positions, order[..., :topk], axis=-1)
 
 
 def _slot_scores(row: FloatArray, col: FloatArray, core: FloatArray | None) -> FloatArray:
