@@ -1,6 +1,7 @@
 # make demo     set everything up and run the main job: ultramem-demo/report.html
 # make test     set everything up and run the tests
 # make lint     formatting, lint and types
+# make ready    set up what the others need, and no more
 # make bench    every bench on the GPU; without one, CPU operators against torch eager: ultramem-bench.json
 # make wheel    the sdist, and one wheel for every Python, in dist/
 # make sanitize the CPU kernels under AddressSanitizer and UBSan
@@ -15,7 +16,7 @@ JOBS ?= $(shell nproc)
 export MAX_JOBS ?= $(JOBS)
 
 # pytest with a process a core (eight at most), where there is pytest-xdist; a file to a process, so that
-# what its tests share (wheels, processes of torch.distributed) is made once.
+# what its tests share (wheels, processes of torch.distributed) is made once (tests/file_schedule.py).
 PARALLEL = $(shell $(PY) -c "import xdist" 2>/dev/null && echo "-n $(JOBS) --maxprocesses 8 --dist loadfile")
 # Those processes and torch's tests have a core each; BLAS behind NumPy would take all of them.
 test sanitize: export OPENBLAS_NUM_THREADS ?= 1
@@ -42,7 +43,9 @@ define SAY_IF_CPU_ONLY
 print('ultramem_cuda: this build is CPU-only ($(1)).')"
 endef
 
-.PHONY: demo test lint bench sanitize build wheel clean
+.PHONY: demo ready test lint bench sanitize build wheel clean
+
+ready: $(READY)
 
 demo: $(READY)
 	ULTRAMEM_CPU_ONLY=$(DEMO_CPU_ONLY) $(BUILD)
@@ -75,9 +78,12 @@ bench: build
 sanitize: $(READY)
 	PATH="$(if $(READY),$(abspath $(VENV))/bin:)$$PATH" PY="$(PY)" tests/sanitize.sh $(PARALLEL)
 
+# pip would compile on one core, and models of transformers that nothing here imports. What is no
+# Python, as some templates are, stays as it is.
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-compile -r requirements.txt
+	$(VENV)/bin/python -m compileall -qq -j $(JOBS) -x '/transformers/models/' $(VENV)/lib || true
 	touch $@
 
 clean:
