@@ -199,15 +199,22 @@ __device__ __forceinline__ void wait_for_prerequisite_grid() {
 #endif
 }
 
+// Goes on once these words are in registers.
+template <typename... Words>
+__device__ __forceinline__ void wait_for_words(Words... words) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  // Something that depends on them; a pause of no time where it ever happens.
+  const uint32_t all = (static_cast<uint32_t>(words) ^ ...);
+  asm volatile("{ .reg .pred p; setp.eq.u32 p, %0, 0xffffffff; @p nanosleep.u32 0; }" ::"r"(all)
+               : "memory");
+#endif
+}
+
 // Reads these arguments of the kernel, one of each line of 64 bytes that is needed behind a wait:
 // the first read of a line takes longer than one of global memory.
 template <typename... Words>
 __device__ __forceinline__ void read_arguments(Words... words) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  // Something that depends on them, or else nobody reads; a pause of no time where it ever happens.
-  const uint32_t all = (static_cast<uint32_t>(words) ^ ...);
-  asm volatile("{ .reg .pred p; setp.eq.u32 p, %0, 0xffffffff; @p nanosleep.u32 0; }" ::"r"(all));
-#endif
+  wait_for_words(words...);
 }
 
 // Launches a kernel that calls `wait_for_prerequisite_grid` before it needs anything of the kernel

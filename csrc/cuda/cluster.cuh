@@ -52,14 +52,22 @@ __device__ __forceinline__ float4 load_in_block(uint32_t remote) {
   return value;
 }
 
-// 16 bytes into the shared memory of a block, which count for a barrier of that block. Does not
-// wait: the receiver does, for the barrier, with `mbarrier_wait_cluster`.
+// 16 bytes, or 4, into the shared memory of a block, which count for a barrier of that block. Does
+// not wait: the receiver does, for the barrier, with `mbarrier_wait_cluster`.
 __device__ __forceinline__ void store_async(uint32_t remote, float4 value,
                                             uint32_t remote_barrier) {
   asm volatile(
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
       "[%5];\n" ::"r"(remote),
       "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(remote_barrier)
+      : "memory");
+}
+
+__device__ __forceinline__ void store_async(uint32_t remote, float value, uint32_t remote_barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];\n" ::"r"(
+          remote),
+      "f"(value), "r"(remote_barrier)
       : "memory");
 }
 

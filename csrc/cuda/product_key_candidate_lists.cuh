@@ -217,13 +217,6 @@ __device__ __forceinline__ void find_bounds(const Maxima<kColumns>& maxima, uint
   }
 }
 
-// Ranks that are not below this number are not below the sortable one. Not +0, below which a -0
-// would be.
-__device__ __forceinline__ float least_rank(uint32_t rank) {
-  const float value = value_of(rank);
-  return rank == 0 ? minus_infinity() : value == 0.0f ? -0.0f : value;
-}
-
 // A warp's lists of 16 tokens: of each, the one of that number.
 template <int kPlanes, int kKeys, int kLists>
 class Lists {
@@ -404,10 +397,8 @@ class Lists {
       float of_key[kPlanes];
 #pragma unroll
       for (int r = 0; r < kPlanes; ++r) of_key[r] = __uint_as_float(load_shared_u32(from + 4 * r));
-      const uint32_t place = first + lane_;
-      store_scores(candidates_.scores + int64_t{place} * kPlanes, of_key);
-      candidates_.ids[place] =
-          static_cast<uint16_t>(load_shared_u32(from + staged_id_offset(kPlanes)));
+      store_candidate(candidates_, int64_t{first + lane_}, of_key,
+                      load_shared_u32(from + staged_id_offset(kPlanes)));
     }
     __syncwarp();
     counts_of_rows_ += staged_counts_;
@@ -424,7 +415,8 @@ class Lists {
     for (int token = 0; token < kWarpTokens; ++token) {
       const int row = token / 8;
       if ((__shfl_sync(kFullMask, quads, token % 8 * 4) >> row & 1) == 0) continue;
-      const Cut cut = cut_list(list(token));
+      const Cut cut = cut_list(p_, candidates_, int64_t{list(token)}, static_cast<int>(capacity()),
+                               filter_, lane_);
       if (lane_ / 4 != token % 8) continue;
       const float rank = least_rank(cut.rank);
       if (row == 0) {
@@ -441,46 +433,6 @@ class Lists {
       }
     }
     __syncwarp();
-  }
-
-  __device__ __forceinline__ Cut cut_list(uint32_t list) const {
-    const auto capacity = static_cast<int>(this->capacity());
-    float* scores = candidates_.scores + int64_t{list} * kPlanes;
-    uint16_t* ids = candidates_.ids + list;
-    uint32_t ranks[kMaxListEntries], entry_ids[kMaxListEntries];
-#pragma unroll
-    for (int e = 0; e < kMaxListEntries; ++e) {
-      const int i = e * kWarpSize + lane_;
-      ranks[e] = 0;
-      entry_ids[e] = kNoId;
-      if (i < capacity) {
-        float of_key[kPlanes];
-        load_scores(scores + i * kPlanes, of_key);
-        ranks[e] = sortable(rank_value<kPlanes>(filter_, of_key));
-        entry_ids[e] = ids[i];
-      }
-    }
-    const Cut cut =
-        find_cut(ranks, entry_ids, capacity, axis_topk(), static_cast<uint32_t>(p_.num_keys));
-    int count = 0;
-#pragma unroll
-    for (int e = 0; e < kMaxListEntries; ++e) {
-      if (e * kWarpSize >= capacity) break;
-      const int i = e * kWarpSize + lane_;
-      float of_key[kPlanes];
-      load_scores(scores + min(i, capacity - 1) * kPlanes, of_key);
-      const uint32_t kept = __ballot_sync(kFullMask, cut.keeps(ranks[e], entry_ids[e]));
-      // All have read what is overwritten now.
-      __syncwarp();
-      if ((kept >> lane_ & 1) != 0) {
-        const int place = count + __popc(kept & ((1u << lane_) - 1));
-        store_scores(scores + place * kPlanes, of_key);
-        ids[place] = static_cast<uint16_t>(entry_ids[e]);
-      }
-      count += __popc(kept);
-    }
-    __syncwarp();
-    return cut;
   }
 
   const ProductKeyTopkParams& p_;

@@ -20,11 +20,13 @@ inline constexpr int kMaxListEntries = 6;
 static_assert(kTensorCore90MaxKeys <= 0x10000 && kTensorCore80MaxKeys <= 0x10000,
               "ids have 16 bits");
 
-// Of the rows (head and side, token of the chunk), in workspace, kLists of a row.
-template <int kLists>
+// Of the rows (head and side, token of the chunk), in workspace, kLists of a row. As records,
+// scores of up to two ranks and the id are 16 bytes side by side, for kernels that write one at a
+// time.
+template <int kLists, bool kRecords = false>
 struct Candidates {
-  float* scores;    // [rows, capacity(), R], one list behind the other
-  uint16_t* ids;    // [rows, capacity()]
+  float* scores;    // [rows, capacity(), R], one list behind the other, or the records
+  uint16_t* ids;    // [rows, capacity()], unless they are in records
   int32_t* counts;  // [rows, kLists]
   int32_t capacities[kLists];
   int32_t chunk_tokens;  // the last chunk may have fewer
@@ -54,14 +56,15 @@ struct Candidates {
 
 // Room of each list for its share of what is above the bound, of scores in random order, with many
 // standard deviations to spare; and for more than the m that are left when it is cut. A list has
-// the keys of every kLists-th tile, and of each of its `columns` a maximum.
-template <int kLists>
+// the keys of every kLists-th tile, and of each of its `columns` a maximum, of one key in
+// `sampled`.
+template <int kLists, bool kRecords>
 void set_capacities(const ProductKeyTopkParams& p, int columns, int tile_keys,
-                    Candidates<kLists>* candidates) {
+                    Candidates<kLists, kRecords>* candidates, double sampled = 1) {
   constexpr int kSpare = 32;
   static_assert(kMaxAxisTopk + kSpare <= kMaxListEntries * kWarpSize);
   const double m = p.axis_topk;
-  const double share = -columns * std::log1p(-m / (kLists * columns + 1));
+  const double share = -columns * std::log1p(-m / (kLists * columns + 1)) * sampled;
   const double room = std::max(share + 8 * std::sqrt(share) + 8, m + kSpare);
   const double most = ceil_div(p.num_keys, tile_keys * kLists) * tile_keys;
   for (int32_t& capacity : candidates->capacities) {
@@ -72,18 +75,20 @@ void set_capacities(const ProductKeyTopkParams& p, int columns, int tile_keys,
 
 // Of a chunk's candidates, whose capacities and tokens are known. Places them in the workspace if
 // there is one.
-template <int kLists>
-size_t place_candidates(const ProductKeyTopkParams& p, Candidates<kLists>* candidates) {
+template <int kLists, bool kRecords>
+size_t place_candidates(const ProductKeyTopkParams& p, Candidates<kLists, kRecords>* candidates) {
   const auto rows = static_cast<size_t>(candidates->row(2 * p.num_heads, 0));
   const size_t places = rows * candidates->capacity();
   const size_t counts = align_up(rows * kLists * sizeof(int32_t));
-  const size_t scores = align_up(places * p.tucker_rank * sizeof(float));
+  const size_t scores =
+      align_up(places * (kRecords ? sizeof(float4) : p.tucker_rank * sizeof(float)));
+  const size_t ids = kRecords ? 0 : align_up(places * sizeof(uint16_t));
   if (auto* base = static_cast<char*>(p.workspace); base != nullptr) {
     candidates->counts = reinterpret_cast<int32_t*>(base);
     candidates->scores = reinterpret_cast<float*>(base + counts);
-    candidates->ids = reinterpret_cast<uint16_t*>(base + counts + scores);
+    if (!kRecords) candidates->ids = reinterpret_cast<uint16_t*>(base + counts + scores);
   }
-  return counts + scores + align_up(places * sizeof(uint16_t));
+  return counts + scores + ids;
 }
 
 inline constexpr uint32_t kNoId = 0xffffffffu;
@@ -150,34 +155,114 @@ __device__ __forceinline__ Cut find_cut(const uint32_t (&ranks)[kEntries],
   return cut;
 }
 
-template <int kPlanes>
-__device__ __forceinline__ void load_scores(const float* from, float (&scores)[kPlanes]) {
-  if constexpr (kPlanes == 2) {
-    const float2 both = *reinterpret_cast<const float2*>(from);
-    scores[0] = both.x;
-    scores[1] = both.y;
-  } else if constexpr (kPlanes == 4) {
-    const float4 all = *reinterpret_cast<const float4*>(from);
-    scores[0] = all.x;
-    scores[1] = all.y;
-    scores[2] = all.z;
-    scores[3] = all.w;
+// The scores and the id of the candidate at `place`, counted over all rows.
+template <int kPlanes, int kLists, bool kRecords>
+__device__ __forceinline__ uint32_t load_candidate(const Candidates<kLists, kRecords>& candidates,
+                                                   int64_t place, float (&scores)[kPlanes]) {
+  if constexpr (kRecords) {
+    static_assert(kPlanes <= 2, "");
+    const float4 record = reinterpret_cast<const float4*>(candidates.scores)[place];
+    scores[0] = record.x;
+    if constexpr (kPlanes == 2) scores[1] = record.y;
+    return __float_as_uint(record.z);
   } else {
+    const float* from = candidates.scores + place * kPlanes;
+    if constexpr (kPlanes == 2) {
+      const float2 both = *reinterpret_cast<const float2*>(from);
+      scores[0] = both.x;
+      scores[1] = both.y;
+    } else if constexpr (kPlanes == 4) {
+      const float4 all = *reinterpret_cast<const float4*>(from);
+      scores[0] = all.x;
+      scores[1] = all.y;
+      scores[2] = all.z;
+      scores[3] = all.w;
+    } else {
 #pragma unroll
-    for (int r = 0; r < kPlanes; ++r) scores[r] = from[r];
+      for (int r = 0; r < kPlanes; ++r) scores[r] = from[r];
+    }
+    return candidates.ids[place];
   }
 }
 
-template <int kPlanes>
-__device__ __forceinline__ void store_scores(float* to, const float (&scores)[kPlanes]) {
-  if constexpr (kPlanes == 2) {
-    *reinterpret_cast<float2*>(to) = make_float2(scores[0], scores[1]);
-  } else if constexpr (kPlanes == 4) {
-    *reinterpret_cast<float4*>(to) = make_float4(scores[0], scores[1], scores[2], scores[3]);
+template <int kPlanes, int kLists, bool kRecords>
+__device__ __forceinline__ void store_candidate(const Candidates<kLists, kRecords>& candidates,
+                                                int64_t place, const float (&scores)[kPlanes],
+                                                uint32_t id) {
+  if constexpr (kRecords) {
+    static_assert(kPlanes <= 2, "");
+    reinterpret_cast<float4*>(candidates.scores)[place] =
+        make_float4(scores[0], scores[kPlanes - 1], __uint_as_float(id), 0.0f);
   } else {
+    float* to = candidates.scores + place * kPlanes;
+    if constexpr (kPlanes == 2) {
+      *reinterpret_cast<float2*>(to) = make_float2(scores[0], scores[1]);
+    } else if constexpr (kPlanes == 4) {
+      *reinterpret_cast<float4*>(to) = make_float4(scores[0], scores[1], scores[2], scores[3]);
+    } else {
 #pragma unroll
-    for (int r = 0; r < kPlanes; ++r) to[r] = scores[r];
+      for (int r = 0; r < kPlanes; ++r) to[r] = scores[r];
+    }
+    candidates.ids[place] = static_cast<uint16_t>(id);
   }
+}
+
+// Cuts the full list that begins at `place` down to its best m, by a warp; what it was cut at.
+template <int kPlanes, int kLists, bool kRecords>
+__device__ __forceinline__ Cut cut_list(const ProductKeyTopkParams& p,
+                                        const Candidates<kLists, kRecords>& candidates,
+                                        int64_t place, int capacity, const float (&filter)[kPlanes],
+                                        int lane) {
+  uint32_t ranks[kMaxListEntries], ids[kMaxListEntries];
+  // Kept in registers where there are few.
+  constexpr bool kHolds = kRecords;
+  float held[kHolds ? kMaxListEntries : 1][kPlanes];
+#pragma unroll
+  for (int e = 0; e < kMaxListEntries; ++e) {
+    const int i = e * kWarpSize + lane;
+    ranks[e] = 0;
+    ids[e] = kNoId;
+    if (i < capacity) {
+      float of_key[kPlanes];
+      ids[e] = load_candidate(candidates, place + i, of_key);
+      ranks[e] = sortable(rank_value<kPlanes>(filter, of_key));
+      if constexpr (kHolds) {
+#pragma unroll
+        for (int r = 0; r < kPlanes; ++r) held[e][r] = of_key[r];
+      }
+    }
+  }
+  const Cut cut = find_cut(ranks, ids, capacity, static_cast<uint32_t>(p.axis_topk),
+                           static_cast<uint32_t>(p.num_keys));
+  int count = 0;
+#pragma unroll
+  for (int e = 0; e < kMaxListEntries; ++e) {
+    if (e * kWarpSize >= capacity) break;
+    float of_key[kPlanes];
+    if constexpr (kHolds) {
+#pragma unroll
+      for (int r = 0; r < kPlanes; ++r) of_key[r] = held[e][r];
+    } else {
+      load_candidate(candidates, place + min(e * kWarpSize + lane, capacity - 1), of_key);
+    }
+    const uint32_t kept = __ballot_sync(kFullMask, cut.keeps(ranks[e], ids[e]));
+    // All have read what is overwritten now.
+    __syncwarp();
+    if ((kept >> lane & 1) != 0) {
+      store_candidate(candidates, place + count + __popc(kept & ((1u << lane) - 1)), of_key,
+                      ids[e]);
+    }
+    count += __popc(kept);
+  }
+  __syncwarp();
+  return cut;
+}
+
+// Ranks that are not below this number are not below the sortable one. Not +0, below which a -0
+// would be.
+__device__ __forceinline__ float least_rank(uint32_t rank) {
+  const float value = value_of(rank);
+  return rank == 0 ? -__uint_as_float(kInfinityBits) : value == 0.0f ? -0.0f : value;
 }
 
 }  // namespace ultramem::cuda

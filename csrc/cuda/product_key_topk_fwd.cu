@@ -343,13 +343,14 @@ Status launch_axis_generic(const ProductKeyTopkParams& params, Stream stream) {
 
 namespace {
 
-enum class AxisStage { kGeneric, kSmall, kCandidates, kResident, kLists, kMma };
+enum class AxisStage { kGeneric, kSmall, kSplit, kCandidates, kResident, kLists, kMma };
 
 // For sizes that check_product_key_topk lets pass.
 AxisStage axis_stage(const ProductKeyTopkParams& p) {
   if (axis_small_applies(p)) return AxisStage::kSmall;
 #if defined(ULTRAMEM_WITH_SM90A)
   if (axis_wgmma_applies(p)) {
+    if (axis_split_applies(p)) return AxisStage::kSplit;
     if (axis_candidates_applies(p)) return AxisStage::kCandidates;
     return axis_resident_applies(p) ? AxisStage::kResident : AxisStage::kLists;
   }
@@ -365,6 +366,8 @@ size_t product_key_topk_fwd_workspace(const ProductKeyTopkParams& params) {
     case AxisStage::kSmall:
       return axis_small_workspace(params);
 #if defined(ULTRAMEM_WITH_SM90A)
+    case AxisStage::kSplit:
+      return axis_split_workspace(params);
     case AxisStage::kCandidates:
       return axis_candidates_workspace(params);
     case AxisStage::kResident:
@@ -384,6 +387,8 @@ Status product_key_topk_fwd_axes(const ProductKeyTopkParams& params, Stream stre
     case AxisStage::kSmall:
       return launch_axis_small(params, stream);
 #if defined(ULTRAMEM_WITH_SM90A)
+    case AxisStage::kSplit:
+      return launch_axis_split(params, stream);
     case AxisStage::kCandidates:
       return launch_axis_candidates(params, stream);
     case AxisStage::kResident:

@@ -19,19 +19,27 @@ inline Status launch_axis_lists(const ProductKeyTopkParams& params, Stream strea
   return launch_axis_marked_lists(params, stream, nullptr);
 }
 
-// Of what that takes, where axis_candidates_applies: R up to 2 and either large m or tokens for no
-// more blocks than run at once. Needs axis_candidates_workspace(params) bytes of workspace.
+// Of what that takes, R = 2 and keys of 200 to 512 elements, a rank on either of two blocks: where
+// axis_split_applies. Needs axis_split_workspace(params) bytes of workspace.
+bool axis_split_applies(const ProductKeyTopkParams& params);
+size_t axis_split_workspace(const ProductKeyTopkParams& params);
+Status launch_axis_split(const ProductKeyTopkParams& params, Stream stream);
+
+// Of the rest, where axis_candidates_applies: R up to 2 and either large m or tokens for no more
+// blocks than run at once. Needs axis_candidates_workspace(params) bytes of workspace.
 bool axis_candidates_applies(const ProductKeyTopkParams& params);
 size_t axis_candidates_workspace(const ProductKeyTopkParams& params);
 Status launch_axis_candidates(const ProductKeyTopkParams& params, Stream stream);
 
-// Its second half, for the tokens of a chunk.
-template <int kLists>
+// The second half of both, for the tokens of a chunk.
+template <int kLists, bool kRecords>
 struct Candidates;
-Status launch_pick(const ProductKeyTopkParams& params, const Candidates<2>& candidates,
+Status launch_pick(const ProductKeyTopkParams& params, const Candidates<2, false>& candidates,
+                   int64_t first_token, Stream stream);
+Status launch_pick(const ProductKeyTopkParams& params, const Candidates<2, true>& candidates,
                    int64_t first_token, Stream stream);
 // The same for axis_mma.
-Status launch_pick(const ProductKeyTopkParams& params, const Candidates<4>& candidates,
+Status launch_pick(const ProductKeyTopkParams& params, const Candidates<4, false>& candidates,
                    int64_t first_token, Stream stream);
 
 // The same on the tensor cores of sm_80 and later, in builds without code for sm_90a, too, where

@@ -1,6 +1,7 @@
 // Product-key retrieval, forward, axis stage: the best m of the candidates of a token, head and
 // side, a warp each (product_key_candidates.cuh).
 #include "async_copy.cuh"
+#include "block_topk.cuh"
 #include "kernel_registry.h"
 #include "product_key_candidates.cuh"
 #include "product_key_topk_fwd.h"
@@ -9,18 +10,25 @@ namespace ultramem::cuda {
 namespace {
 
 constexpr int kMaxWarps = 8;
+constexpr int kPickBins = 4 * kWarpSize;  // four neighbours for each lane
+// Candidates of one bin that are compared with each other; where there are more, a search cuts.
+constexpr int kMaxCompared = 32;
 
 // A warp's shared memory. What it keeps is put in the order of ids by counting bits of a set.
 struct PickLayout {
-  int bits;    // [words] a bit for each key
-  int before;  // [words] how many bits are in words before
-  int kept;    // [1 + R, m] ids, then scores of one rank after the other
+  int bins;      // [kPickBins] how many candidates; the best come first
+  int compared;  // [kMaxCompared] candidates of one bin, then how many
+  int bits;      // [words] a bit for each key
+  int before;    // [words] how many bits are in words before
+  int kept;      // [1 + R, m] ids, then scores of one rank after the other
   int words;
   int64_t bytes;
 
   __host__ __device__ PickLayout(const ProductKeyTopkParams& p) {
     words = static_cast<int>(ceil_div(p.num_keys, kWarpSize * kWarpSize)) * kWarpSize;
     SharedLayout layout;
+    bins = layout.take(int64_t{4} * kPickBins);
+    compared = layout.take(int64_t{8} * kMaxCompared + 4);
     bits = layout.take(int64_t{4} * words);
     before = layout.take(int64_t{2} * words);
     kept = layout.take(int64_t{4} * (1 + p.tucker_rank) * p.axis_topk);
@@ -29,12 +37,12 @@ struct PickLayout {
 };
 
 // Of a row's candidates, in whichever list they are.
-template <int kLists>
+template <int kLists, bool kRecords>
 struct ListCounts {
   int counts[kLists];
   int total = 0;
 
-  __device__ ListCounts(const Candidates<kLists>& candidates, int64_t row) {
+  __device__ ListCounts(const Candidates<kLists, kRecords>& candidates, int64_t row) {
 #pragma unroll
     for (int i = 0; i < kLists; ++i) {
       counts[i] = candidates.counts[kLists * row + i];
@@ -42,7 +50,8 @@ struct ListCounts {
     }
   }
   // Where the i-th of them is.
-  __device__ __forceinline__ int place(const Candidates<kLists>& candidates, int i) const {
+  __device__ __forceinline__ int place(const Candidates<kLists, kRecords>& candidates,
+                                       int i) const {
     int place = i, end = 0;
 #pragma unroll
     for (int list = 0; list < kLists - 1; ++list) {
@@ -53,19 +62,132 @@ struct ListCounts {
   }
 };
 
+// The bin of a warp's histogram that the `wanted`-th best candidate is in.
+struct PickBin {
+  uint32_t index;
+  uint32_t above;  // candidates in the bins before
+  uint32_t count;  // candidates in it
+
+  __device__ __forceinline__ PickBin(const uint32_t* bins, uint32_t wanted, int lane) {
+    const uint4 four = *reinterpret_cast<const uint4*>(bins + 4 * lane);
+    const uint32_t until[4] = {four.x, four.x + four.y, four.x + four.y + four.z,
+                               four.x + four.y + four.z + four.w};
+    int all = 0;
+    const auto before =
+        static_cast<uint32_t>(warp_scan_exclusive(static_cast<int>(until[3]), lane, &all));
+    const uint32_t reached = __ballot_sync(kFullMask, before + until[3] >= wanted);
+    uint32_t in_lane = 0, first = before, end = before + until[0];
+#pragma unroll
+    for (int i = 1; i < 4; ++i) {
+      if (before + until[i - 1] >= wanted) break;
+      in_lane = i;
+      first = before + until[i - 1];
+      end = before + until[i];
+    }
+    // Of the lane that reaches it; all three are below 2^10.
+    const uint32_t found =
+        __shfl_sync(kFullMask, (4 * lane + in_lane) | first << 10 | (end - first) << 20,
+                    __ffs(static_cast<int>(reached)) - 1);
+    index = found & 0x3ffu;
+    above = found >> 10 & 0x3ffu;
+    count = found >> 20;
+  }
+};
+
+// Sets the bits of the ids of a warp's best `wanted` candidates of `total`, more than that. A
+// histogram says in which bin the last of them lies, and those of that bin are compared.
+template <int kEntries>
+__device__ __forceinline__ void mark_best(const uint32_t (&ranks)[kEntries],
+                                          const uint32_t (&ids)[kEntries], int total,
+                                          uint32_t wanted, uint32_t num_ids, uint32_t* bins,
+                                          uint64_t* compared, uint32_t* bits, int lane) {
+  auto* num_compared = reinterpret_cast<uint32_t*>(compared + kMaxCompared);
+  *reinterpret_cast<uint4*>(bins + 4 * lane) = make_uint4(0, 0, 0, 0);
+  if (lane == 0) *num_compared = 0;
+  uint32_t highest = 0, lowest = 0xffffffffu;
+#pragma unroll
+  for (int e = 0; e < kEntries; ++e) {
+    highest = max(highest, ranks[e]);
+    // What is no entry has rank 0, and so has NaN.
+    lowest = min(lowest, ids[e] == kNoId ? lowest : ranks[e]);
+  }
+  highest = __reduce_max_sync(kFullMask, highest);
+  lowest = __reduce_min_sync(kFullMask, lowest);
+  // A bin never lies behind that of a lower rank, also where there is an infinity or no range at
+  // all: what is not a number then becomes 0 and the rest saturates.
+  const float first = value_of(highest);
+  const float scale = __fdividef(static_cast<float>(kPickBins), first - value_of(lowest));
+  uint32_t own_bins[kEntries];
+#pragma unroll
+  for (int e = 0; e < kEntries; ++e) {
+    own_bins[e] = min(__float2uint_rz((first - value_of(ranks[e])) * scale), kPickBins - 1u);
+    if (ids[e] == kNoId) own_bins[e] = kPickBins;
+    if (ids[e] != kNoId) atomicAdd(bins + own_bins[e], 1u);
+  }
+  __syncwarp();
+  const PickBin bin(bins, wanted, lane);
+  const bool all_of_bin = bin.above + bin.count == wanted;
+  if (lowest == 0 || (bin.count > kMaxCompared && !all_of_bin)) {
+    const Cut cut = find_cut(ranks, ids, total, wanted, num_ids);
+#pragma unroll
+    for (int e = 0; e < kEntries; ++e) {
+      if (ids[e] != kNoId && cut.keeps(ranks[e], ids[e])) {
+        atomicOr(bits + ids[e] / kWarpSize, 1u << ids[e] % kWarpSize);
+      }
+    }
+    return;
+  }
+  const uint32_t end = bin.index + (all_of_bin ? 1 : 0);
+#pragma unroll
+  for (int e = 0; e < kEntries; ++e) {
+    if (own_bins[e] < end) atomicOr(bits + ids[e] / kWarpSize, 1u << ids[e] % kWarpSize);
+  }
+  if (all_of_bin) return;
+#pragma unroll
+  for (int e = 0; e < kEntries; ++e) {
+    if (own_bins[e] == end) {
+      compared[atomicAdd(num_compared, 1u)] = make_candidate(ranks[e], ids[e]);
+    }
+  }
+  __syncwarp();
+  if (lane >= bin.count) return;
+  const uint64_t own = compared[lane];
+  uint32_t place = bin.above;
+#pragma unroll 1
+  for (uint32_t i = 0; i < bin.count; ++i) place += compared[i] > own;
+  if (place >= wanted) return;
+  const uint32_t id = candidate_position(own);
+  atomicOr(bits + id / kWarpSize, 1u << id % kWarpSize);
+}
+
+// Copies words from shared memory, by a warp.
+template <typename T>
+__device__ __forceinline__ void copy_words(const uint32_t* from, T* to, int count, int lane) {
+  auto* words = reinterpret_cast<uint32_t*>(to);
+  if (count % 4 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0 &&
+      reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+#pragma unroll 1
+    for (int i = 4 * lane; i < count; i += 4 * kWarpSize) {
+      *reinterpret_cast<uint4*>(words + i) = *reinterpret_cast<const uint4*>(from + i);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = lane; i < count; i += kWarpSize) words[i] = from[i];
+  }
+}
+
 // A warp picks the best of a row's candidates, up to kEntries a lane.
-template <int kPlanes, int kEntries, int kLists>
+template <int kPlanes, int kEntries, int kLists, bool kRecords>
 __device__ __forceinline__ void pick(const ProductKeyTopkParams& p,
-                                     const Candidates<kLists>& candidates,
-                                     const ListCounts<kLists>& lists, int64_t row, int head_side,
-                                     int64_t token, const PickLayout& layout, unsigned char* shared,
-                                     int lane) {
+                                     const Candidates<kLists, kRecords>& candidates,
+                                     const ListCounts<kLists, kRecords>& lists, int64_t row,
+                                     int head_side, int64_t token, const PickLayout& layout,
+                                     unsigned char* shared, int lane) {
   auto* bits = reinterpret_cast<uint32_t*>(shared + layout.bits);
   auto* before = reinterpret_cast<uint16_t*>(shared + layout.before);
   auto* kept = reinterpret_cast<uint32_t*>(shared + layout.kept);
   const int head = head_side / 2, side = head_side % 2;
-  const float* scores = candidates.scores + row * candidates.capacity() * kPlanes;
-  const uint16_t* row_ids = candidates.ids + row * candidates.capacity();
+  const int64_t first_place = row * candidates.capacity();
   const int m = p.axis_topk;
 
   float filter[kPlanes];
@@ -76,29 +198,34 @@ __device__ __forceinline__ void pick(const ProductKeyTopkParams& p,
   }
   for (int i = lane; i < layout.words; i += kWarpSize) bits[i] = 0;
   uint32_t ranks[kEntries], ids[kEntries];
+  // Few are kept in registers, of more the kept are read again.
+  constexpr bool kHolds = kEntries * kPlanes <= 14;
+  float held[kHolds ? kEntries : 1][kPlanes];
 #pragma unroll
   for (int e = 0; e < kEntries; ++e) {
     const int i = e * kWarpSize + lane;
     ranks[e] = 0;
     ids[e] = kNoId;
     if (i < lists.total) {
-      const int at = lists.place(candidates, i);
       float of_key[kPlanes];
-      load_scores(scores + at * kPlanes, of_key);
+      ids[e] = load_candidate(candidates, first_place + lists.place(candidates, i), of_key);
       ranks[e] = sortable(rank_value<kPlanes>(filter, of_key));
-      ids[e] = row_ids[at];
+      if constexpr (kHolds) {
+#pragma unroll
+        for (int r = 0; r < kPlanes; ++r) held[e][r] = of_key[r];
+      }
     }
   }
-  Cut cut{0, kNoId - 1};
-  if (lists.total > m) {
-    cut = find_cut(ranks, ids, lists.total, static_cast<uint32_t>(m),
-                   static_cast<uint32_t>(p.num_keys));
-  }
   __syncwarp();
+  if (lists.total > m) {
+    mark_best(ranks, ids, lists.total, static_cast<uint32_t>(m), static_cast<uint32_t>(p.num_keys),
+              reinterpret_cast<uint32_t*>(shared + layout.bins),
+              reinterpret_cast<uint64_t*>(shared + layout.compared), bits, lane);
+  } else {
 #pragma unroll
-  for (int e = 0; e < kEntries; ++e) {
-    if (!cut.keeps(ranks[e], ids[e])) ids[e] = kNoId;
-    if (ids[e] != kNoId) atomicOr(bits + ids[e] / kWarpSize, 1u << ids[e] % kWarpSize);
+    for (int e = 0; e < kEntries; ++e) {
+      if (ids[e] != kNoId) atomicOr(bits + ids[e] / kWarpSize, 1u << ids[e] % kWarpSize);
+    }
   }
   __syncwarp();
   const int own_words = layout.words / kWarpSize;
@@ -115,9 +242,17 @@ __device__ __forceinline__ void pick(const ProductKeyTopkParams& p,
   for (int e = 0; e < kEntries; ++e) {
     if (ids[e] == kNoId) continue;
     const uint32_t word = ids[e] / kWarpSize;
-    const int place = before[word] + __popc(bits[word] & ((1u << ids[e] % kWarpSize) - 1));
+    const uint32_t bit = 1u << ids[e] % kWarpSize;
+    if ((bits[word] & bit) == 0) continue;
+    const int place = before[word] + __popc(bits[word] & (bit - 1));
     float of_key[kPlanes];
-    load_scores(scores + lists.place(candidates, e * kWarpSize + lane) * kPlanes, of_key);
+    if constexpr (kHolds) {
+#pragma unroll
+      for (int r = 0; r < kPlanes; ++r) of_key[r] = held[e][r];
+    } else {
+      load_candidate(candidates, first_place + lists.place(candidates, e * kWarpSize + lane),
+                     of_key);
+    }
     kept[place] = ids[e];
 #pragma unroll
     for (int r = 0; r < kPlanes; ++r) kept[(1 + r) * m + place] = __float_as_uint(of_key[r]);
@@ -126,18 +261,18 @@ __device__ __forceinline__ void pick(const ProductKeyTopkParams& p,
   const int64_t axis_row = (token * p.num_heads + head) * 2 + side;
   int32_t* axis_indices = p.axis_indices + axis_row * m;
   auto* axis_scores = static_cast<float*>(p.axis_scores) + axis_row * kPlanes * m;
-  for (int i = lane; i < m; i += kWarpSize) axis_indices[i] = static_cast<int32_t>(kept[i]);
-  for (int i = lane; i < kPlanes * m; i += kWarpSize) axis_scores[i] = __uint_as_float(kept[m + i]);
+  copy_words(kept, axis_indices, m, lane);
+  copy_words(kept + m, axis_scores, kPlanes * m, lane);
 }
 
 // Grid: rows of the chunk, a warp each. kEntries candidates a lane, and mostly no more than
 // kFewEntries.
-template <int kPlanes, int kEntries, int kFewEntries, int kLists>
-__global__ void __launch_bounds__(kMaxWarps* kWarpSize, kEntries <= 6    ? 5
-                                                        : kEntries <= 12 ? 4
-                                                                         : 3)
-    product_key_topk_fwd_pick_kernel(ProductKeyTopkParams p, Candidates<kLists> candidates,
-                                     int64_t first_token) {
+template <int kPlanes, int kEntries, int kFewEntries, int kLists, bool kRecords>
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize, kEntries <= 8    ? 4
+                                                        : kEntries <= 12 ? 3
+                                                                         : 2)
+    product_key_topk_fwd_pick_kernel(ProductKeyTopkParams p,
+                                     Candidates<kLists, kRecords> candidates, int64_t first_token) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   const PickLayout layout(p);
   const int warp = threadIdx.x / kWarpSize;
@@ -150,7 +285,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kEntries <= 6    ? 5
   if (token >= p.num_tokens) return;
   const int head_side = static_cast<int>(blockIdx.y);
   const int64_t row = candidates.row(head_side, chunk_token);
-  const ListCounts<kLists> lists(candidates, row);
+  const ListCounts<kLists, kRecords> lists(candidates, row);
   unsigned char* shared = shared_bytes + warp * layout.bytes;
   if (kFewEntries < kEntries && lists.total <= kFewEntries * kWarpSize) {
     pick<kPlanes, kFewEntries>(p, candidates, lists, row, head_side, token, layout, shared, lane);
@@ -159,44 +294,48 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, kEntries <= 6    ? 5
   }
 }
 
-#define ULTRAMEM_REGISTER_PICK(planes, entries, few, lists)                         \
-  ULTRAMEM_REGISTER_KERNEL(                                                         \
-      pick_##planes##_##entries##_##lists,                                          \
-      "product_key_topk_fwd_pick<" #planes ", " #entries ", " #few ", " #lists ">", \
-      kMaxWarps* kWarpSize, product_key_topk_fwd_pick_kernel<planes, entries, few, lists>)
-ULTRAMEM_REGISTER_PICK(1, 6, 6, 2);
-ULTRAMEM_REGISTER_PICK(1, 12, 12, 2);
-ULTRAMEM_REGISTER_PICK(2, 6, 6, 2);
-ULTRAMEM_REGISTER_PICK(2, 12, 12, 2);
-ULTRAMEM_REGISTER_PICK(1, 8, 3, 4);
-ULTRAMEM_REGISTER_PICK(1, 20, 10, 4);
-ULTRAMEM_REGISTER_PICK(2, 8, 3, 4);
-ULTRAMEM_REGISTER_PICK(2, 20, 10, 4);
-ULTRAMEM_REGISTER_PICK(3, 8, 3, 4);
-ULTRAMEM_REGISTER_PICK(3, 20, 10, 4);
-ULTRAMEM_REGISTER_PICK(4, 8, 3, 4);
-ULTRAMEM_REGISTER_PICK(4, 20, 10, 4);
+#define ULTRAMEM_REGISTER_PICK(planes, entries, few, lists, records)                    \
+  ULTRAMEM_REGISTER_KERNEL(pick_##planes##_##entries##_##lists##_##records,             \
+                           "product_key_topk_fwd_pick<" #planes ", " #entries ", " #few \
+                           ", " #lists ", " #records ">",                               \
+                           kMaxWarps* kWarpSize,                                        \
+                           product_key_topk_fwd_pick_kernel<planes, entries, few, lists, records>)
+ULTRAMEM_REGISTER_PICK(1, 6, 3, 2, false);
+ULTRAMEM_REGISTER_PICK(1, 12, 7, 2, false);
+ULTRAMEM_REGISTER_PICK(2, 6, 3, 2, false);
+ULTRAMEM_REGISTER_PICK(2, 12, 7, 2, false);
+ULTRAMEM_REGISTER_PICK(2, 6, 3, 2, true);
+ULTRAMEM_REGISTER_PICK(2, 12, 7, 2, true);
+ULTRAMEM_REGISTER_PICK(1, 8, 3, 4, false);
+ULTRAMEM_REGISTER_PICK(1, 20, 10, 4, false);
+ULTRAMEM_REGISTER_PICK(2, 8, 3, 4, false);
+ULTRAMEM_REGISTER_PICK(2, 20, 10, 4, false);
+ULTRAMEM_REGISTER_PICK(3, 8, 3, 4, false);
+ULTRAMEM_REGISTER_PICK(3, 20, 10, 4, false);
+ULTRAMEM_REGISTER_PICK(4, 8, 3, 4, false);
+ULTRAMEM_REGISTER_PICK(4, 20, 10, 4, false);
 
 // Entries of a lane: enough for all lists, but rather few where that will do.
 template <int kLists>
 struct PickEntries;
 template <>
 struct PickEntries<2> {
-  static constexpr int kSome = 6, kFewOfSome = 6, kMost = 12, kFewOfMost = 12;
+  static constexpr int kSome = 6, kFewOfSome = 3, kMost = 12, kFewOfMost = 7;
 };
 template <>
 struct PickEntries<4> {
   static constexpr int kSome = 8, kFewOfSome = 3, kMost = 20, kFewOfMost = 10;
 };
 
-template <int kPlanes, int kLists>
-Status launch(const ProductKeyTopkParams& p, const Candidates<kLists>& candidates,
+template <int kPlanes, int kLists, bool kRecords>
+Status launch(const ProductKeyTopkParams& p, const Candidates<kLists, kRecords>& candidates,
               int64_t first_token, Stream stream) {
   using Entries = PickEntries<kLists>;
-  const auto kernel =
-      candidates.capacity() <= Entries::kSome * kWarpSize
-          ? product_key_topk_fwd_pick_kernel<kPlanes, Entries::kSome, Entries::kFewOfSome, kLists>
-          : product_key_topk_fwd_pick_kernel<kPlanes, Entries::kMost, Entries::kFewOfMost, kLists>;
+  const auto kernel = candidates.capacity() <= Entries::kSome * kWarpSize
+                          ? product_key_topk_fwd_pick_kernel<kPlanes, Entries::kSome,
+                                                             Entries::kFewOfSome, kLists, kRecords>
+                          : product_key_topk_fwd_pick_kernel<kPlanes, Entries::kMost,
+                                                             Entries::kFewOfMost, kLists, kRecords>;
   // Beyond what every device has without being asked, fewer warps.
   constexpr int64_t kEnoughShared = 96 * 1024;
   const int64_t warp_bytes = PickLayout(p).bytes;
@@ -216,6 +355,11 @@ Status launch_pick(const ProductKeyTopkParams& params, const Candidates<2>& cand
                    int64_t first_token, Stream stream) {
   return params.tucker_rank == 1 ? launch<1>(params, candidates, first_token, stream)
                                  : launch<2>(params, candidates, first_token, stream);
+}
+
+Status launch_pick(const ProductKeyTopkParams& params, const Candidates<2, true>& candidates,
+                   int64_t first_token, Stream stream) {
+  return launch<2>(params, candidates, first_token, stream);
 }
 
 Status launch_pick(const ProductKeyTopkParams& params, const Candidates<4>& candidates,

@@ -406,6 +406,38 @@ def test_drawn_configurations_of_many_tokens(batch: int) -> None:
         run(draw_many_tokens(seed), "cuda")
 
 
+def draw_two_ranks(seed: int) -> Config:
+    """For the kernel whose blocks have a rank each: some tiles of tokens, or more of them than the
+    device takes at once, and keys of each of its lengths."""
+    rng = random.Random(seed ^ 0x2A2A)
+    config = draw(seed, GPU)
+    heads, tokens = rng.choice(((1, 1025), (1, 1060), (2, 1200), (3, 2200), (MANY_HEADS, 256)))
+    key_dim = rng.choice((200, 256, 264, 320, 448, 504, 512, 8 * rng.randint(25, 64)))
+    num_keys = min(config.num_keys, GPU.scores // (tokens * heads * 4))
+    num_keys = min(num_keys, GPU.keys // (heads * 4 * key_dim))
+    axis_topk = min(config.axis_topk, num_keys, math.isqrt(MANY_GRID // (tokens * heads)))
+    return config._replace(
+        # An infinity needs a single rank (draw).
+        kind="normal" if config.kind == "inf" else config.kind,
+        tokens=tokens,
+        heads=heads,
+        rank=2,
+        cores=max(config.cores, 1),
+        num_keys=num_keys,
+        key_dim=key_dim,
+        axis_topk=axis_topk,
+        topk=min(config.topk, axis_topk**2),
+        dtype=rng.choice((torch.bfloat16, torch.float16)),
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", range(4))
+def test_drawn_configurations_of_two_ranks(batch: int) -> None:
+    for seed in range(batch * BATCH, (batch + 1) * BATCH):
+        run(draw_two_ranks(seed), "cuda")
+
+
 # More than the kernels of sm_90 take: on every GPU the tensor cores of sm_80.
 MANY_KEYS = (8193, 8320, 9000, 12345, 16384, 40000, 65535, 65536)
 

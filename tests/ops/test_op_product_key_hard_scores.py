@@ -42,6 +42,7 @@ SHAPES = {
     "many_rank_1": Shape(1100, 1, 1, 1, 701, 136, 33, 64),
     "many_short_keys": Shape(520, 2, 2, 2, 701, 72, 16, 40),
     "many_rank_2": Shape(1060, 1, 2, 1, 650, 200, 48, 64),
+    "many_long_keys": Shape(520, 2, 2, 2, 701, 328, 16, 40),
 }
 # Grids of all keys, and of all but two.
 WHOLE_SHAPES = {

@@ -1,0 +1,531 @@
+// What the warps of product_key_topk_fwd_split.cu share: where things are in shared memory, how
+// warps that multiply pass scores on, and the warps that select.
+#pragma once
+
+#include "async_copy.cuh"
+#include "cluster.cuh"
+#include "common.cuh"
+#include "product_key_candidate_lists.cuh"
+#include "shared_memory.cuh"
+
+namespace ultramem::cuda::split {
+
+using namespace candidate_lists;
+
+inline constexpr int kPlanes = 2;                 // ranks
+inline constexpr int kBlocks = kPlanes;           // of a cluster
+inline constexpr int kKeys = 128;                 // of a tile
+inline constexpr int kOwnKeys = kKeys / kBlocks;  // of these, those that a block looks at
+inline constexpr int kParts = 2;                  // in which these are handed over
+inline constexpr int kPartKeys = kOwnKeys / kParts;
+inline constexpr int kPartScores = num_scores(kPartKeys);  // of a thread
+inline constexpr int kTileScores = num_scores(kKeys);
+inline constexpr int kColumns = 2 * kOwnKeys;  // of maxima
+inline constexpr int kGroups = 2;              // warpgroups that multiply
+inline constexpr int kGroupTokens = 64;
+inline constexpr int kTokens = kGroups * kGroupTokens;
+inline constexpr int kMultipliers = 128 * kGroups;       // threads
+inline constexpr int kWarps = kMultipliers / kWarpSize;  // that multiply; as many select
+inline constexpr int kBoxColumns = 64;                   // elements of Kd: one 128-byte row
+inline constexpr int kRowBytes = 2 * kBoxColumns;
+inline constexpr int kQueryBoxBytes = kTokens * kRowBytes;
+inline constexpr int kHalfStageBytes = kOwnKeys * kRowBytes;
+inline constexpr int kStageBytes = kBlocks * kHalfStageBytes;
+inline constexpr int kStages = 4;
+// A warp's scores of a part and rank: 16 bytes of each lane side by side.
+inline constexpr int kPacketStride = 16 * kWarpSize;
+inline constexpr int kPartBytes = kPartScores / 4 * kPacketStride;
+// Of a token whose list was cut: keys from that id on are out unless their rank is not below that.
+inline constexpr int kStateBytes = 8;
+
+// Rows of Kd have so many boxes of 64 columns, the last of them empty where Kd is shorter.
+inline constexpr int kFewBoxes = 4, kManyBoxes = 8;
+// For parts: one, or one for each part of a tile where long queries leave room.
+__host__ __device__ constexpr int num_slots(int boxes) { return boxes == kFewBoxes ? kParts : 1; }
+
+// Shared memory: barriers, stages of keys, queries, parts and what is known of the tokens.
+template <int kBoxes>
+struct Shared {
+  static constexpr int kSlots = num_slots(kBoxes);
+  static constexpr int kRing = 1024;  // swizzled tiles are aligned so
+  static constexpr int kQueries = kRing + kStages * kStageBytes;
+  static constexpr int kPartsBegin = kQueries + kBoxes * kQueryBoxBytes;
+  static constexpr int kSlotStride = kWarps * kPlanes * kPartBytes;
+  static constexpr int kStates = kPartsBegin + kSlots * kSlotStride;
+  static constexpr int kBounds = kStates + kTokens * kStateBytes;
+  static constexpr int kBytes = kBounds + kTokens * static_cast<int>(sizeof(float));
+  static_assert(kBytes <= 232448, "more than a block of sm_90 has");
+  static constexpr int kBarrierStride = kWarps * 8;  // from slot to slot
+
+  uint32_t base;  // address
+
+  // Barriers: a stage is filled; it was multiplied; some columns of the queries are there; a part
+  // is there for a warp that selects; the last part of one that multiplies was read, in both
+  // blocks; the other block's bounds of a warp's tokens are there.
+  __device__ __forceinline__ uint32_t full(int stage) const { return base + 8 * stage; }
+  __device__ __forceinline__ uint32_t empty(int stage) const { return full(kStages + stage); }
+  __device__ __forceinline__ uint32_t queries_there(int box) const {
+    return full(2 * kStages + box);
+  }
+  __device__ __forceinline__ uint32_t part_there(int slot, int warp) const {
+    return full(2 * kStages + kBoxes + slot * kWarps + warp);
+  }
+  __device__ __forceinline__ uint32_t part_read(int slot, int warp) const {
+    return part_there(kSlots + slot, warp);
+  }
+  __device__ __forceinline__ uint32_t bounds_there(int warp) const {
+    return part_there(2 * kSlots, warp);
+  }
+  static_assert((2 * kStages + kBoxes + (2 * kSlots + 1) * kWarps) * 8 <= kRing);
+
+  __device__ __forceinline__ uint32_t stage(int i) const { return base + kRing + i * kStageBytes; }
+  __device__ __forceinline__ uint32_t queries(int box) const {
+    return base + kQueries + box * kQueryBoxBytes;
+  }
+  // Of a warp's tokens: states, and bounds of the other block.
+  __device__ __forceinline__ uint32_t states(int warp) const {
+    return base + kStates + warp * kWarpTokens * kStateBytes;
+  }
+  __device__ __forceinline__ uint32_t bounds(int warp) const {
+    return base + kBounds + warp * kWarpTokens * 4;
+  }
+  // Scores of the block's own rank, then of the other.
+  __device__ __forceinline__ uint32_t part(int slot, int warp, int of_other) const {
+    return base + kPartsBegin + slot * kSlotStride + (warp * kPlanes + of_other) * kPartBytes;
+  }
+};
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// Where the parts of a tile, which alternate, go, and the parity of the phase in which they do.
+template <int kSlots, int kPart>
+struct Turn {
+  static_assert(kSlots == 1 || kSlots == kParts, "");
+  static constexpr int kSlot = kSlots == 1 ? 0 : kPart;
+  __device__ __forceinline__ static uint32_t parity(int tile) {
+    return kSlots == 1 ? kPart : tile & 1;
+  }
+};
+
+// How a warp that multiplies passes scores on.
+template <int kBoxes>
+class Sender {
+ public:
+  __device__ Sender(const Shared<kBoxes>& shared, int warp, int lane)
+      : there_(shared.part_there(0, warp)),
+        read_(shared.part_read(0, warp)),
+        own_(shared.part(0, warp, 0) + lane * 16) {
+    const uint32_t other_block = cluster_rank() ^ 1;
+    others_ = address_in_block(shared.part(0, warp, 1) + lane * 16, other_block);
+    others_there_ = address_in_block(there_, other_block);
+  }
+
+  // Of a tile, scores of keys that the block looks at, and of as many that the other does.
+  template <int kPart>
+  __device__ __forceinline__ void send(int tile, const float* own, const float* others) const {
+    using PartTurn = Turn<num_slots(kBoxes), kPart>;
+    constexpr int kSlot = PartTurn::kSlot;
+    mbarrier_wait(read_ + kSlot * Shared<kBoxes>::kBarrierStride, PartTurn::parity(tile) ^ 1);
+#pragma unroll
+    for (int i = 0; i < kPartScores; i += 4) {
+      store_async(others_ + kSlot * Shared<kBoxes>::kSlotStride + i / 4 * kPacketStride,
+                  make_float4(others[i], others[i + 1], others[i + 2], others[i + 3]),
+                  others_there_ + kSlot * Shared<kBoxes>::kBarrierStride);
+    }
+#pragma unroll
+    for (int i = 0; i < kPartScores; i += 4) {
+      const float four[4] = {own[i], own[i + 1], own[i + 2], own[i + 3]};
+      store_shared_floats(own_ + kSlot * Shared<kBoxes>::kSlotStride + i / 4 * kPacketStride, four);
+    }
+    mbarrier_arrive(there_ + kSlot * Shared<kBoxes>::kBarrierStride);
+  }
+
+ private:
+  uint32_t there_, read_, own_, others_, others_there_;  // in the first slot
+};
+
+// What a cluster takes up one after the other: the tokens of a tile, of a head and side. The chunk
+// has so many tiles.
+struct Work {
+  int number;  // of those that this cluster has had before
+
+  __device__ __forceinline__ int head_side(int tiles) const { return index() / tiles; }
+  __device__ __forceinline__ int first_chunk_token(int tiles) const {
+    return index() % tiles * kTokens;
+  }
+
+  // Of all work.
+  __device__ __forceinline__ int index() const {
+    return static_cast<int>((blockIdx.x + number * gridDim.x) / kBlocks);
+  }
+};
+
+// A warp that selects: 16 tokens, of which a thread has scores as in candidate_lists.
+template <int kBoxes>
+class Selector {
+ public:
+  __device__ Selector(const ProductKeyTopkParams& p, const Shared<kBoxes>& shared,
+                      const Candidates<kBlocks, true>& candidates, int warp, int lane)
+      : p_(p),
+        candidates_(candidates),
+        states_(shared.states(warp)),
+        other_bounds_(shared.bounds(warp)),
+        there_(shared.part_there(0, warp)),
+        block_(static_cast<int>(cluster_rank())),
+        lane_(lane) {
+#pragma unroll
+    for (int r = 0; r < kPlanes; ++r) {
+      scores_[r] = shared.part(0, warp, r ^ block_) + lane * 16;
+    }
+    if (lane == 0) {
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) expect(slot);
+      expect_bounds();
+    }
+  }
+
+  // Both rounds, the first of so many keys. Of the warp's tokens, which begin there in the chunk,
+  // there are `num_tokens`.
+  __device__ __forceinline__ void run(int work, int head_side, int first_chunk_token,
+                                      int num_tokens, int first_keys) {
+    first_row_ = static_cast<int>(candidates_.row(head_side, first_chunk_token));
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) first_place_[row] = list(lane_ / 4 + 8 * row);
+    const auto* vector = static_cast<const float*>(head_side % 2 == 0 ? p_.u : p_.t);
+#pragma unroll
+    for (int r = 0; r < kPlanes; ++r) filter_[r] = vector[head_side / 2 * kPlanes + r];
+    exist_ =
+        (lane_ / 4 < num_tokens ? kRowBits : 0) | (lane_ / 4 + 8 < num_tokens ? kRowBits << 2 : 0);
+    counts_ = 0;
+    was_cut_ = false;
+    if (lane_ < kWarpTokens) store_shared_u32(states_ + lane_ * kStateBytes, 0x7fffffff);
+    __syncwarp();
+
+    const int first_own = block_ * kOwnKeys;
+    const auto num_keys = static_cast<int>(p_.num_keys);
+    {
+      Maxima<kColumns> maxima;
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+        for (int i = 0; i < num_row_scores(kColumns) / 2; ++i) {
+          maxima[row][i] = __float2bfloat162_rn(minus_infinity());
+        }
+      }
+#pragma unroll 1
+      for (int key = first_own; key < first_keys; key += 2 * kKeys) {
+        take_tile_maxima<0>(key, num_keys, maxima);
+        if (key + kKeys >= first_keys) break;
+        take_tile_maxima<1>(key + kKeys, num_keys, maxima);
+      }
+      find_bounds<kColumns>(maxima, (p_.axis_topk + 1) / 2, least_);
+    }
+    exchange_bounds(work & 1);
+#pragma unroll 1
+    for (int key = first_own; key - first_own < num_keys; key += kKeys) {
+      add<0>(key, num_keys);
+      add<1>(key + kPartKeys, num_keys);
+      ++tile_;
+    }
+    if (lane_ % 4 == 0) {
+      int32_t* counts = candidates_.counts + int64_t{kBlocks} * (first_row_ + lane_ / 4) + block_;
+      counts[0] = counts_ & 0xffffu;
+      counts[8 * kBlocks] = counts_ >> 16;
+    }
+  }
+
+ private:
+  static constexpr int kSlots = num_slots(kBoxes);
+  // Score i of a part has bit i; those of the first row of a thread are these.
+  static constexpr uint32_t kRowBits = 0x3333u;
+  static_assert(kPartScores == 16 && kRows == 2 && score_of(1, 0) == 2 && score_of(0, 2) == 4);
+  // Of score i.
+  __device__ __forceinline__ static int column(int i, int lane) {
+    return i / 4 * 8 + lane % 4 * 2 + i % 2;
+  }
+
+  __device__ __forceinline__ void expect(int slot) const {
+    mbarrier_expect_bytes(there_ + slot * Shared<kBoxes>::kBarrierStride, kPartBytes);
+  }
+
+  // The barriers of a warp have the same distances as those of all (Shared).
+  __device__ __forceinline__ uint32_t bounds_there() const {
+    return there_ + 2 * kSlots * Shared<kBoxes>::kBarrierStride;
+  }
+  __device__ __forceinline__ void expect_bounds() const {
+    mbarrier_expect_bytes(bounds_there(), kWarpTokens * sizeof(float));
+  }
+
+  template <int kPart>
+  __device__ __forceinline__ void wait() const {
+    using PartTurn = Turn<kSlots, kPart>;
+    mbarrier_wait_cluster(there_ + PartTurn::kSlot * Shared<kBoxes>::kBarrierStride,
+                          PartTurn::parity(tile_));
+  }
+
+  // After the part was read, by loads that are complete.
+  template <int kPart>
+  __device__ __forceinline__ void release() const {
+    constexpr int kSlot = Turn<kSlots, kPart>::kSlot;
+    const uint32_t read = there_ + (kSlots + kSlot) * Shared<kBoxes>::kBarrierStride;
+    mbarrier_arrive(read);
+    __syncwarp();
+    if (lane_ == 0) {
+      expect(kSlot);
+      mbarrier_arrive_in_block(address_in_block(read, block_ ^ 1));
+    }
+  }
+
+  using PartScores = float[kPlanes][kPartScores];
+  // Scores i to i + 3.
+  template <int kPart>
+  __device__ __forceinline__ void load_scores(int i, PartScores& scores) const {
+#pragma unroll
+    for (int r = 0; r < kPlanes; ++r) {
+      float four[4];
+      load_shared_floats(scores_[r] + Turn<kSlots, kPart>::kSlot * Shared<kBoxes>::kSlotStride +
+                             i / 4 * kPacketStride,
+                         four);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) scores[r][i + j] = four[j];
+    }
+  }
+  __device__ __forceinline__ float rank(const PartScores& scores, int i) const {
+    const float of_key[kPlanes] = {scores[0][i], scores[1][i]};
+    return rank_value<kPlanes>(filter_, of_key);
+  }
+
+  // Bits of the scores of a part that begins with this key.
+  __device__ __forceinline__ uint32_t existing(int first_key, int num_keys) const {
+    uint32_t exist = exist_;
+    if (first_key + kPartKeys > num_keys) {
+#pragma unroll
+      for (int i = 0; i < kPartScores; ++i) {
+        if (first_key + column(i, lane_) >= num_keys) exist &= ~(1u << i);
+      }
+    }
+    return exist;
+  }
+
+  // To the kHalf-th half of the columns.
+  template <int kHalf>
+  __device__ __forceinline__ void take_tile_maxima(int first_key, int num_keys,
+                                                   Maxima<kColumns>& maxima) {
+    take_maxima<kParts * kHalf, 0>(first_key, num_keys, maxima);
+    take_maxima<kParts * kHalf + 1, 1>(first_key + kPartKeys, num_keys, maxima);
+    ++tile_;
+  }
+
+  // To the kSet-th quarter of the columns.
+  template <int kSet, int kPart>
+  __device__ __forceinline__ void take_maxima(int first_key, int num_keys,
+                                              Maxima<kColumns>& maxima) const {
+    wait<kPart>();
+    float ranks[kPartScores];
+    {
+      PartScores scores;
+#pragma unroll
+      for (int i = 0; i < kPartScores; i += 4) {
+        load_scores<kPart>(i, scores);
+#pragma unroll
+        for (int j = i; j < i + 4; ++j) ranks[j] = rank(scores, j);
+      }
+    }
+    wait_for_words(__float_as_uint(ranks[0]), __float_as_uint(ranks[4]), __float_as_uint(ranks[8]),
+                   __float_as_uint(ranks[12]));
+    release<kPart>();
+    if (first_key + kPartKeys > num_keys) {
+      const uint32_t exist = existing(first_key, num_keys);
+#pragma unroll
+      for (int i = 0; i < kPartScores; ++i) {
+        if ((exist >> i & 1) == 0) ranks[i] = minus_infinity();
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kPartScores; i += 2) {
+      // Of a NaN and a number, the number.
+      __nv_bfloat162& both = maxima[i / 2 % 2][kSet * kPartScores / 4 + i / 4];
+      both = __hmax2(both, __floats2bfloat162_rn(ranks[i], ranks[i + 1]));
+    }
+  }
+
+  __device__ __forceinline__ void exchange_bounds(uint32_t parity) {
+    if (lane_ % 4 == 0) {
+      const uint32_t other_block = block_ ^ 1;
+      const uint32_t to = address_in_block(other_bounds_ + lane_ / 4 * 4, other_block);
+      const uint32_t barrier = address_in_block(bounds_there(), other_block);
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        store_async(to + 8 * row * sizeof(float), least_[row], barrier);
+      }
+    }
+    mbarrier_wait_cluster(bounds_there(), parity);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const uint32_t bound = load_shared_u32(other_bounds_ + (lane_ / 4 + 8 * row) * 4);
+      least_[row] = fminf(least_[row], __uint_as_float(bound));
+    }
+    // The next ones come long after all lanes have read these.
+    if (lane_ == 0) expect_bounds();
+  }
+
+  // Bits of the scores of a part whose rank is not below the bounds.
+  template <int kPart>
+  __device__ __forceinline__ uint32_t passing() const {
+    PartScores scores;
+#pragma unroll
+    for (int i = 0; i < kPartScores; i += 4) load_scores<kPart>(i, scores);
+    // The sign of what a rank is above the bound; NaN, which has none, is not below.
+    uint32_t below = 0;
+#pragma unroll
+    for (int i = kPartScores - 1; i >= 0; --i) {
+      below = __funnelshift_l(__float_as_uint(rank(scores, i) - least_[i / 2 % 2]), below, 1);
+    }
+    return ~below;
+  }
+
+  __device__ __forceinline__ int capacity() const { return candidates_.capacities[0]; }
+  __device__ __forceinline__ uint32_t count(int row) const { return counts_ >> 16 * row & 0xffffu; }
+  // Where the list of a token of the warp begins.
+  __device__ __forceinline__ int list(int warp_token) const {
+    return (first_row_ + warp_token) * candidates_.capacity() + candidates_.before(block_);
+  }
+
+  // Adds the keys of a part to the lists.
+  template <int kPart>
+  __device__ __forceinline__ void add(int first_key, int num_keys) {
+    if (was_cut_) {
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        const uint32_t state = states_ + (lane_ / 4 + 8 * row) * kStateBytes;
+        const float later = __uint_as_float(load_shared_u32(state + 4));
+        if (first_key >= static_cast<int>(load_shared_u32(state))) {
+          least_[row] = fmaxf(least_[row], later);
+        }
+      }
+    }
+    uint32_t left = existing(first_key, num_keys);
+    wait<kPart>();
+    while (true) {
+      left &= passing<kPart>();
+      uint32_t taken = left;
+      // Of both rows, in halves of a word: how many keys the lanes of the quad before this one
+      // have, and all of it.
+      const uint32_t own = __popc(taken & kRowBits) | __popc(taken & kRowBits << 2) << 16;
+      uint32_t upto = own;
+      uint32_t other = __shfl_up_sync(kFullMask, upto, 1, 4);
+      upto += lane_ % 4 >= 1 ? other : 0;
+      other = __shfl_up_sync(kFullMask, upto, 2, 4);
+      upto += lane_ % 4 >= 2 ? other : 0;
+      uint32_t all = __shfl_sync(kFullMask, upto, 3, 4);
+      const uint32_t before = upto - own;
+      const uint32_t room[kRows] = {capacity() - count(0), capacity() - count(1)};
+      const bool fits = __all_sync(kFullMask, (all & 0xffffu) <= room[0] && all >> 16 <= room[1]);
+      if (!fits) {
+#pragma unroll
+        for (int row = 0; row < kRows; ++row) {
+          const int own_room =
+              static_cast<int>(room[row]) - static_cast<int>(before >> 16 * row & 0xffffu);
+          uint32_t of_row = taken & kRowBits << 2 * row;
+          for (int over = __popc(of_row) - max(own_room, 0); over > 0; --over) {
+            of_row &= ~(0x80000000u >> __clz(of_row));
+          }
+          taken = (taken & ~(kRowBits << 2 * row)) | of_row;
+        }
+        all = min(all & 0xffffu, room[0]) | min(all >> 16, room[1]) << 16;
+      }
+      write<kPart>(taken, counts_ + before, first_key);
+      counts_ += all;
+      if (fits) break;
+      left &= ~taken;
+      cut_lists(left);
+    }
+    release<kPart>();
+  }
+
+  // Writes keys of a part to the lists, the first of each row to this place of the list.
+  template <int kPart>
+  __device__ __forceinline__ void write(uint32_t taken, uint32_t places, int first_key) const {
+    constexpr int kBatch = 4;  // of a lane, which seldom has more
+    do {
+      int place[kBatch];
+      uint32_t ids[kBatch];
+      float scores[kBatch][kPlanes];
+      bool exists[kBatch];
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        exists[k] = taken != 0;
+        const int i = (__ffs(static_cast<int>(taken)) - 1) & (kPartScores - 1);
+        taken &= taken - 1;
+        // By an address, for registers have none.
+        const int at = Turn<kSlots, kPart>::kSlot * Shared<kBoxes>::kSlotStride +
+                       i / 4 * kPacketStride + i % 4 * static_cast<int>(sizeof(float));
+#pragma unroll
+        for (int r = 0; r < kPlanes; ++r) {
+          scores[k][r] = __uint_as_float(load_shared_u32(scores_[r] + at));
+        }
+        ids[k] = static_cast<uint32_t>(first_key + column(i, lane_));
+        const bool lower = (i & 2) != 0;
+        place[k] = (lower ? first_place_[1] : first_place_[0]) +
+                   static_cast<int>(lower ? places >> 16 : places & 0xffffu);
+        places += lower ? 0x10000u : 1u;
+      }
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        if (exists[k]) store_candidate(candidates_, int64_t{place[k]}, scores[k], ids[k]);
+      }
+    } while (__any_sync(kFullMask, taken != 0));
+  }
+
+  // Cuts the lists, which are full, of rows of which a lane has keys left down to their best m.
+  __device__ __forceinline__ void cut_lists(uint32_t left) {
+    uint32_t quads = ((left & kRowBits) != 0 ? 1u : 0u) | ((left & kRowBits << 2) != 0 ? 2u : 0u);
+    quads |= __shfl_xor_sync(kFullMask, quads, 1);
+    quads |= __shfl_xor_sync(kFullMask, quads, 2);
+    __syncwarp();  // what other lanes have written
+    const auto m = static_cast<uint32_t>(p_.axis_topk);
+#pragma unroll 1
+    for (int token = 0; token < kWarpTokens; ++token) {
+      const int row = token / 8;
+      if ((__shfl_sync(kFullMask, quads, token % 8 * 4) >> row & 1) == 0) continue;
+      const Cut cut = cut_list(p_, candidates_, int64_t{list(token)}, capacity(), filter_, lane_);
+      if (lane_ / 4 != token % 8) continue;
+      const float rank = least_rank(cut.rank);
+      if (row == 0) {
+        least_[0] = fmaxf(least_[0], rank);
+        counts_ = (counts_ & 0xffff0000u) | m;
+      } else {
+        least_[1] = fmaxf(least_[1], rank);
+        counts_ = (counts_ & 0xffffu) | m << 16;
+      }
+      if (lane_ % 4 == 0) {
+        // Of equal rank, keys of higher ids than those that were kept have lost.
+        const float later = cut.rank == 0 ? rank : least_rank(cut.rank + 1);
+        store_shared_u32(states_ + token * kStateBytes, cut.last_tie + 1);
+        store_shared_u32(states_ + token * kStateBytes + 4, __float_as_uint(later));
+      }
+    }
+    was_cut_ = true;
+    __syncwarp();
+  }
+
+  const ProductKeyTopkParams& p_;
+  const Candidates<kBlocks, true>& candidates_;
+  uint32_t states_;           // of the warp's tokens
+  uint32_t other_bounds_;     // of these as well
+  uint32_t there_;            // the barrier of the first slot
+  uint32_t scores_[kPlanes];  // of a part in the first slot, this lane's
+  float filter_[kPlanes];
+  float least_[kRows];
+  uint32_t exist_;  // bits of rows with a token
+  int block_;       // this one's number in the cluster
+  int first_row_, lane_;
+  int first_place_[kRows];  // of lists
+  bool was_cut_;            // one of the warp's lists
+  int tile_ = 0;            // of all rounds so far
+  uint32_t counts_;         // what is in the lists of both rows, in halves of a word
+};
+
+#endif  // __CUDA_ARCH_FEAT_SM90_ALL
+
+}  // namespace ultramem::cuda::split

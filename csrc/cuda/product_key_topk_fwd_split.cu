@@ -1,0 +1,375 @@
+// Product-key retrieval, forward, axis stage for R = 2 on the tensor cores of sm_90: all keys that
+// may be among a token's best m (product_key_candidates.cuh), from which another kernel picks.
+//
+// The two blocks of a cluster have the same 128 tokens of one head and side, and a rank each: its
+// queries fit in shared memory, and a key that arrives there is multiplied with 128 of them. Of
+// every tile of 128 keys a block then looks at 64, for which the other sends it the scores of its
+// rank. Warps that multiply do nothing else: they pass scores on, a part at a time, to warps that
+// select, of their own block and of the other.
+//
+// Keys pass twice. In the first round each block keeps, for every token and column of two of its
+// tiles, the maximum rank: m/2 of them above some number, and as many of the other block's, are m
+// different keys, so the lesser of both numbers bounds the m-th best key from below. In the second
+// round the keys that are not below go to the block's list of the token. A list that is full is cut
+// down to its best m, and bounds from then on, too: every order of scores comes out right, and only
+// contrived ones are slower, and tokens whose scores are NaN.
+#include <algorithm>
+
+#include "kernel_registry.h"
+#include "product_key_split.cuh"
+#include "product_key_topk_fwd.h"
+#include "sm90a.h"
+#include "wgmma.cuh"
+
+namespace ultramem::cuda {
+namespace {
+
+using namespace split;
+
+constexpr int kCopiers = 128;  // threads, of which one copies, of a warpgroup of its own
+constexpr int kThreads = 2 * kMultipliers + kCopiers;
+// Warps that multiply hold a part where there is one slot for parts.
+__host__ __device__ constexpr int multiplier_registers(int boxes) {
+  return num_slots(boxes) == 1 ? 112 : 96;
+}
+__host__ __device__ constexpr int selector_registers(int boxes) {
+  return 224 - multiplier_registers(boxes);
+}
+constexpr int kCopierRegisters = 32;
+
+// Tiles of keys of the two rounds, and what there is to do in a chunk of so many tokens. Part of
+// the keys bound less well, but few keys above the bounds cost less than keys that are multiplied
+// twice.
+struct Plan {
+  int first;
+  int second;
+  int tiles;  // of tokens
+  int works;
+
+  Plan(const ProductKeyTopkParams& p, int64_t num_tokens) {
+    constexpr int kFewKept = 40;  // keys, as far as selection goes
+    second = static_cast<int>(ceil_div(p.num_keys, kKeys));
+    first = p.axis_topk <= kFewKept ? (second + 1) / 2 : second;
+    tiles = static_cast<int>(ceil_div(num_tokens, kTokens));
+    works = 2 * p.num_heads * tiles;
+  }
+};
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// By an exchange, so that the compiler knows it to be the warp's; asked for where it is needed, for
+// kept from the beginning it would be a register too many.
+__device__ __forceinline__ int warp_number() {
+  return __shfl_sync(kFullMask, static_cast<int>(threadIdx.x) / kWarpSize, 0);
+}
+
+// Asks for queries of the block's rank in the L2 cache, by whole rows: boxes of 128 bytes from many
+// rows are what memory delivers slowly. For `threads` threads, of which this is one.
+__device__ __forceinline__ void prefetch_queries(const ProductKeyTopkParams& p, int head_side,
+                                                 int64_t first_token, int thread, int threads) {
+  const int head = head_side / 2, side = head_side % 2;
+  const int plane = p.num_queries > 1 ? static_cast<int>(cluster_rank()) : 0;
+  const auto row_bytes = static_cast<uint32_t>(2 * p.key_dim);
+  const int64_t end = min(first_token + kTokens, p.num_tokens);
+  for (int64_t token = first_token + thread; token < end; token += threads) {
+    const int64_t row = ((token * 2 + side) * p.num_heads + head) * p.num_queries + plane;
+    prefetch_to_l2(static_cast<const char*>(p.query) + row * row_bytes, row_bytes);
+  }
+}
+
+// Copies the block's queries, and keys of its rank in both rounds, for all its work. What a block
+// looks at comes first in its tiles.
+template <int kBoxes>
+__device__ __forceinline__ void copy_all(const ProductKeyTopkParams& p, const Plan& plan,
+                                         const Shared<kBoxes>& shared, const CUtensorMap* query_map,
+                                         const CUtensorMap* key_map, int64_t first_chunk_token) {
+  const auto rank = static_cast<int>(cluster_rank());
+  RingCursor<kStages> at;
+#pragma unroll 1
+  for (Work work{0}; work.index() < plan.works; ++work.number) {
+    const int head_side = work.head_side(plan.tiles);
+    const int head = head_side / 2, side = head_side % 2;
+    const int query_plane =
+        (side * p.num_heads + head) * p.num_queries + (p.num_queries > 1 ? rank : 0);
+    const auto first_token =
+        static_cast<int>(first_chunk_token + work.first_chunk_token(plan.tiles));
+    const auto copy_queries = [&](int box) {
+      mbarrier_expect_bytes(shared.queries_there(box), kQueryBoxBytes);
+      copy_box(query_map, shared.queries(box), shared.queries_there(box), box * kBoxColumns,
+               first_token, query_plane);
+    };
+#pragma unroll 1
+    for (int tile = 0; tile < plan.first + plan.second; ++tile) {
+      const int key = (tile < plan.first ? tile : tile - plan.first) * kKeys;
+#pragma unroll 1
+      for (int box = 0; box < kBoxes; ++box) {
+        mbarrier_wait(shared.empty(at.place), at.parity ^ 1);
+        // What was multiplied last from this stage were the queries of the work before, of this
+        // box and of the one that is a turn of the ring further on.
+        if (tile == 0 && box < kStages) copy_queries(box);
+        const uint32_t full = shared.full(at.place);
+        mbarrier_expect_bytes(full, kStageBytes);
+#pragma unroll
+        for (int half = 0; half < kBlocks; ++half) {
+          copy_box(key_map, shared.stage(at.place) + half * kHalfStageBytes, full,
+                   box * kBoxColumns, key + (half ^ rank) * kOwnKeys, head_side * kPlanes + rank);
+        }
+        at.advance();
+        // The others before the ring makes this wait.
+        if (tile == 0 && box + 1 == kStages) {
+#pragma unroll 1
+          for (int other = kStages; other < kBoxes; ++other) copy_queries(other);
+        }
+      }
+    }
+  }
+}
+
+// Multiplies all tiles, so many for each work, by a warp that does so with the others of its
+// warpgroup.
+template <typename scalar_t, int kBoxes>
+__device__ __forceinline__ void multiply_all(const Shared<kBoxes>& shared, int num_works,
+                                             int work_tiles, int warp, int lane) {
+  constexpr bool kHolds = num_slots(kBoxes) == 1;
+  // A tile's boxes go round the ring a whole number of times.
+  constexpr int kTurns = kBoxes / kStages;
+  static_assert(kBoxes % kStages == 0 && (kTurns == 1 || kTurns == 2));
+  const Sender<kBoxes> sender(shared, warp, lane);
+  const uint64_t queries = tile_descriptor(shared.queries(0) + warp / 4 * kGroupTokens * kRowBytes);
+  const uint64_t keys = tile_descriptor(shared.stage(0));
+  // Each warp for itself: that its share of a product is complete says nothing of the others'.
+  const auto release = [&](int stage) {
+    if (lane == 0) mbarrier_arrive(shared.empty(stage));
+  };
+  // Of the keys that this block looks at, then of those that the other does.
+  float sums[kTileScores];
+#pragma unroll
+  for (int i = 0; i < kTileScores; ++i) sums[i] = 0.0f;
+  float held[kBlocks][kPartScores];  // the second part, until the first was read
+  int work = 0, left = work_tiles;   // of the work's tiles
+#pragma unroll 1
+  for (int tile = 0; tile < num_works * work_tiles; ++tile) {
+#pragma unroll 1
+    for (int turn = 0; turn < kTurns; ++turn) {
+      // Half a tile is the selectors' time for each part.
+      if (kHolds && turn == 1 && tile > 0) sender.template send<1>(tile - 1, held[0], held[1]);
+#pragma unroll
+      for (int stage = 0; stage < kStages; ++stage) {
+        if (left == work_tiles) {
+          mbarrier_wait(shared.queries_there(turn * kStages + stage), work & 1);
+        }
+        mbarrier_wait(shared.full(stage), kTurns == 2 ? turn : tile & 1);
+        const uint64_t query_tile = queries + (turn * kStages + stage) * (kQueryBoxBytes / 16);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < kBoxColumns / 16; ++k) {
+          // 32 bytes along the rows, in units of 16.
+          wgmma_k16<scalar_t>(sums, query_tile + 2 * k, keys + stage * (kStageBytes / 16) + 2 * k,
+                              turn + stage + k > 0);
+        }
+        wgmma_commit();
+        if (turn + stage > 0) {
+          wgmma_wait<1>();
+          release((stage + kStages - 1) % kStages);
+        }
+      }
+    }
+    wgmma_wait<0>();
+    wgmma_results(sums);
+    release((kBoxes - 1) % kStages);
+    sender.template send<0>(tile, sums, sums + kTileScores / 2);
+    if constexpr (kHolds) {
+#pragma unroll
+      for (int i = 0; i < kPartScores; ++i) {
+        held[0][i] = sums[kPartScores + i];
+        held[1][i] = sums[kTileScores / 2 + kPartScores + i];
+        // A copy in any case: sums that stay where they are would leave no room for the next.
+        asm volatile("" : "+f"(held[0][i]), "+f"(held[1][i]));
+      }
+    } else {
+      sender.template send<1>(tile, sums + kPartScores, sums + kTileScores / 2 + kPartScores);
+    }
+    if (--left == 0) {
+      left = work_tiles;
+      ++work;
+    }
+  }
+  if constexpr (kHolds) {
+    sender.template send<1>(num_works * work_tiles - 1, held[0], held[1]);
+  }
+}
+
+#endif  // __CUDA_ARCH_FEAT_SM90_ALL
+
+// Grid: the blocks of clusters, which share out the chunk's tiles of tokens of all heads and sides.
+template <typename scalar_t, int kBoxes>
+__global__ void __launch_bounds__(kThreads, 1)
+    product_key_topk_fwd_split_kernel(const __grid_constant__ ProductKeyTopkParams p,
+                                      const __grid_constant__ Plan plan,
+                                      const __grid_constant__ Candidates<kBlocks, true> candidates,
+                                      int64_t first_chunk_token,
+                                      const __grid_constant__ CUtensorMap query_map,
+                                      const __grid_constant__ CUtensorMap key_map) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(1024) unsigned char shared_bytes[];  // as swizzled tiles are
+  const Shared<kBoxes> shared{shared_address(shared_bytes)};
+  const int warp = warp_number();
+  const int lane = threadIdx.x % kWarpSize;
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      mbarrier_init(shared.full(stage), 1);
+      mbarrier_init(shared.empty(stage), kWarps);
+    }
+    for (int box = 0; box < kBoxes; ++box) mbarrier_init(shared.queries_there(box), 1);
+    for (int i = 0; i < kWarps; ++i) {
+      for (int slot = 0; slot < shared.kSlots; ++slot) {
+        // By who sends and who expects, and by who reads here and there.
+        mbarrier_init(shared.part_there(slot, i), kWarpSize + 1);
+        mbarrier_init(shared.part_read(slot, i), kWarpSize + 1);
+      }
+      mbarrier_init(shared.bounds_there(i), 1);
+    }
+    mbarrier_init_fence();
+    prefetch_tensor_map(&query_map);
+    prefetch_tensor_map(&key_map);
+  }
+  __syncthreads();
+  cluster_arrive_relaxed();
+  cluster_wait();
+  // In this order: what the grid stage reads before it waits must be there when it begins.
+  wait_for_prerequisite_grid();
+  release_dependent_grid();
+
+  if (warp >= 2 * kWarps) {
+    give_up_registers<kCopierRegisters>();
+    const int thread = static_cast<int>(threadIdx.x) - 2 * kMultipliers;
+    const Work work{0};
+    prefetch_queries(p, work.head_side(plan.tiles),
+                     first_chunk_token + work.first_chunk_token(plan.tiles), thread, kCopiers);
+    if (thread == 0) {
+      copy_all(p, plan, shared, &query_map, &key_map, first_chunk_token);
+    }
+  } else if (warp >= kWarps) {
+    take_registers<selector_registers(kBoxes)>();
+    Selector<kBoxes> selector(p, shared, candidates, warp_number() - kWarps, lane);
+#pragma unroll 1
+    for (Work work{0}; work.index() < plan.works; ++work.number) {
+      const int chunk_token =
+          work.first_chunk_token(plan.tiles) + (warp_number() - kWarps) * kWarpTokens;
+      const int64_t left = p.num_tokens - first_chunk_token - chunk_token;
+      selector.run(work.number, work.head_side(plan.tiles), chunk_token,
+                   static_cast<int>(min(int64_t{kTokens}, left)), plan.first * kKeys);
+    }
+  } else {
+    take_registers<multiplier_registers(kBoxes)>();
+    Work work{0};
+    while (work.index() < plan.works) ++work.number;
+    multiply_all<scalar_t>(shared, work.number, plan.first + plan.second, warp_number(), lane);
+  }
+  __syncwarp();
+  // No block may leave while the other still sends to it or arrives at its barriers.
+  cluster_sync();
+#endif
+}
+
+ULTRAMEM_REGISTER_KERNEL(bf16_4, "product_key_topk_fwd_split<bf16, 4>", kThreads,
+                         product_key_topk_fwd_split_kernel<__nv_bfloat16, kFewBoxes>);
+ULTRAMEM_REGISTER_KERNEL(bf16_8, "product_key_topk_fwd_split<bf16, 8>", kThreads,
+                         product_key_topk_fwd_split_kernel<__nv_bfloat16, kManyBoxes>);
+ULTRAMEM_REGISTER_KERNEL(fp16_4, "product_key_topk_fwd_split<fp16, 4>", kThreads,
+                         product_key_topk_fwd_split_kernel<__half, kFewBoxes>);
+ULTRAMEM_REGISTER_KERNEL(fp16_8, "product_key_topk_fwd_split<fp16, 8>", kThreads,
+                         product_key_topk_fwd_split_kernel<__half, kManyBoxes>);
+
+// 0 where it cannot be told.
+int multiprocessors() {
+  int device = 0, count = 0;
+  const bool known =
+      cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
+  return known ? count : 0;
+}
+
+constexpr size_t kMaxWorkspace = 96 << 20;
+
+int clusters_at_once() { return std::max(multiprocessors() / kBlocks, 1); }
+
+struct Workspace {
+  Candidates<kBlocks, true> candidates{};
+  size_t bytes;
+
+  // All tokens at once where there is room. Otherwise in chunks, for which all multiprocessors have
+  // the same number of works each as often as fit: the next chunk's candidates overwrite those of
+  // the last.
+  explicit Workspace(const ProductKeyTopkParams& p) {
+    const Plan plan(p, p.num_tokens);
+    set_capacities(p, kColumns, kOwnKeys, &candidates,
+                   static_cast<double>(plan.second) / plan.first);
+    const int64_t tiles = ceil_div(p.num_tokens, kTokens);
+    place(p, tiles);
+    if (bytes <= kMaxWorkspace) return;
+    const int64_t at_once = std::max(clusters_at_once() / (2 * p.num_heads), 1);
+    place(p, at_once);
+    const int64_t fitting = std::max<int64_t>(kMaxWorkspace / bytes, 1) * at_once;
+    place(p, ceil_div(tiles, ceil_div(tiles, fitting)));
+  }
+
+ private:
+  void place(const ProductKeyTopkParams& p, int64_t tiles) {
+    candidates.chunk_tokens = static_cast<int>(kTokens * tiles);
+    bytes = place_candidates(p, &candidates);
+  }
+};
+
+template <typename scalar_t, int kBoxes>
+Status launch(const ProductKeyTopkParams& p, Stream stream) {
+  CUtensorMap query_map, key_map;
+  const int64_t query_planes = int64_t{2} * p.num_heads * p.num_queries;
+  ULTRAMEM_RETURN_IF_ERROR(make_tensor_map(&query_map, p.query, p.dtype, p.key_dim, p.num_tokens,
+                                           query_planes, query_planes * p.key_dim, p.key_dim,
+                                           kTokens));
+  ULTRAMEM_RETURN_IF_ERROR(make_tensor_map(&key_map, p.keys, p.dtype, p.key_dim, p.num_keys,
+                                           int64_t{2} * p.num_heads * kPlanes, p.key_dim,
+                                           p.num_keys * p.key_dim, kOwnKeys));
+  const auto kernel = product_key_topk_fwd_split_kernel<scalar_t, kBoxes>;
+  const Workspace workspace(p);
+  const Candidates<kBlocks, true>& candidates = workspace.candidates;
+  for (int64_t first = 0; first < p.num_tokens; first += candidates.chunk_tokens) {
+    const Plan plan(p, candidates.tokens_from(first, p.num_tokens));
+    const int clusters = std::min(plan.works, clusters_at_once());
+    const dim3 grid(static_cast<unsigned>(kBlocks * clusters));
+    ULTRAMEM_RETURN_IF_ERROR(launch_overlapping_clusters(kernel, grid, kBlocks, kThreads,
+                                                         Shared<kBoxes>::kBytes, stream, p, plan,
+                                                         candidates, first, query_map, key_map));
+    ULTRAMEM_RETURN_IF_ERROR(launch_pick(p, candidates, first, stream));
+  }
+  return {};
+}
+
+template <typename scalar_t>
+Status launch_boxes(const ProductKeyTopkParams& p, Stream stream) {
+  return p.key_dim <= kFewBoxes * kBoxColumns ? launch<scalar_t, kFewBoxes>(p, stream)
+                                              : launch<scalar_t, kManyBoxes>(p, stream);
+}
+
+}  // namespace
+
+bool axis_split_applies(const ProductKeyTopkParams& p) {
+  // Shorter keys are multiplied faster than they are selected from.
+  constexpr int kLeastKeyDim = 192;
+  if (p.tucker_rank != kPlanes || p.key_dim <= kLeastKeyDim ||
+      p.key_dim > kManyBoxes * kBoxColumns) {
+    return false;
+  }
+  // Many heads would need more; places are counted in 32 bits, too.
+  return axis_split_workspace(p) <= kMaxWorkspace;
+}
+
+size_t axis_split_workspace(const ProductKeyTopkParams& p) { return Workspace(p).bytes; }
+
+Status launch_axis_split(const ProductKeyTopkParams& p, Stream stream) {
+  return p.dtype == DType::kFloat16 ? launch_boxes<__half>(p, stream)
+                                    : launch_boxes<__nv_bfloat16>(p, stream);
+}
+
+}  // namespace ultramem::cuda
