@@ -1,6 +1,6 @@
-// Candidates: keys of one side that may be among a token's best m. One kernel finds them and writes
-// them down, a few times m of a token's n keys, never all scores (product_key_topk_fwd_candidates);
-// another picks the best of them (product_key_topk_fwd_pick).
+// Candidates: keys of one side that may be among a token's best m. A kernel finds them and writes
+// them down, a few times m of a token's n keys, never all scores (product_key_topk_fwd_split,
+// _candidates and _mma); another picks the best of them (product_key_topk_fwd_pick).
 //
 // A candidate is a key's scores and its id. A token, head and side has as many lists of them, in no
 // order, as warps look for candidates at the same time.

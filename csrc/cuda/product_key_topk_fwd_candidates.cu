@@ -16,9 +16,9 @@
 #include "cluster.cuh"
 #include "common.cuh"
 #include "kernel_registry.h"
+#include "product_key_axis_launch.h"
 #include "product_key_candidate_lists.cuh"
 #include "product_key_topk_fwd.h"
-#include "sm90a.h"
 #include "wgmma.cuh"
 
 namespace ultramem::cuda {
@@ -373,15 +373,6 @@ ULTRAMEM_REGISTER_KERNEL(fp16_1, "product_key_topk_fwd_candidates<fp16, 1>", kTh
 ULTRAMEM_REGISTER_KERNEL(fp16_2, "product_key_topk_fwd_candidates<fp16, 2>", kThreads,
                          product_key_topk_fwd_candidates_kernel<__half, 2>);
 
-// 0 where it cannot be told.
-int multiprocessors() {
-  int device = 0, count = 0;
-  const bool known =
-      cudaGetDevice(&device) == cudaSuccess &&
-      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
-  return known ? count : 0;
-}
-
 // Tokens of a chunk, which bounds the workspace for few heads: the next chunk's candidates
 // overwrite it. Blocks for all multiprocessors twice, in chunks of about the same size.
 int chunk_tokens(const ProductKeyTopkParams& p) {
@@ -405,13 +396,7 @@ struct Workspace {
 template <typename scalar_t, int kPlanes>
 Status launch(const ProductKeyTopkParams& p, Stream stream) {
   CUtensorMap query_map, key_map;
-  const int64_t query_planes = int64_t{2} * p.num_heads * p.num_queries;
-  ULTRAMEM_RETURN_IF_ERROR(make_tensor_map(&query_map, p.query, p.dtype, p.key_dim, p.num_tokens,
-                                           query_planes, query_planes * p.key_dim, p.key_dim,
-                                           kBoxRows));
-  ULTRAMEM_RETURN_IF_ERROR(make_tensor_map(&key_map, p.keys, p.dtype, p.key_dim, p.num_keys,
-                                           int64_t{2} * p.num_heads * kPlanes, p.key_dim,
-                                           p.num_keys * p.key_dim, kBoxRows));
+  ULTRAMEM_RETURN_IF_ERROR(make_axis_maps(p, kBoxRows, kBoxRows, &query_map, &key_map));
   const auto kernel = product_key_topk_fwd_candidates_kernel<scalar_t, kPlanes>;
   const Layout layout(p);
   const Workspace workspace(p);

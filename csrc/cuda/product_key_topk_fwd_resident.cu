@@ -12,10 +12,10 @@
 #include "common.cuh"
 #include "kernel_registry.h"
 #include "mma.cuh"
+#include "product_key_axis_launch.h"
 #include "product_key_common.cuh"
 #include "product_key_lists.cuh"
 #include "product_key_topk_fwd.h"
-#include "sm90a.h"
 #include "wgmma.cuh"
 
 namespace ultramem::cuda {
@@ -451,13 +451,7 @@ ULTRAMEM_REGISTER_KERNEL(resident_fp16, "product_key_topk_fwd_axis_resident<fp16
 template <typename scalar_t>
 Status launch(const ProductKeyTopkParams& p, Stream stream) {
   CUtensorMap query_map, key_map;
-  const int64_t query_planes = int64_t{2} * p.num_heads * p.num_queries;
-  ULTRAMEM_RETURN_IF_ERROR(make_tensor_map(&query_map, p.query, p.dtype, p.key_dim, p.num_tokens,
-                                           query_planes, query_planes * p.key_dim, p.key_dim,
-                                           kTokens));
-  ULTRAMEM_RETURN_IF_ERROR(make_tensor_map(&key_map, p.keys, p.dtype, p.key_dim, p.num_keys,
-                                           int64_t{2} * p.num_heads * kPlanes, p.key_dim,
-                                           p.num_keys * p.key_dim, kKeys));
+  ULTRAMEM_RETURN_IF_ERROR(make_axis_maps(p, kTokens, kKeys, &query_map, &key_map));
   const auto kernel = product_key_topk_fwd_axis_resident_kernel<scalar_t>;
   ULTRAMEM_RETURN_IF_ERROR(allow_shared_memory(kernel, kSharedBytes));
   const dim3 grid(static_cast<unsigned>(ceil_div(p.num_tokens, kTokens)),

@@ -16,9 +16,9 @@
 #include <algorithm>
 
 #include "kernel_registry.h"
+#include "product_key_axis_launch.h"
 #include "product_key_split.cuh"
 #include "product_key_topk_fwd.h"
-#include "sm90a.h"
 #include "wgmma.cuh"
 
 namespace ultramem::cuda {
@@ -281,15 +281,6 @@ ULTRAMEM_REGISTER_KERNEL(fp16_4, "product_key_topk_fwd_split<fp16, 4>", kThreads
 ULTRAMEM_REGISTER_KERNEL(fp16_8, "product_key_topk_fwd_split<fp16, 8>", kThreads,
                          product_key_topk_fwd_split_kernel<__half, kManyBoxes>);
 
-// 0 where it cannot be told.
-int multiprocessors() {
-  int device = 0, count = 0;
-  const bool known =
-      cudaGetDevice(&device) == cudaSuccess &&
-      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
-  return known ? count : 0;
-}
-
 constexpr size_t kMaxWorkspace = 96 << 20;
 
 int clusters_at_once() { return std::max(multiprocessors() / kBlocks, 1); }
@@ -324,13 +315,7 @@ struct Workspace {
 template <typename scalar_t, int kBoxes>
 Status launch(const ProductKeyTopkParams& p, Stream stream) {
   CUtensorMap query_map, key_map;
-  const int64_t query_planes = int64_t{2} * p.num_heads * p.num_queries;
-  ULTRAMEM_RETURN_IF_ERROR(make_tensor_map(&query_map, p.query, p.dtype, p.key_dim, p.num_tokens,
-                                           query_planes, query_planes * p.key_dim, p.key_dim,
-                                           kTokens));
-  ULTRAMEM_RETURN_IF_ERROR(make_tensor_map(&key_map, p.keys, p.dtype, p.key_dim, p.num_keys,
-                                           int64_t{2} * p.num_heads * kPlanes, p.key_dim,
-                                           p.num_keys * p.key_dim, kOwnKeys));
+  ULTRAMEM_RETURN_IF_ERROR(make_axis_maps(p, kTokens, kOwnKeys, &query_map, &key_map));
   const auto kernel = product_key_topk_fwd_split_kernel<scalar_t, kBoxes>;
   const Workspace workspace(p);
   const Candidates<kBlocks, true>& candidates = workspace.candidates;

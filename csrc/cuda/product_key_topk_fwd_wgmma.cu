@@ -9,6 +9,7 @@
 
 #include "common.cuh"
 #include "kernel_registry.h"
+#include "product_key_axis_launch.h"
 #include "product_key_common.cuh"
 #include "product_key_lists.cuh"
 #include "product_key_topk_fwd.h"
@@ -432,13 +433,7 @@ template <typename scalar_t, int kPlanes, int kGroups>
 Status launch(const ProductKeyTopkParams& p, Stream stream, const int32_t* left_over) {
   using T = Traits<kPlanes, kGroups>;
   CUtensorMap query_map, key_map;
-  const int64_t query_planes = int64_t{2} * p.num_heads * p.num_queries;
-  ULTRAMEM_RETURN_IF_ERROR(make_tensor_map(&query_map, p.query, p.dtype, p.key_dim, p.num_tokens,
-                                           query_planes, query_planes * p.key_dim, p.key_dim,
-                                           T::kTokens));
-  ULTRAMEM_RETURN_IF_ERROR(make_tensor_map(&key_map, p.keys, p.dtype, p.key_dim, p.num_keys,
-                                           int64_t{2} * p.num_heads * p.tucker_rank, p.key_dim,
-                                           p.num_keys * p.key_dim, T::kKeys));
+  ULTRAMEM_RETURN_IF_ERROR(make_axis_maps(p, T::kTokens, T::kKeys, &query_map, &key_map));
   const auto kernel = product_key_topk_fwd_axis_wgmma_kernel<scalar_t, kPlanes, kGroups>;
   constexpr int kBytes = T::kSharedBytes;
   ULTRAMEM_RETURN_IF_ERROR(allow_shared_memory(kernel, kBytes));
