@@ -11,8 +11,8 @@ from ._retrieval_cache import is_capturing
 from .layer import UltraMemLayer
 from .table import MemoryTable
 
-# By device and the caller's stream.
-_side_streams: dict[tuple[torch.device, int], torch.cuda.Stream] = {}
+# By device, the caller's stream and their priority.
+_side_streams: dict[tuple[torch.device, int, int], torch.cuda.Stream] = {}
 
 
 def ffn_with_memory(
@@ -21,10 +21,10 @@ def ffn_with_memory(
     """``ffn(x) + memory(x, table)``, the two side by side on a GPU.
 
     Few tokens leave a GPU unused in different ways: the FFN waits for its weights, retrieval for
-    one small kernel after the other. Without gradients on CUDA, retrieval runs on a stream of its
-    own while the FFN runs on the caller's, and the memory's output projection adds to what the FFN
-    has returned. Under autocast, with hooks on ``memory`` or a subclass of it, one runs after the
-    other.
+    one small kernel after the other. Without gradients on CUDA, retrieval and the reading of rows
+    run on streams of their own while the FFN runs on the caller's, and the memory's output
+    projection adds to what the FFN has returned. Under autocast, with hooks on ``memory`` or a
+    subclass of it, one runs after the other.
 
     A table that is sharded over several GPUs makes them wait for each other. With it the whole
     memory layer runs beside the FFN, with gradients as well: what goes over the wire, forward and
@@ -53,20 +53,27 @@ def ffn_with_memory(
         return ffn(x) + memory(x, table)
     tokens = memory.flat_tokens(x, table)
     main = torch.cuda.current_stream(x.device)
-    side = _side_stream(main)
-    side.wait_stream(main)
+    retriever, reader = _side_stream(main, priority=-1), _side_stream(main, priority=0)
+    retriever.wait_stream(main)
+    reader.wait_stream(retriever)
     try:
-        with torch.cuda.stream(side):
-            scores, indices = memory.retrieve(tokens)
-        pre_input = memory.pre_input(tokens)
-        projected = main.record_event()
+        with torch.cuda.stream(retriever):
+            query = memory.query(tokens)
+            asked = retriever.record_event()
+            scores, indices = memory.retrieve_for(query)
+            found = retriever.record_event()
+        with torch.cuda.stream(reader):
+            pre_input = memory.pre_input(tokens)
+        # All of retrieval waits for the queries, so that the FFN does not come before them.
+        main.wait_event(asked)
         y = ffn(x)
-        with torch.cuda.stream(side):
-            side.wait_event(projected)
+        with torch.cuda.stream(reader):
+            reader.wait_event(found)
             read = memory.read(table, scores, indices, pre_input)
     finally:
-        # Also where something was raised: what the side reads may be freed then.
-        main.wait_stream(side)
+        # Also where something was raised: what the sides read may be freed then, by either.
+        retriever.wait_stream(reader)
+        main.wait_stream(retriever)
     if not is_capturing(x.device):
         # It is used on a stream that has not allocated it. What a capture allocates is its own, and
         # the next use of the side stream there waits for this one's end.
@@ -79,7 +86,7 @@ def _whole_beside(
 ) -> Tensor:
     """Backwards run on the streams of their forwards, which autograd orders."""
     main = torch.cuda.current_stream(x.device)
-    side = _side_stream(main)
+    side = _side_stream(main, priority=-1)
     side.wait_stream(main)
     try:
         with torch.cuda.stream(side):
@@ -118,10 +125,10 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _side_stream(main: torch.cuda.Stream) -> torch.cuda.Stream:
-    key = main.device, main.cuda_stream
+def _side_stream(main: torch.cuda.Stream, priority: int) -> torch.cuda.Stream:
+    key = main.device, main.cuda_stream, priority
     if key not in _side_streams:
-        _side_streams[key] = torch.cuda.Stream(main.device, priority=-1)
+        _side_streams[key] = torch.cuda.Stream(main.device, priority=priority)
     return _side_streams[key]
 
 

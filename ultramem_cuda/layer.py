@@ -194,13 +194,21 @@ class UltraMemLayer(nn.Module):
 
     def retrieve(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The slots of each token [T, D]: scores [T, H*M, C], virtual indices [T, H*M]."""
-        query = ops.tucker_query(
+        return self.retrieve_for(self.query(tokens))
+
+    def query(self, tokens: Tensor) -> Tensor:
+        """The first half of :meth:`retrieve`: what the keys are multiplied with,
+        [T, 2, H, Q, Kd]."""
+        return ops.tucker_query(
             tokens,
             self.query_proj.weight,
             self.query_norm,
             num_heads=self.config.num_heads,
             eps=self.config.eps,
         )
+
+    def retrieve_for(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """The second half of :meth:`retrieve`."""
         scores, indices = self._retrieve(query)
         return scores.flatten(1, 2), indices.flatten(1)
 

@@ -3,19 +3,11 @@
 
 #include <cuda.h>
 
+#include "device.h"
 #include "ultramem/product_key_topk.h"
 #include "wgmma.cuh"
 
 namespace ultramem::cuda {
-
-// Of the current device; 0 where it cannot be told.
-inline int multiprocessors() {
-  int device = 0, count = 0;
-  const bool known =
-      cudaGetDevice(&device) == cudaSuccess &&
-      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
-  return known ? count : 0;
-}
 
 // Tensor maps of the queries, whose planes are (side, head, query), in boxes of so many tokens, and
 // of the keys, whose planes are (head, side, rank), in boxes of so many keys.

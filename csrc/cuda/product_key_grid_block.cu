@@ -9,6 +9,7 @@
 #include "async_copy.cuh"
 #include "block_topk.cuh"
 #include "common.cuh"
+#include "device.h"
 #include "kernel_registry.h"
 #include "product_key_common.cuh"
 #include "product_key_grid.cuh"
@@ -22,11 +23,13 @@ namespace {
 // A block holds the pairs of kRows rows and columns; a thread so many columns of a row, a bit each.
 constexpr int kRowCells = 4;
 
-// About as many blocks as a GPU of today has multiprocessors.
-constexpr int64_t kMaxTokenHeads = 128;
-// Shared memory of a block that begins while the axis stage runs: with as much there is one a
-// multiprocessor. They would all start on the few that the axis stage leaves free.
+// About two blocks for each multiprocessor of a GPU of today.
+constexpr int64_t kMaxTokenHeads = 264;
+// Shared memory of a block that begins while the axis stage runs, if there are no more than
+// multiprocessors: with as much there is one on each. They would all start on the few that the axis
+// stage leaves free.
 constexpr int64_t kLoneBytes = 116 * 1024;
+constexpr unsigned kMaxLoneBlocks = 132;
 template <int kRows>
 struct BlockTraits {
   static constexpr int kCellCols = kRows / kRowCells;
@@ -273,17 +276,6 @@ __global__ void __launch_bounds__(BlockTraits<kRows>::kThreads, 1)
   token.write(codes, ids, thread, kThreads);
 }
 
-// kLoneBytes where a block may have as much: nowhere else do blocks begin early.
-int64_t lone_bytes() {
-  int device = 0, limit = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
-          cudaSuccess) {
-    return 0;
-  }
-  return kLoneBytes <= limit ? kLoneBytes : 0;
-}
-
 template <int kPlanes, int kRows>
 Status launch(const ProductKeyTopkParams& p, Stream stream, bool overlapping) {
   constexpr int kThreads = BlockTraits<kRows>::kThreads;
@@ -291,7 +283,9 @@ Status launch(const ProductKeyTopkParams& p, Stream stream, bool overlapping) {
   const auto kernel = product_key_topk_fwd_grid_block_kernel<kPlanes, kRows>;
   const dim3 blocks(static_cast<unsigned>(p.num_tokens * p.num_heads));
   if (overlapping) {
-    const int64_t bytes = std::max(layout.bytes, lone_bytes());
+    // Where a block may not have as much, none begins early.
+    const bool alone = blocks.x <= kMaxLoneBlocks && kLoneBytes <= max_shared_bytes();
+    const int64_t bytes = std::max(layout.bytes, alone ? kLoneBytes : 0);
     ULTRAMEM_RETURN_IF_ERROR(allow_shared_memory(kernel, bytes));
     return launch_overlapping(kernel, blocks, kThreads, bytes, stream, p, layout);
   }

@@ -15,6 +15,7 @@
 
 #include "async_copy.cuh"
 #include "common.cuh"
+#include "device.h"
 #include "kernel_registry.h"
 #include "mma.cuh"
 #include "product_key_candidate_lists.cuh"
@@ -535,26 +536,10 @@ struct Workspace {
   }
 };
 
-struct Device {
-  int compute_capability = 0, shared_limit = 0;
-
-  Device() {
-    int device = 0, major = 0, minor = 0;
-    const auto get = [&](int* value, cudaDeviceAttr attribute) {
-      return cudaDeviceGetAttribute(value, attribute, device) == cudaSuccess;
-    };
-    if (cudaGetDevice(&device) == cudaSuccess && get(&major, cudaDevAttrComputeCapabilityMajor) &&
-        get(&minor, cudaDevAttrComputeCapabilityMinor) &&
-        get(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin)) {
-      compute_capability = 10 * major + minor;
-    }
-  }
-};
-
 template <typename scalar_t, int kPlanes>
 Status launch(const ProductKeyTopkParams& p, Stream stream) {
   const auto kernel = product_key_topk_fwd_mma_kernel<scalar_t, kPlanes>;
-  const Layout layout(p, Device().shared_limit);
+  const Layout layout(p, max_shared_bytes());
   ULTRAMEM_RETURN_IF_ERROR(allow_shared_memory(kernel, layout.bytes));
   const Workspace workspace(p);
   const Candidates<kLists>& candidates = workspace.candidates;
@@ -590,9 +575,9 @@ bool axis_mma_applies(const ProductKeyTopkParams& p) {
   if (!is_aligned(p.query) || !is_aligned(p.keys) || p.num_heads > kMaxBlocksAlongY / 2) {
     return false;
   }
-  const Device device;
-  return product_key_topk_fwd_path(p, device.compute_capability) == RetrievalPath::kTensorCore80 &&
-         Layout(p, device.shared_limit).bytes <= device.shared_limit && Workspace(p).bytes > 0;
+  const int shared_limit = max_shared_bytes();
+  return product_key_topk_fwd_path(p, compute_capability()) == RetrievalPath::kTensorCore80 &&
+         Layout(p, shared_limit).bytes <= shared_limit && Workspace(p).bytes > 0;
 }
 
 size_t axis_mma_workspace(const ProductKeyTopkParams& p) { return Workspace(p).bytes; }

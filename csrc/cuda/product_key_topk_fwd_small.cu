@@ -11,6 +11,7 @@
 
 #include "async_copy.cuh"
 #include "common.cuh"
+#include "device.h"
 #include "kernel_registry.h"
 #include "key_selection.cuh"
 #include "mma.cuh"
@@ -262,39 +263,55 @@ int64_t shared_bytes(const ScoreLayout& layout) {
   return int64_t{Traits::kStageBytes} * std::min(layout.num_chunks, kMaxStages);
 }
 
-int64_t max_shared_bytes() {
-  int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
-          cudaSuccess) {
-    return 0;
-  }
-  return bytes;
+template <typename Traits>
+dim3 score_blocks(const ProductKeyTopkParams& p) {
+  return dim3(
+      static_cast<unsigned>(2 * p.num_heads * p.tucker_rank * ceil_div(p.num_keys, Traits::kKeys)),
+      static_cast<unsigned>(ceil_div(p.num_tokens, Traits::kTokens)));
 }
 
 template <typename scalar_t, typename Traits>
 Status launch_scores(const ProductKeyTopkParams& p, ScoreLayout layout, Stream stream) {
   layout.key_tiles = static_cast<int>(ceil_div(p.num_keys, Traits::kKeys));
-  const dim3 blocks(static_cast<unsigned>(2 * p.num_heads * p.tucker_rank * layout.key_tiles),
-                    static_cast<unsigned>(ceil_div(p.num_tokens, Traits::kTokens)));
+  const dim3 blocks = score_blocks<Traits>(p);
   const auto kernel = product_key_topk_fwd_scores_kernel<scalar_t, Traits>;
   const int64_t bytes = shared_bytes<Traits>(layout);
   ULTRAMEM_RETURN_IF_ERROR(allow_shared_memory(kernel, bytes));
   return launch_overlapping(kernel, blocks, Traits::kThreads, bytes, stream, p, layout);
 }
 
+// Large tiles, one a multiprocessor at a time, of so many warps' keys.
+template <int kKeyWarps>
+using LargeTraits = ScoreTraits<kKeyWarps, 2, 8>;
+
+// Proportional to how long they take in all: turns of all multiprocessors by the keys of a tile. No
+// tile of which a block has not the shared memory.
+template <int kKeyWarps>
+int64_t large_cost(const ProductKeyTopkParams& p, const ScoreLayout& layout) {
+  using Traits = LargeTraits<kKeyWarps>;
+  if (shared_bytes<Traits>(layout) > max_shared_bytes()) return INT64_MAX;
+  const dim3 blocks = score_blocks<Traits>(p);
+  const int64_t at_once = std::max(multiprocessors(), 1);
+  return ceil_div(int64_t{blocks.x} * blocks.y, at_once) * Traits::kKeys;
+}
+
 // Of few tokens a block has no more than there are, of some 32. Many, with long keys, are worth
-// larger tiles, which read everything less often, where a block has the shared memory.
+// larger tiles, which read everything less often.
 template <typename scalar_t>
 Status launch_scores_tiled(const ProductKeyTopkParams& p, const ScoreLayout& layout,
                            Stream stream) {
-  using Large = ScoreTraits<4, 2, 8>;
   constexpr int64_t kLongKeys = 256;
   if (p.num_tokens <= 8) return launch_scores<scalar_t, ScoreTraits<2, 1, 1>>(p, layout, stream);
   if (p.num_tokens <= 16) return launch_scores<scalar_t, ScoreTraits<2, 2, 1>>(p, layout, stream);
-  if (p.num_tokens > 64 && p.key_dim > kLongKeys &&
-      shared_bytes<Large>(layout) <= max_shared_bytes()) {
-    return launch_scores<scalar_t, Large>(p, layout, stream);
+  if (p.num_tokens > 64 && p.key_dim > kLongKeys) {
+    const int64_t of_4 = large_cost<4>(p, layout), of_5 = large_cost<5>(p, layout);
+    const int64_t of_6 = large_cost<6>(p, layout);
+    const int64_t least = std::min({of_4, of_5, of_6});
+    if (least < INT64_MAX) {
+      if (of_4 == least) return launch_scores<scalar_t, LargeTraits<4>>(p, layout, stream);
+      if (of_5 == least) return launch_scores<scalar_t, LargeTraits<5>>(p, layout, stream);
+      return launch_scores<scalar_t, LargeTraits<6>>(p, layout, stream);
+    }
   }
   return launch_scores<scalar_t, ScoreTraits<2, 2, 2>>(p, layout, stream);
 }
@@ -315,11 +332,15 @@ Status launch_select(const ProductKeyTopkParams& p, const ScoreLayout& layout, i
 ULTRAMEM_REGISTER_SCORES(bf16_8, "bf16, 8 tokens", __nv_bfloat16, 2, 1, 1);
 ULTRAMEM_REGISTER_SCORES(bf16_16, "bf16, 16 tokens", __nv_bfloat16, 2, 2, 1);
 ULTRAMEM_REGISTER_SCORES(bf16_32, "bf16, 32 tokens", __nv_bfloat16, 2, 2, 2);
-ULTRAMEM_REGISTER_SCORES(bf16_128, "bf16, 128 tokens", __nv_bfloat16, 4, 2, 8);
+ULTRAMEM_REGISTER_SCORES(bf16_128_4, "bf16, 128 tokens, 64 keys", __nv_bfloat16, 4, 2, 8);
+ULTRAMEM_REGISTER_SCORES(bf16_128_5, "bf16, 128 tokens, 80 keys", __nv_bfloat16, 5, 2, 8);
+ULTRAMEM_REGISTER_SCORES(bf16_128_6, "bf16, 128 tokens, 96 keys", __nv_bfloat16, 6, 2, 8);
 ULTRAMEM_REGISTER_SCORES(f16_8, "fp16, 8 tokens", __half, 2, 1, 1);
 ULTRAMEM_REGISTER_SCORES(f16_16, "fp16, 16 tokens", __half, 2, 2, 1);
 ULTRAMEM_REGISTER_SCORES(f16_32, "fp16, 32 tokens", __half, 2, 2, 2);
-ULTRAMEM_REGISTER_SCORES(f16_128, "fp16, 128 tokens", __half, 4, 2, 8);
+ULTRAMEM_REGISTER_SCORES(f16_128_4, "fp16, 128 tokens, 64 keys", __half, 4, 2, 8);
+ULTRAMEM_REGISTER_SCORES(f16_128_5, "fp16, 128 tokens, 80 keys", __half, 5, 2, 8);
+ULTRAMEM_REGISTER_SCORES(f16_128_6, "fp16, 128 tokens, 96 keys", __half, 6, 2, 8);
 ULTRAMEM_REGISTER_KERNEL(select_1, "product_key_topk_fwd_select<1>", kMaxSelectWarps* kWarpSize,
                          product_key_topk_fwd_select_kernel<1>);
 ULTRAMEM_REGISTER_KERNEL(select_2, "product_key_topk_fwd_select<2>", kMaxSelectWarps* kWarpSize,
@@ -330,14 +351,8 @@ ULTRAMEM_REGISTER_KERNEL(select_4, "product_key_topk_fwd_select<4>", kMaxSelectW
 }  // namespace
 
 bool axis_small_applies(const ProductKeyTopkParams& p) {
-  int device = 0, major = 0, minor = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
-    return false;
-  }
   return is_aligned(p.query) && is_aligned(p.keys) &&
-         product_key_topk_fwd_path(p, 10 * major + minor) == RetrievalPath::kTensorCoreSmall;
+         product_key_topk_fwd_path(p, compute_capability()) == RetrievalPath::kTensorCoreSmall;
 }
 
 size_t axis_small_workspace(const ProductKeyTopkParams& p) {

@@ -156,6 +156,7 @@ __global__ void __launch_bounds__(kRowThreads) rms_norm_fwd_kernel(RmsNormParams
   const int64_t row = int64_t{blockIdx.x} * kRows + threadIdx.x / kLanes;
   const bool exists = row < p.num_rows;
   wait_for_prerequisite_grid();
+  release_dependent_grid();
   uint32_t gain_bits[BlockGains::kThreadGains];
   BlockGains::request(p, gain_bits);
   uint4 raw[kVectors];

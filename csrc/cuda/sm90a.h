@@ -2,17 +2,13 @@
 // is of that architecture, which is not forward-compatible.
 #pragma once
 
-#include <cuda_runtime.h>
+#include "device.h"
 
 namespace ultramem::cuda {
 
 inline bool sm90a_available() {
 #if defined(ULTRAMEM_WITH_SM90A)
-  int device = 0, major = 0, minor = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
-         major == 9 && minor == 0;
+  return compute_capability() == 90;
 #else
   return false;
 #endif
