@@ -189,7 +189,7 @@ __device__ __forceinline__ void find_bounds(const Maxima<kColumns>& maxima, uint
 #pragma unroll 1
   for (int step = 0; step < kMaxSteps; ++step) {
     // A little more than wanted will do, and sooner than another step the more.
-    const uint32_t most = least + 1 + (least * (step + 1) >> 4);
+    const uint32_t most = least + (least * (step + 1) >> 6);
     bool any = false;
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {

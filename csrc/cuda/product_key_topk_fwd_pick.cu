@@ -9,7 +9,7 @@
 namespace ultramem::cuda {
 namespace {
 
-constexpr int kMaxWarps = 8;
+constexpr int kMaxWarps = 4;
 constexpr int kPickBins = 4 * kWarpSize;  // four neighbours for each lane
 // Candidates of one bin that are compared with each other; where there are more, a search cuts.
 constexpr int kMaxCompared = 32;
@@ -20,7 +20,7 @@ struct PickLayout {
   int compared;  // [kMaxCompared] candidates of one bin, then how many
   int bits;      // [words] a bit for each key
   int before;    // [words] how many bits are in words before
-  int kept;      // [1 + R, m] ids, then scores of one rank after the other
+  int kept;      // [m] which of the candidates
   int words;
   int64_t bytes;
 
@@ -31,7 +31,7 @@ struct PickLayout {
     compared = layout.take(int64_t{8} * kMaxCompared + 4);
     bits = layout.take(int64_t{4} * words);
     before = layout.take(int64_t{2} * words);
-    kept = layout.take(int64_t{4} * (1 + p.tucker_rank) * p.axis_topk);
+    kept = layout.take(int64_t{2} * p.axis_topk);
     bytes = layout.bytes();
   }
 };
@@ -160,22 +160,6 @@ __device__ __forceinline__ void mark_best(const uint32_t (&ranks)[kEntries],
   atomicOr(bits + id / kWarpSize, 1u << id % kWarpSize);
 }
 
-// Copies words from shared memory, by a warp.
-template <typename T>
-__device__ __forceinline__ void copy_words(const uint32_t* from, T* to, int count, int lane) {
-  auto* words = reinterpret_cast<uint32_t*>(to);
-  if (count % 4 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0 &&
-      reinterpret_cast<uintptr_t>(to) % 16 == 0) {
-#pragma unroll 1
-    for (int i = 4 * lane; i < count; i += 4 * kWarpSize) {
-      *reinterpret_cast<uint4*>(words + i) = *reinterpret_cast<const uint4*>(from + i);
-    }
-  } else {
-#pragma unroll 1
-    for (int i = lane; i < count; i += kWarpSize) words[i] = from[i];
-  }
-}
-
 // A warp picks the best of a row's candidates, up to kEntries a lane.
 template <int kPlanes, int kEntries, int kLists, bool kRecords>
 __device__ __forceinline__ void pick(const ProductKeyTopkParams& p,
@@ -185,7 +169,7 @@ __device__ __forceinline__ void pick(const ProductKeyTopkParams& p,
                                      unsigned char* shared, int lane) {
   auto* bits = reinterpret_cast<uint32_t*>(shared + layout.bits);
   auto* before = reinterpret_cast<uint16_t*>(shared + layout.before);
-  auto* kept = reinterpret_cast<uint32_t*>(shared + layout.kept);
+  auto* kept = reinterpret_cast<uint16_t*>(shared + layout.kept);
   const int head = head_side / 2, side = head_side % 2;
   const int64_t first_place = row * candidates.capacity();
   const int m = p.axis_topk;
@@ -197,25 +181,10 @@ __device__ __forceinline__ void pick(const ProductKeyTopkParams& p,
     filter[r] = p.mode == ScoreMode::kAdditive ? 1.0f : vector[head * kPlanes + r];
   }
   for (int i = lane; i < layout.words; i += kWarpSize) bits[i] = 0;
-  uint32_t ranks[kEntries], ids[kEntries];
-  // Few are kept in registers, of more the kept are read again.
-  constexpr bool kHolds = kEntries * kPlanes <= 14;
-  float held[kHolds ? kEntries : 1][kPlanes];
-#pragma unroll
-  for (int e = 0; e < kEntries; ++e) {
-    const int i = e * kWarpSize + lane;
-    ranks[e] = 0;
-    ids[e] = kNoId;
-    if (i < lists.total) {
-      float of_key[kPlanes];
-      ids[e] = load_candidate(candidates, first_place + lists.place(candidates, i), of_key);
-      ranks[e] = sortable(rank_value<kPlanes>(filter, of_key));
-      if constexpr (kHolds) {
-#pragma unroll
-        for (int r = 0; r < kPlanes; ++r) held[e][r] = of_key[r];
-      }
-    }
-  }
+  const auto place_of = [&](int i) { return first_place + lists.place(candidates, i); };
+  const Entries<kEntries, kPlanes> entries(candidates, lists.total, filter, lane, place_of);
+  const auto& ranks = entries.ranks;
+  const auto& ids = entries.ids;
   __syncwarp();
   if (lists.total > m) {
     mark_best(ranks, ids, lists.total, static_cast<uint32_t>(m), static_cast<uint32_t>(p.num_keys),
@@ -245,32 +214,32 @@ __device__ __forceinline__ void pick(const ProductKeyTopkParams& p,
     const uint32_t bit = 1u << ids[e] % kWarpSize;
     if ((bits[word] & bit) == 0) continue;
     const int place = before[word] + __popc(bits[word] & (bit - 1));
-    float of_key[kPlanes];
-    if constexpr (kHolds) {
-#pragma unroll
-      for (int r = 0; r < kPlanes; ++r) of_key[r] = held[e][r];
-    } else {
-      load_candidate(candidates, first_place + lists.place(candidates, e * kWarpSize + lane),
-                     of_key);
-    }
-    kept[place] = ids[e];
-#pragma unroll
-    for (int r = 0; r < kPlanes; ++r) kept[(1 + r) * m + place] = __float_as_uint(of_key[r]);
+    kept[place] = static_cast<uint16_t>(e * kWarpSize + lane);
   }
   __syncwarp();
   const int64_t axis_row = (token * p.num_heads + head) * 2 + side;
   int32_t* axis_indices = p.axis_indices + axis_row * m;
   auto* axis_scores = static_cast<float*>(p.axis_scores) + axis_row * kPlanes * m;
-  copy_words(kept, axis_indices, m, lane);
-  copy_words(kept + m, axis_scores, kPlanes * m, lane);
+  // Read once more, for registers to hold what is kept of them would cost warps.
+#pragma unroll 4
+  for (int place = lane; place < m; place += kWarpSize) {
+    float of_key[kPlanes];
+    axis_indices[place] =
+        static_cast<int32_t>(load_candidate(candidates, place_of(kept[place]), of_key));
+#pragma unroll
+    for (int r = 0; r < kPlanes; ++r) axis_scores[r * m + place] = of_key[r];
+  }
+}
+
+// Blocks that run at once, as the registers of so many entries allow.
+constexpr int pick_blocks(int entries, bool records) {
+  return entries <= 8 ? 8 : entries <= 12 ? (records ? 7 : 6) : 4;
 }
 
 // Grid: rows of the chunk, a warp each. kEntries candidates a lane, and mostly no more than
 // kFewEntries.
 template <int kPlanes, int kEntries, int kFewEntries, int kLists, bool kRecords>
-__global__ void __launch_bounds__(kMaxWarps* kWarpSize, kEntries <= 8    ? 4
-                                                        : kEntries <= 12 ? 3
-                                                                         : 2)
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize, pick_blocks(kEntries, kRecords))
     product_key_topk_fwd_pick_kernel(ProductKeyTopkParams p,
                                      Candidates<kLists, kRecords> candidates, int64_t first_token) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];

@@ -32,10 +32,10 @@ constexpr int kCopierRegisters = 24;
 constexpr int kKeys = 64;        // of a tile
 constexpr int kBoxColumns = 64;  // elements of Kd: one 128-byte row
 constexpr int kBoxBytes = kKeys * kBoxColumns * 2;
-constexpr int kBoxes = kAxisResidentMaxKeyDim / kBoxColumns;  // of a plane
-constexpr int kSteps = kAxisResidentMaxKeyDim / 16;
+constexpr int kMaxBoxes = kAxisResidentMaxKeyDim / kBoxColumns;  // of a plane
+constexpr int kBoxSteps = kBoxColumns / 16;
 constexpr int kQueryBoxBytes = kTokens * kBoxColumns * 2;
-constexpr int kStageBytes = kBoxes * kBoxBytes;  // one plane of a tile
+constexpr int kStageBytes = kMaxBoxes * kBoxBytes;  // one plane of a tile
 constexpr int kStages = 4;
 constexpr int kSlots = 52;
 using Lists = KeyListTraits<kPlanes, kSlots, 2 * kTokens, 0>;
@@ -47,7 +47,7 @@ constexpr int kSharedBytes = kOverflowOffset + 8;
 constexpr int kFirstTurn = 1;
 static_assert(kSharedBytes <= 232448, "more than a block of sm_90 has");
 // Queries wait where lists will be.
-static_assert(kPlanes * kBoxes * kQueryBoxBytes <= Lists::kBytes && kListsOffset % 1024 == 0);
+static_assert(kPlanes * kMaxBoxes * kQueryBoxBytes <= Lists::kBytes && kListsOffset % 1024 == 0);
 // In the end, what was found is laid out where the stages were.
 static_assert(kTokens * (kAxisResidentMaxTopk + 1) * 4 + kSlots * Lists::kLists <= kListsOffset);
 constexpr int kScores = kKeys / 2;  // of a thread, a plane and a tile; see wgmma_k16
@@ -55,23 +55,26 @@ constexpr int kScores = kKeys / 2;  // of a thread, a plane and a tile; see wgmm
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // A thread's part of the queries of its warp's 16 tokens, as products take them.
+template <int kBoxes>
 struct Queries {
-  uint32_t parts[kPlanes][kSteps][4];
+  uint32_t parts[kPlanes][kBoxes * kBoxSteps][4];
 };
 
 // From where they were copied to, a [kTokens, 64] box for each plane and 64 columns.
+template <int kBoxes>
 __device__ __forceinline__ void load_queries(uint32_t boxes, int first_row, int lane,
-                                             Queries& queries) {
+                                             Queries<kBoxes>& queries) {
   // Lanes 0 to 7 name the rows of the first matrix of 8 x 8, the next eight those of the one below,
   // and the others those of the two eight columns further on.
   const int row = first_row + lane % 16;
 #pragma unroll
   for (int r = 0; r < kPlanes; ++r) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int piece = step % 4 * 2 + lane / 16;  // of 16 bytes, swizzled within a row of 128
-      const uint32_t from =
-          boxes + (r * kBoxes + step / 4) * kQueryBoxBytes + row * 128 + (piece ^ row % 8) * 16;
+    for (int step = 0; step < kBoxes * kBoxSteps; ++step) {
+      const int piece =
+          step % kBoxSteps * 2 + lane / 16;  // of 16 bytes, swizzled within a row of 128
+      const uint32_t from = boxes + (r * kBoxes + step / kBoxSteps) * kQueryBoxBytes + row * 128 +
+                            (piece ^ row % 8) * 16;
       ldmatrix_x4(queries.parts[r][step], from);
     }
   }
@@ -89,15 +92,15 @@ struct Stages {
   __device__ __forceinline__ uint32_t queries() const { return full(2 * kStages); }
 };
 
+template <int kBoxes>
 __device__ __forceinline__ void copy_queries(const ProductKeyTopkParams& p, const CUtensorMap* map,
                                              Stages stages) {
   const int head_side = blockIdx.y;
   const int head = head_side / 2, side = head_side % 2;
-  const auto num_boxes = static_cast<int>(ceil_div(p.key_dim, kBoxColumns));
-  mbarrier_expect_bytes(stages.queries(), kPlanes * num_boxes * kQueryBoxBytes);
+  mbarrier_expect_bytes(stages.queries(), kPlanes * kBoxes * kQueryBoxBytes);
   for (int r = 0; r < kPlanes; ++r) {
     const int plane = (side * p.num_heads + head) * p.num_queries + (p.num_queries > 1 ? r : 0);
-    for (int box = 0; box < num_boxes; ++box) {
+    for (int box = 0; box < kBoxes; ++box) {
       copy_box(map, stages.shared + kListsOffset + (r * kBoxes + box) * kQueryBoxBytes,
                stages.queries(), box * kBoxColumns, static_cast<int>(blockIdx.x * kTokens), plane);
     }
@@ -105,18 +108,18 @@ __device__ __forceinline__ void copy_queries(const ProductKeyTopkParams& p, cons
 }
 
 // Both rounds of all keys.
+template <int kBoxes>
 __device__ __forceinline__ void copy_keys(const ProductKeyTopkParams& p, const CUtensorMap* map,
                                           Stages stages) {
   const auto num_keys = static_cast<int>(p.num_keys);
-  const auto num_boxes = static_cast<int>(ceil_div(p.key_dim, kBoxColumns));
   RingCursor<kStages> at;
   for (int round = 0; round < 2; ++round) {
     for (int key = 0; key < num_keys; key += kKeys) {
       for (int r = 0; r < kPlanes; ++r) {
         mbarrier_wait(stages.empty(at.place), at.parity ^ 1);
         const uint32_t full = stages.full(at.place);
-        mbarrier_expect_bytes(full, num_boxes * kBoxBytes);
-        for (int box = 0; box < num_boxes; ++box) {
+        mbarrier_expect_bytes(full, kBoxes * kBoxBytes);
+        for (int box = 0; box < kBoxes; ++box) {
           copy_box(map, stages.tile(at.place) + box * kBoxBytes, full, box * kBoxColumns, key,
                    static_cast<int>(blockIdx.y) * kPlanes + r);
         }
@@ -129,15 +132,14 @@ __device__ __forceinline__ void copy_keys(const ProductKeyTopkParams& p, const C
 using Scores = float[kPlanes][kScores];
 
 // Multiplies one tile after the other and calls `use(first_key, scores)`.
-template <typename scalar_t>
+template <typename scalar_t, int kBoxes>
 class Products {
  public:
-  __device__ Products(const ProductKeyTopkParams& p, const Queries& queries, Stages stages,
+  __device__ Products(const ProductKeyTopkParams& p, const Queries<kBoxes>& queries, Stages stages,
                       int lane)
       : queries_(queries),
         stages_(stages),
         num_keys_(static_cast<int>(p.num_keys)),
-        key_dim_(static_cast<int>(p.key_dim)),
         group_(__shfl_sync(kFullMask, static_cast<int>(threadIdx.x) / 128, 0)),
         lane_(lane) {
     if (group_ == kGroups - 1) pass_turn();
@@ -156,18 +158,22 @@ class Products {
 #pragma unroll
       for (int r = 0; r < kPlanes; ++r) {
         mbarrier_wait(stages_.full(at_.place), at_.parity);
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-          if (step * 16 >= key_dim_) break;
-          const uint64_t tile = tile_descriptor(stages_.tile(at_.place) + step / 4 * kBoxBytes);
-          wgmma_k16_registers<scalar_t>(scores_[r], queries_.parts[r][step], tile + step % 4 * 2,
-                                        step > 0);
-        }
-        wgmma_commit();
         used[r] = at_.place;
         at_.advance();
       }
+      wgmma_fence();
+#pragma unroll
+      for (int r = 0; r < kPlanes; ++r) {
+        const uint64_t tile = tile_descriptor(stages_.tile(used[r]));
+        // Without a branch in between, or they would not follow each other as fast as they could.
+#pragma unroll
+        for (int step = 0; step < kBoxes * kBoxSteps; ++step) {
+          wgmma_k16_registers<scalar_t>(
+              scores_[r], queries_.parts[r][step],
+              tile + step / kBoxSteps * (kBoxBytes >> 4) + step % kBoxSteps * 2, step > 0);
+        }
+      }
+      wgmma_commit();
       pass_turn();
       wgmma_wait<0>();
       if (lane_ == 0) {
@@ -205,9 +211,9 @@ class Products {
     named_barrier_arrive(kFirstTurn + (1 - group_), kMultipliers);
   }
 
-  const Queries& queries_;
+  const Queries<kBoxes>& queries_;
   Stages stages_;
-  int num_keys_, key_dim_;
+  int num_keys_;
   int group_, lane_;
   RingCursor<kStages> at_;
   Scores scores_;
@@ -223,43 +229,104 @@ __device__ __forceinline__ int column_of(int i, int lane) {
   return i / 4 * 8 + lane % 4 * 2 + i % 2;
 }
 
-// Of both rows: a value that at least m of the maxima that a quad holds are above, and not many
-// more, unless they are equal. NaN if there is none.
-__device__ __forceinline__ void find_bounds(const float (&maxima)[kScores], uint32_t m,
+// ---- the m-th best of what a quad holds ---------------------------------------------------------
+
+constexpr int kRowScores = kScores / 2;  // of a lane
+static_assert(kAxisResidentMaxTopk == 2 * kRowScores, "the best m of a quad are in two lanes");
+
+// The next number below, of any but the least.
+__device__ __forceinline__ float next_below(float x) {
+  const uint32_t bits = __float_as_uint(x);
+  if (x == 0.0f) return -__uint_as_float(1);
+  return __uint_as_float(x > 0.0f ? bits - 1 : bits + 1);
+}
+
+__device__ __forceinline__ void order(float& high, float& low) {
+  const float least = fminf(high, low);
+  high = fmaxf(high, low);
+  low = least;
+}
+
+// Descending, by merging pairs of sorted runs (Batcher): from runs of kSorted on, whose merging has
+// come to this stride.
+template <int kSorted = 1, int kStride = kSorted>
+__device__ __forceinline__ void sort_in_lane(float (&x)[kRowScores]) {
+#pragma unroll
+  for (int i = 0; i < kRowScores - kStride; ++i) {
+    const int place = i % (2 * kStride) - kStride % kSorted;
+    const bool is_first = place >= 0 && place < kStride;
+    if (is_first && i / (2 * kSorted) == (i + kStride) / (2 * kSorted)) order(x[i], x[i + kStride]);
+  }
+  if constexpr (kStride > 1) {
+    sort_in_lane<kSorted, kStride / 2>(x);
+  } else if constexpr (2 * kSorted < kRowScores) {
+    sort_in_lane<2 * kSorted>(x);
+  }
+}
+
+// Descending, of what first rises and then falls, or the other way about.
+template <int kStride = kRowScores / 2>
+__device__ __forceinline__ void merge_in_lane(float (&x)[kRowScores]) {
+#pragma unroll
+  for (int i = 0; i < kRowScores; ++i) {
+    if ((i & kStride) == 0) order(x[i], x[i + kStride]);
+  }
+  if constexpr (kStride > 1) merge_in_lane<kStride / 2>(x);
+}
+
+// Of this lane's and another's descending numbers, the greater or the lesser half.
+__device__ __forceinline__ void keep_half(float (&x)[kRowScores], int other_lane, bool greater) {
+  float others[kRowScores];
+#pragma unroll
+  for (int i = 0; i < kRowScores; ++i) {
+    others[i] = __shfl_xor_sync(kFullMask, x[kRowScores - 1 - i], other_lane);
+  }
+#pragma unroll
+  for (int i = 0; i < kRowScores; ++i) {
+    x[i] = greater ? fmaxf(x[i], others[i]) : fminf(x[i], others[i]);
+  }
+}
+
+// The m-th greatest of what the lanes of a quad hold, for all of them.
+__device__ __forceinline__ float find_greatest(float (&x)[kRowScores], int m, int lane) {
+  const bool is_second = lane % 2 != 0;
+  sort_in_lane(x);
+  keep_half(x, 1, !is_second);
+  merge_in_lane(x);
+  // A pair has 32 in order now. Of the other's, the last comes against the first.
+  keep_half(x, 3, true);
+  float found = x[0];
+  if (m == kAxisResidentMaxTopk) {
+#pragma unroll
+    for (int i = 1; i < kRowScores; ++i) found = fminf(found, x[i]);
+    return fminf(found, __shfl_xor_sync(kFullMask, found, 1));
+  }
+#pragma unroll
+  for (int i = 0; i < kRowScores; ++i) {
+    const float other = __shfl_xor_sync(kFullMask, x[i], 1);
+    x[i] = is_second ? fminf(x[i], other) : fmaxf(x[i], other);
+  }
+  merge_in_lane(x);
+  found = -__uint_as_float(0x7f800000u);
+#pragma unroll
+  for (int i = 0; i < kRowScores; ++i) {
+    if (i >= (m - 1) % kRowScores) found = fmaxf(found, x[i]);
+  }
+  return __shfl_sync(kFullMask, found, lane / 4 * 4 + (m - 1) / kRowScores);
+}
+
+// Of both rows: the greatest number that at least m of the maxima that a quad holds are above. NaN
+// if there is none.
+__device__ __forceinline__ void find_bounds(const float (&maxima)[kScores], int m, int lane,
                                             float (&bounds)[2]) {
-  constexpr int kMaxSteps = 20;
-  constexpr int kExactSteps = 12;  // after which more than one too many will do
-  const float log_wanted = log2_fast(static_cast<float>(m));
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    float lowest = maxima[2 * row], highest = lowest;
+    float of_row[kRowScores];
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      if (i / 2 % 2 != row) continue;
-      lowest = fminf(lowest, maxima[i]);
-      highest = fmaxf(highest, maxima[i]);
-    }
-#pragma unroll
-    for (int delta = 1; delta < 4; delta *= 2) {
-      lowest = fminf(lowest, __shfl_xor_sync(kFullMask, lowest, delta));
-      highest = fmaxf(highest, __shfl_xor_sync(kFullMask, highest, delta));
-    }
-    ThresholdSearch search(lowest, highest, kKeys);
-    bounds[row] = __uint_as_float(kNanBits);
-    bool searching = true;
-    for (int step = 0; step < kMaxSteps && __any_sync(kFullMask, searching); ++step) {
-      const float value = search.guess(log_wanted, step);
-      uint32_t count = 0;
-#pragma unroll
-      for (int i = 0; i < kScores; ++i) {
-        if (i / 2 % 2 == row) count += is_greater(maxima[i], value);
-      }
-      count = quad_sum(count);
-      if (!searching) continue;
-      searching =
-          value == value && search.found(value, count, m, m + 1 + max(0, step - kExactSteps));
-      if (value == value && count >= m) bounds[row] = value;
-    }
+    for (int i = 0; i < kRowScores; ++i) of_row[i] = maxima[i / 2 * 4 + row * 2 + i % 2];
+    const float least = find_greatest(of_row, m, lane);
+    bounds[row] =
+        least > -__uint_as_float(0x7f800000u) ? next_below(least) : __uint_as_float(kNanBits);
   }
 }
 
@@ -333,8 +400,8 @@ __device__ __forceinline__ bool is_left_over(uint32_t shared, bool says_so) {
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
 // Grid: x the tiles of tokens, y (head, side). left_over[y, x] becomes 1 where a block has written
-// nothing, else 0.
-template <typename scalar_t>
+// nothing, else 0. kBoxes hold a key.
+template <typename scalar_t, int kBoxes>
 __global__ void __launch_bounds__(kThreads, 1)
     product_key_topk_fwd_axis_resident_kernel(ProductKeyTopkParams p, int32_t* left_over,
                                               const __grid_constant__ CUtensorMap query_map,
@@ -365,14 +432,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warp >= kMultipliers / kWarpSize) {
     give_up_registers<kCopierRegisters>();
     if (threadIdx.x == kMultipliers) {
-      copy_queries(p, &query_map, stages);
-      copy_keys(p, &key_map, stages);
+      copy_queries<kBoxes>(p, &query_map, stages);
+      copy_keys<kBoxes>(p, &key_map, stages);
     }
     return;
   }
   take_registers<kMultiplierRegisters>();
 
-  Queries queries;
+  Queries<kBoxes> queries;
   mbarrier_wait(stages.queries(), 0);
   load_queries(shared + kListsOffset, warp * Lists::kTokensOfWarp, lane, queries);
   float filter[kPlanes];
@@ -381,7 +448,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     filter[r] = static_cast<const float*>(side == 0 ? p.u : p.t)[head * kPlanes + r];
   }
 
-  Products<scalar_t> products(p, queries, stages, lane);
+  Products<scalar_t, kBoxes> products(p, queries, stages, lane);
   float bounds[2];
   {
     float maxima[kScores];
@@ -395,7 +462,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (whole || first_key + column_of(i, lane) < num_keys) maxima[i] = fmaxf(maxima[i], rank);
       }
     });
-    find_bounds(maxima, m, bounds);
+    find_bounds(maxima, p.axis_topk, lane, bounds);
   }
   // Where a token has no bound, the block's tokens are left over.
   const bool has_bounds = (warp_token + lane / 4 >= p.num_tokens || bounds[0] == bounds[0]) &&
@@ -443,22 +510,36 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-ULTRAMEM_REGISTER_KERNEL(resident_bf16, "product_key_topk_fwd_axis_resident<bf16>", kThreads,
-                         product_key_topk_fwd_axis_resident_kernel<__nv_bfloat16>);
-ULTRAMEM_REGISTER_KERNEL(resident_fp16, "product_key_topk_fwd_axis_resident<fp16>", kThreads,
-                         product_key_topk_fwd_axis_resident_kernel<__half>);
+#define ULTRAMEM_REGISTER_RESIDENT(name, scalar_t, boxes)                                         \
+  ULTRAMEM_REGISTER_KERNEL(resident_##name##_##boxes,                                             \
+                           "product_key_topk_fwd_axis_resident<" #name ", " #boxes ">", kThreads, \
+                           product_key_topk_fwd_axis_resident_kernel<scalar_t, boxes>)
+ULTRAMEM_REGISTER_RESIDENT(bf16, __nv_bfloat16, 1);
+ULTRAMEM_REGISTER_RESIDENT(bf16, __nv_bfloat16, 2);
+ULTRAMEM_REGISTER_RESIDENT(bf16, __nv_bfloat16, 3);
+ULTRAMEM_REGISTER_RESIDENT(fp16, __half, 1);
+ULTRAMEM_REGISTER_RESIDENT(fp16, __half, 2);
+ULTRAMEM_REGISTER_RESIDENT(fp16, __half, 3);
 
-template <typename scalar_t>
+template <typename scalar_t, int kBoxes>
 Status launch(const ProductKeyTopkParams& p, Stream stream) {
   CUtensorMap query_map, key_map;
   ULTRAMEM_RETURN_IF_ERROR(make_axis_maps(p, kTokens, kKeys, &query_map, &key_map));
-  const auto kernel = product_key_topk_fwd_axis_resident_kernel<scalar_t>;
+  const auto kernel = product_key_topk_fwd_axis_resident_kernel<scalar_t, kBoxes>;
   ULTRAMEM_RETURN_IF_ERROR(allow_shared_memory(kernel, kSharedBytes));
   const dim3 grid(static_cast<unsigned>(ceil_div(p.num_tokens, kTokens)),
                   static_cast<unsigned>(2 * p.num_heads));
   kernel<<<grid, kThreads, kSharedBytes, stream>>>(p, static_cast<int32_t*>(p.workspace), query_map,
                                                    key_map);
   return launch_status();
+}
+
+template <typename scalar_t>
+Status launch_boxes(const ProductKeyTopkParams& p, Stream stream) {
+  static_assert(kMaxBoxes == 3);
+  if (p.key_dim <= kBoxColumns) return launch<scalar_t, 1>(p, stream);
+  if (p.key_dim <= 2 * kBoxColumns) return launch<scalar_t, 2>(p, stream);
+  return launch<scalar_t, 3>(p, stream);
 }
 
 }  // namespace
@@ -468,8 +549,9 @@ size_t axis_resident_workspace(const ProductKeyTopkParams& p) {
 }
 
 Status launch_axis_resident(const ProductKeyTopkParams& params, Stream stream) {
-  ULTRAMEM_RETURN_IF_ERROR(params.dtype == DType::kFloat16 ? launch<__half>(params, stream)
-                                                           : launch<__nv_bfloat16>(params, stream));
+  ULTRAMEM_RETURN_IF_ERROR(params.dtype == DType::kFloat16
+                               ? launch_boxes<__half>(params, stream)
+                               : launch_boxes<__nv_bfloat16>(params, stream));
   return launch_axis_marked_lists(params, stream, static_cast<const int32_t*>(params.workspace));
 }
 
