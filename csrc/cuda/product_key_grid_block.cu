@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(BlockTraits<kRows>::kThreads, 1)
   sort_pairs<kRows>(found, reinterpret_cast<uint32_t*>(shared_bytes + layout.ranks),
                     reinterpret_cast<uint64_t*>(shared_bytes + layout.candidates), num_found, topk,
                     codes, [&](int code) { return token.rank_of(code); });
-  token.write(codes, ids, thread, kThreads);
+  token.template write<1>(codes, ids, thread, kThreads);
 }
 
 template <int kPlanes, int kRows>

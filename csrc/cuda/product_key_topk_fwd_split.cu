@@ -14,6 +14,7 @@
 // down to its best m, and bounds from then on, too: every order of scores comes out right, and only
 // contrived ones are slower, and tokens whose scores are NaN.
 #include <algorithm>
+#include <cmath>
 
 #include "kernel_registry.h"
 #include "product_key_axis_launch.h"
@@ -47,9 +48,11 @@ struct Plan {
   int works;
 
   Plan(const ProductKeyTopkParams& p, int64_t num_tokens) {
-    constexpr int kFewKept = 40;  // keys, as far as selection goes
+    // The more are kept, the more there would be above a bound by few: half of the keys up to 40,
+    // nine tenths at 128.
+    const float share = 0.5f + 0.4f * static_cast<float>(std::max(p.axis_topk - 40, 0)) / 88.0f;
     second = static_cast<int>(ceil_div(p.num_keys, kKeys));
-    first = p.axis_topk <= kFewKept ? (second + 1) / 2 : second;
+    first = static_cast<int>(std::lround(share * static_cast<float>(second)));
     tiles = static_cast<int>(ceil_div(num_tokens, kTokens));
     works = 2 * p.num_heads * tiles;
   }
