@@ -365,6 +365,32 @@ def test_drawn_configurations_of_few_tokens(batch: int) -> None:
         run(draw_few_tokens(seed), "cuda")
 
 
+def draw_long_keys(seed: int) -> Config:
+    """For tiles of 64, 80 and 96 keys: whichever fills the multiprocessors in the fewest turns."""
+    rng = random.Random(seed ^ 0x10C6)
+    config = draw_few_tokens(seed)
+    tokens = rng.choice((65, 127, 128, 129, 200, 256, 384, 512, 640, 1024))
+    key_dim = rng.choice((264, 320, 448, 504, 512, 512, 576, 1024))
+    num_keys = rng.randint(256, 3000)
+    num_keys = min(num_keys, GPU.scores // (tokens * 2 * config.rank))
+    axis_topk = min(config.axis_topk, num_keys, math.isqrt(GPU.grid // tokens))
+    return config._replace(
+        tokens=tokens,
+        heads=1,
+        num_keys=num_keys,
+        key_dim=key_dim,
+        axis_topk=axis_topk,
+        topk=min(config.topk, axis_topk if config.cores == 0 else axis_topk**2),
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", range(2))
+def test_drawn_configurations_of_long_keys(batch: int) -> None:
+    for seed in range(batch * BATCH, (batch + 1) * BATCH):
+        run(draw_long_keys(seed), "cuda")
+
+
 # More than the kernel for few tokens takes; with so many heads, more blocks than run at once.
 MANY_TOKENS = 1024
 MANY_HEADS = 17
@@ -563,6 +589,20 @@ def test_what_is_drawn_of_few_tokens() -> None:
     for config in configs:
         assert 1 <= config.tokens <= 256
         assert config.key_dim % 8 == 0
+
+
+def test_what_is_drawn_of_long_keys() -> None:
+    configs = [draw_long_keys(seed) for seed in range(2 * BATCH)]
+    assert {config.kind for config in configs} == set(KINDS)
+    assert {config.rank for config in configs} == {1, 2, 3, 4}
+    assert {config.cores for config in configs} == {0, 1, 2, 3, 4}
+    turns = {math.ceil(2 * c.rank * c.num_keys * c.tokens / (64 * 128 * 132)) for c in configs}
+    assert {1, 2, 3, 4} <= turns
+    for config in configs:
+        assert 64 < config.tokens <= 1024
+        assert config.key_dim > 256 and config.key_dim % 8 == 0
+        assert 1 <= config.axis_topk <= config.num_keys
+        assert 1 <= config.topk <= config.axis_topk**2
 
 
 def test_what_is_drawn_of_many_tokens() -> None:
