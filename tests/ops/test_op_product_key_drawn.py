@@ -600,7 +600,8 @@ def test_what_is_drawn_of_long_keys() -> None:
     assert {1, 2, 3, 4} <= turns
     for config in configs:
         assert 64 < config.tokens <= 1024
-        assert config.key_dim > 256 and config.key_dim % 8 == 0
+        assert config.key_dim > 256
+        assert config.key_dim % 8 == 0
         assert 1 <= config.axis_topk <= config.num_keys
         assert 1 <= config.topk <= config.axis_topk**2
 
