@@ -128,7 +128,11 @@ def _has_hooks(module: nn.Module) -> bool:
 def _side_stream(main: torch.cuda.Stream, priority: int) -> torch.cuda.Stream:
     key = main.device, main.cuda_stream, priority
     if key not in _side_streams:
-        _side_streams[key] = torch.cuda.Stream(main.device, priority=priority)
+        stream = torch.cuda.Stream(main.device, priority=priority)
+        # Streams are taken in turn from those that torch has: one may be the caller's.
+        while stream == main:
+            stream = torch.cuda.Stream(main.device, priority=priority)
+        _side_streams[key] = stream
     return _side_streams[key]
 
 

@@ -207,51 +207,50 @@ __device__ __forceinline__ void store_candidate(const Candidates<kLists, kRecord
   }
 }
 
-// Of a warp's candidates, of which there is at least one, those of a lane: i * 32 + lane for all i.
-// What is none has rank 0 and kNoId. place_of(i) is where the i-th of all is.
-template <int kEntries, int kPlanes>
-struct Entries {
-  uint32_t ranks[kEntries];
-  uint32_t ids[kEntries];
-  float scores[kEntries][kPlanes];
-
-  template <int kLists, bool kRecords, typename PlaceOf>
-  __device__ __forceinline__ Entries(const Candidates<kLists, kRecords>& candidates, int total,
-                                     const float (&filter)[kPlanes], int lane, PlaceOf place_of) {
-    // Nothing stands between the loads, so that they are on their way together.
-#pragma unroll
-    for (int e = 0; e < kEntries; ++e) {
-      const int64_t place = place_of(min(e * kWarpSize + lane, total - 1));
-      ids[e] = load_candidate(candidates, place, scores[e]);
-    }
-#pragma unroll
-    for (int e = 0; e < kEntries; ++e) {
-      const bool exists = e * kWarpSize + lane < total;
-      ranks[e] = exists ? sortable(rank_value<kPlanes>(filter, scores[e])) : 0;
-      ids[e] = exists ? ids[e] : kNoId;
-    }
-  }
-};
-
 // Cuts the full list that begins at `place` down to its best m, by a warp; what it was cut at.
 template <int kPlanes, int kLists, bool kRecords>
 __device__ __forceinline__ Cut cut_list(const ProductKeyTopkParams& p,
                                         const Candidates<kLists, kRecords>& candidates,
                                         int64_t place, int capacity, const float (&filter)[kPlanes],
                                         int lane) {
-  const Entries<kMaxListEntries, kPlanes> entries(candidates, capacity, filter, lane,
-                                                  [&](int i) { return place + i; });
-  const Cut cut = find_cut(entries.ranks, entries.ids, capacity, static_cast<uint32_t>(p.axis_topk),
+  uint32_t ranks[kMaxListEntries], ids[kMaxListEntries];
+  // Kept in registers where there are few.
+  constexpr bool kHolds = kRecords;
+  float held[kHolds ? kMaxListEntries : 1][kPlanes];
+#pragma unroll
+  for (int e = 0; e < kMaxListEntries; ++e) {
+    const int i = e * kWarpSize + lane;
+    ranks[e] = 0;
+    ids[e] = kNoId;
+    if (i < capacity) {
+      float of_key[kPlanes];
+      ids[e] = load_candidate(candidates, place + i, of_key);
+      ranks[e] = sortable(rank_value<kPlanes>(filter, of_key));
+      if constexpr (kHolds) {
+#pragma unroll
+        for (int r = 0; r < kPlanes; ++r) held[e][r] = of_key[r];
+      }
+    }
+  }
+  const Cut cut = find_cut(ranks, ids, capacity, static_cast<uint32_t>(p.axis_topk),
                            static_cast<uint32_t>(p.num_keys));
-  __syncwarp();  // all have read what is overwritten now
   int count = 0;
 #pragma unroll
   for (int e = 0; e < kMaxListEntries; ++e) {
     if (e * kWarpSize >= capacity) break;
-    const uint32_t kept = __ballot_sync(kFullMask, cut.keeps(entries.ranks[e], entries.ids[e]));
+    float of_key[kPlanes];
+    if constexpr (kHolds) {
+#pragma unroll
+      for (int r = 0; r < kPlanes; ++r) of_key[r] = held[e][r];
+    } else {
+      load_candidate(candidates, place + min(e * kWarpSize + lane, capacity - 1), of_key);
+    }
+    const uint32_t kept = __ballot_sync(kFullMask, cut.keeps(ranks[e], ids[e]));
+    // All have read what is overwritten now.
+    __syncwarp();
     if ((kept >> lane & 1) != 0) {
-      store_candidate(candidates, place + count + __popc(kept & ((1u << lane) - 1)),
-                      entries.scores[e], entries.ids[e]);
+      store_candidate(candidates, place + count + __popc(kept & ((1u << lane) - 1)), of_key,
+                      ids[e]);
     }
     count += __popc(kept);
   }

@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, kPlanes == 2 ? 7 : 5)
   }
   sort_codes(codes, static_cast<int>(num_found), lowest, highest, candidates, lane,
              [&](int code) { return token.rank_of(code); });
-  token.template write<4>(codes, token.ids(), lane);
+  token.write(codes, token.ids(), lane);
 }
 
 template <int kPlanes>

@@ -213,43 +213,45 @@ class Token {
     return p_.axis_indices + int64_t{token_head_} * (2 * p_.axis_topk);
   }
 
-  // Writes the topk pairs of these codes in this order; num_threads do it together, each what it
-  // reads of kBatch pairs at a time. `ids` are those of the kept keys, there or in a copy.
-  template <int kBatch>
+  // Writes the topk pairs of these codes in this order; num_threads do it together. `ids` are those
+  // of the kept keys, there or in a copy.
   __device__ __forceinline__ void write(const uint16_t* codes, const int32_t* ids, int thread,
                                         int num_threads = kWarpSize) const {
     const int m = p_.axis_topk;
     const int R = p_.tucker_rank;
-    const auto num_keys = static_cast<int32_t>(p_.num_keys);
+    const int C = p_.num_cores;
     const float* axis = axis_scores();
     const int64_t first = int64_t{token_head_} * p_.topk;
     int64_t* indices = p_.indices + first;
     int16_t* positions = p_.grid_positions + first;
-    for (int begin = thread; begin < p_.topk; begin += kBatch * num_threads) {
-      int row[kBatch], col[kBatch];
-      int32_t row_ids[kBatch], col_ids[kBatch];
-      float row_scores[kBatch][kPlanes];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int code = codes[min(begin + i * num_threads, p_.topk - 1)];
-        row[i] = code_row(code);
-        col[i] = code_col(code);
-        row_ids[i] = ids[row[i]];
-        col_ids[i] = ids[m + col[i]];
-        if (additive()) {
-          row_scores[i][0] = axis[row[i]] + axis[m + col[i]];
-        } else {
-#pragma unroll
-          for (int r = 0; r < kPlanes; ++r) row_scores[i][r] = r < R ? axis[r * m + row[i]] : 0.0f;
-        }
+    float* scores = static_cast<float*>(p_.scores) + first * C;
+    for (int k = thread; k < p_.topk; k += num_threads) {
+      const int row = code_row(codes[k]), col = code_col(codes[k]);
+      indices[k] = ids[row] * p_.num_keys + ids[m + col];
+      positions[k] = static_cast<int16_t>(row * m + col);
+      if (additive()) {
+        scores[k] = axis[row] + axis[m + col];
+        continue;
       }
+      float row_scores[kPlanes], col_scores[kPlanes];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int k = begin + i * num_threads;
-        if (k >= p_.topk) break;
-        indices[k] = int64_t{row_ids[i]} * num_keys + col_ids[i];
-        positions[k] = static_cast<int16_t>(row[i] * m + col[i]);
-        write_scores(first + k, row_scores[i], col[i]);
+      for (int r = 0; r < kPlanes; ++r) {
+        row_scores[r] = r < R ? axis[r * m + row] : 0.0f;
+        col_scores[r] = cols[r * kColStride + col_place(col)];
+      }
+      for (int c = 0; c < C; ++c) {
+        float score = 0.0f;
+#pragma unroll
+        for (int s = 0; s < kPlanes; ++s) {
+          float row_sum = 0.0f;
+#pragma unroll
+          for (int r = 0; r < kPlanes; ++r) {
+            if (r < R)
+              row_sum = fmaf(row_scores[r], core_[(c * kPlanes + r) * kPlanes + s], row_sum);
+          }
+          if (s < R) score = fmaf(row_sum, col_scores[s], score);
+        }
+        scores[k * C + c] = score;
       }
     }
   }
@@ -259,34 +261,6 @@ class Token {
 
  private:
   static constexpr int kOwnElements = (kCoreElements + kWarpSize - 1) / kWarpSize;
-
-  // The scores of a pair: of its row those of each rank, or in additive mode its own.
-  __device__ __forceinline__ void write_scores(int64_t pair, const float (&row_scores)[kPlanes],
-                                               int col) const {
-    const int R = p_.tucker_rank;
-    const int C = p_.num_cores;
-    float* scores = static_cast<float*>(p_.scores) + pair * C;
-    if (additive()) {
-      *scores = row_scores[0];
-      return;
-    }
-    float col_scores[kPlanes];
-#pragma unroll
-    for (int r = 0; r < kPlanes; ++r) col_scores[r] = cols[r * kColStride + col_place(col)];
-    for (int c = 0; c < C; ++c) {
-      float score = 0.0f;
-#pragma unroll
-      for (int s = 0; s < kPlanes; ++s) {
-        float row_sum = 0.0f;
-#pragma unroll
-        for (int r = 0; r < kPlanes; ++r) {
-          if (r < R) row_sum = fmaf(row_scores[r], core_[(c * kPlanes + r) * kPlanes + s], row_sum);
-        }
-        if (s < R) score = fmaf(row_sum, col_scores[s], score);
-      }
-      scores[c] = score;
-    }
-  }
 
   // The kept keys' scores, [2, R, m].
   __device__ __forceinline__ const float* axis_scores() const {

@@ -23,13 +23,12 @@ namespace {
 // A block holds the pairs of kRows rows and columns; a thread so many columns of a row, a bit each.
 constexpr int kRowCells = 4;
 
-// About two blocks for each multiprocessor of a GPU of today.
+// About two blocks for each multiprocessor of a GPU of today; for R above 2 these take turns.
 constexpr int64_t kMaxTokenHeads = 264;
 // Shared memory of a block that begins while the axis stage runs, if there are no more than
 // multiprocessors: with as much there is one on each. They would all start on the few that the axis
 // stage leaves free.
 constexpr int64_t kLoneBytes = 116 * 1024;
-constexpr unsigned kMaxLoneBlocks = 132;
 template <int kRows>
 struct BlockTraits {
   static constexpr int kCellCols = kRows / kRowCells;
@@ -273,7 +272,7 @@ __global__ void __launch_bounds__(BlockTraits<kRows>::kThreads, 1)
   sort_pairs<kRows>(found, reinterpret_cast<uint32_t*>(shared_bytes + layout.ranks),
                     reinterpret_cast<uint64_t*>(shared_bytes + layout.candidates), num_found, topk,
                     codes, [&](int code) { return token.rank_of(code); });
-  token.template write<1>(codes, ids, thread, kThreads);
+  token.write(codes, ids, thread, kThreads);
 }
 
 template <int kPlanes, int kRows>
@@ -284,7 +283,8 @@ Status launch(const ProductKeyTopkParams& p, Stream stream, bool overlapping) {
   const dim3 blocks(static_cast<unsigned>(p.num_tokens * p.num_heads));
   if (overlapping) {
     // Where a block may not have as much, none begins early.
-    const bool alone = blocks.x <= kMaxLoneBlocks && kLoneBytes <= max_shared_bytes();
+    const bool alone =
+        static_cast<int>(blocks.x) <= multiprocessors() && kLoneBytes <= max_shared_bytes();
     const int64_t bytes = std::max(layout.bytes, alone ? kLoneBytes : 0);
     ULTRAMEM_RETURN_IF_ERROR(allow_shared_memory(kernel, bytes));
     return launch_overlapping(kernel, blocks, kThreads, bytes, stream, p, layout);

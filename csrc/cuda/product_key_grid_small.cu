@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, kPlanes == 2 ? 8 : 5)
       list_small(token, row, finite, m, topk, max_found, lane, codes, &lowest, &highest);
   sort_codes(codes, num_found, lowest, highest, candidates, lane,
              [&](int code) { return token.rank_of(code); });
-  token.template write<1>(codes, ids, lane);
+  token.write(codes, ids, lane);
 }
 
 template <int kPlanes>

@@ -9,7 +9,7 @@
 namespace ultramem::cuda {
 namespace {
 
-constexpr int kMaxWarps = 4;
+constexpr int kWarps = 4;
 constexpr int kPickBins = 4 * kWarpSize;  // four neighbours for each lane
 // Candidates of one bin that are compared with each other; where there are more, a search cuts.
 constexpr int kMaxCompared = 32;
@@ -91,6 +91,32 @@ struct PickBin {
     index = found & 0x3ffu;
     above = found >> 10 & 0x3ffu;
     count = found >> 20;
+  }
+};
+
+// Of a warp's candidates, of which there is at least one, those of a lane: i * 32 + lane for all i.
+// What is none has rank 0 and kNoId. place_of(i) is where the i-th of all is.
+template <int kEntries, int kPlanes>
+struct Entries {
+  uint32_t ranks[kEntries];
+  uint32_t ids[kEntries];
+
+  template <int kLists, bool kRecords, typename PlaceOf>
+  __device__ __forceinline__ Entries(const Candidates<kLists, kRecords>& candidates, int total,
+                                     const float (&filter)[kPlanes], int lane, PlaceOf place_of) {
+    // Nothing stands between the loads, so that they are on their way together.
+    float scores[kEntries][kPlanes];
+#pragma unroll
+    for (int e = 0; e < kEntries; ++e) {
+      const int64_t place = place_of(min(e * kWarpSize + lane, total - 1));
+      ids[e] = load_candidate(candidates, place, scores[e]);
+    }
+#pragma unroll
+    for (int e = 0; e < kEntries; ++e) {
+      const bool exists = e * kWarpSize + lane < total;
+      ranks[e] = exists ? sortable(rank_value<kPlanes>(filter, scores[e])) : 0;
+      ids[e] = exists ? ids[e] : kNoId;
+    }
   }
 };
 
@@ -239,7 +265,7 @@ constexpr int pick_blocks(int entries, bool records) {
 // Grid: rows of the chunk, a warp each. kEntries candidates a lane, and mostly no more than
 // kFewEntries.
 template <int kPlanes, int kEntries, int kFewEntries, int kLists, bool kRecords>
-__global__ void __launch_bounds__(kMaxWarps* kWarpSize, pick_blocks(kEntries, kRecords))
+__global__ void __launch_bounds__(kWarps* kWarpSize, pick_blocks(kEntries, kRecords))
     product_key_topk_fwd_pick_kernel(ProductKeyTopkParams p,
                                      Candidates<kLists, kRecords> candidates, int64_t first_token) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
@@ -249,7 +275,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, pick_blocks(kEntries, kR
 
   wait_for_prerequisite_grid();
   release_dependent_grid();
-  const int chunk_token = static_cast<int>(blockIdx.x * (blockDim.x / kWarpSize)) + warp;
+  const int chunk_token = static_cast<int>(blockIdx.x * kWarps) + warp;
   const int64_t token = first_token + chunk_token;
   if (token >= p.num_tokens) return;
   const int head_side = static_cast<int>(blockIdx.y);
@@ -263,12 +289,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize, pick_blocks(kEntries, kR
   }
 }
 
-#define ULTRAMEM_REGISTER_PICK(planes, entries, few, lists, records)                    \
-  ULTRAMEM_REGISTER_KERNEL(pick_##planes##_##entries##_##lists##_##records,             \
-                           "product_key_topk_fwd_pick<" #planes ", " #entries ", " #few \
-                           ", " #lists ", " #records ">",                               \
-                           kMaxWarps* kWarpSize,                                        \
-                           product_key_topk_fwd_pick_kernel<planes, entries, few, lists, records>)
+#define ULTRAMEM_REGISTER_PICK(planes, entries, few, lists, records)                              \
+  ULTRAMEM_REGISTER_KERNEL(                                                                       \
+      pick_##planes##_##entries##_##lists##_##records,                                            \
+      "product_key_topk_fwd_pick<" #planes ", " #entries ", " #few ", " #lists ", " #records ">", \
+      kWarps* kWarpSize, product_key_topk_fwd_pick_kernel<planes, entries, few, lists, records>)
 ULTRAMEM_REGISTER_PICK(1, 6, 3, 2, false);
 ULTRAMEM_REGISTER_PICK(1, 12, 7, 2, false);
 ULTRAMEM_REGISTER_PICK(2, 6, 3, 2, false);
@@ -299,23 +324,19 @@ struct PickEntries<4> {
 template <int kPlanes, int kLists, bool kRecords>
 Status launch(const ProductKeyTopkParams& p, const Candidates<kLists, kRecords>& candidates,
               int64_t first_token, Stream stream) {
-  using Entries = PickEntries<kLists>;
-  const auto kernel = candidates.capacity() <= Entries::kSome * kWarpSize
-                          ? product_key_topk_fwd_pick_kernel<kPlanes, Entries::kSome,
-                                                             Entries::kFewOfSome, kLists, kRecords>
-                          : product_key_topk_fwd_pick_kernel<kPlanes, Entries::kMost,
-                                                             Entries::kFewOfMost, kLists, kRecords>;
-  // Beyond what every device has without being asked, fewer warps.
-  constexpr int64_t kEnoughShared = 96 * 1024;
-  const int64_t warp_bytes = PickLayout(p).bytes;
-  int warps = kMaxWarps;
-  while (warps * warp_bytes > kEnoughShared) warps /= 2;
-  ULTRAMEM_RETURN_IF_ERROR(allow_shared_memory(kernel, warps * warp_bytes));
+  using Counts = PickEntries<kLists>;
+  const auto kernel = candidates.capacity() <= Counts::kSome * kWarpSize
+                          ? product_key_topk_fwd_pick_kernel<kPlanes, Counts::kSome,
+                                                             Counts::kFewOfSome, kLists, kRecords>
+                          : product_key_topk_fwd_pick_kernel<kPlanes, Counts::kMost,
+                                                             Counts::kFewOfMost, kLists, kRecords>;
+  const int64_t bytes = kWarps * PickLayout(p).bytes;
+  ULTRAMEM_RETURN_IF_ERROR(allow_shared_memory(kernel, bytes));
   const int64_t num_tokens = candidates.tokens_from(first_token, p.num_tokens);
-  const dim3 grid(static_cast<unsigned>(ceil_div(num_tokens, warps)),
+  const dim3 grid(static_cast<unsigned>(ceil_div(num_tokens, kWarps)),
                   static_cast<unsigned>(2 * p.num_heads));
-  return launch_overlapping(kernel, grid, warps * kWarpSize, warps * warp_bytes, stream, p,
-                            candidates, first_token);
+  return launch_overlapping(kernel, grid, kWarps * kWarpSize, bytes, stream, p, candidates,
+                            first_token);
 }
 
 }  // namespace

@@ -264,15 +264,19 @@ int64_t shared_bytes(const ScoreLayout& layout) {
 }
 
 template <typename Traits>
+int key_tiles(const ProductKeyTopkParams& p) {
+  return static_cast<int>(ceil_div(p.num_keys, Traits::kKeys));
+}
+
+template <typename Traits>
 dim3 score_blocks(const ProductKeyTopkParams& p) {
-  return dim3(
-      static_cast<unsigned>(2 * p.num_heads * p.tucker_rank * ceil_div(p.num_keys, Traits::kKeys)),
-      static_cast<unsigned>(ceil_div(p.num_tokens, Traits::kTokens)));
+  return dim3(static_cast<unsigned>(2 * p.num_heads * p.tucker_rank * key_tiles<Traits>(p)),
+              static_cast<unsigned>(ceil_div(p.num_tokens, Traits::kTokens)));
 }
 
 template <typename scalar_t, typename Traits>
 Status launch_scores(const ProductKeyTopkParams& p, ScoreLayout layout, Stream stream) {
-  layout.key_tiles = static_cast<int>(ceil_div(p.num_keys, Traits::kKeys));
+  layout.key_tiles = key_tiles<Traits>(p);
   const dim3 blocks = score_blocks<Traits>(p);
   const auto kernel = product_key_topk_fwd_scores_kernel<scalar_t, Traits>;
   const int64_t bytes = shared_bytes<Traits>(layout);

@@ -52,7 +52,9 @@ struct Plan {
     // nine tenths at 128.
     const float share = 0.5f + 0.4f * static_cast<float>(std::max(p.axis_topk - 40, 0)) / 88.0f;
     second = static_cast<int>(ceil_div(p.num_keys, kKeys));
-    first = static_cast<int>(std::lround(share * static_cast<float>(second)));
+    // Maxima are of the columns of two tiles.
+    first = std::max(static_cast<int>(std::lround(share * static_cast<float>(second))),
+                     std::min(second, 2));
     tiles = static_cast<int>(ceil_div(num_tokens, kTokens));
     works = 2 * p.num_heads * tiles;
   }

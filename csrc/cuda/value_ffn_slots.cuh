@@ -393,8 +393,7 @@ inline constexpr int kMaxPartBytes = 96 * 1024;
 inline constexpr int kMinPartSteps = 2;
 // From so many tokens a multiprocessor on, a warp takes a token.
 inline constexpr int kWarpTokens = 6;
-// Of fewer, so many find room on a multiprocessor at once if their blocks have so many warps then.
-inline constexpr int kMaxRoomTokens = 3;
+// Of fewer, two find room on a multiprocessor at once if their blocks have so many warps then.
 inline constexpr int kMinRoomWarps = 5;
 // Bytes of rows that a block should have, at least, before a token is shared by more of them.
 inline constexpr int kMinBlockBytes = 24 * 1024;
@@ -470,15 +469,13 @@ SlotLaunch plan_slots(SlotArguments arguments, int64_t num_tokens, int num_multi
   cut_into_parts<Traits>(arguments);
   const SlotLaunch alone = share_out<Traits, Pass>(arguments, 1, 1);
   if (num_tokens >= kWarpTokens * num_multiprocessors) return alone;
-  // Blocks that run at once rather than in turn.
-  constexpr int kReservedBytes = 1024;  // of a multiprocessor's shared memory, by each block
-  const auto room_tokens = static_cast<int>(
-      std::min(ceil_div(num_tokens, num_multiprocessors), int64_t{kMaxRoomTokens}));
-  for (int tokens = room_tokens; tokens > 1; --tokens) {
-    for (int max_warps = Traits::kMaxWarps; max_warps >= kMinRoomWarps; --max_warps) {
+  if (num_tokens > num_multiprocessors) {
+    // Two blocks that run at once rather than in turn.
+    constexpr int kReservedBytes = 1024;  // of a multiprocessor's shared memory, by each block
+    for (int max_warps = Traits::kMaxWarps / 2; max_warps >= kMinRoomWarps; --max_warps) {
       const auto launch = share_out<Traits, Pass>(arguments, 1, max_warps);
       if (launch.num_warps < kMinRoomWarps) break;
-      if (tokens * (launch.shared_bytes + kReservedBytes) <= max_shared_bytes + kReservedBytes) {
+      if (2 * (launch.shared_bytes + kReservedBytes) <= max_shared_bytes + kReservedBytes) {
         return launch;
       }
     }
