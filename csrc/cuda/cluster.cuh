@@ -5,6 +5,7 @@
 #include <atomic>
 
 #include "common.cuh"
+#include "device.h"
 
 namespace ultramem::cuda {
 
@@ -129,10 +130,8 @@ Status launch_clusters_as(bool overlapping, void (*kernel)(Arguments...), dim3 g
                           const Arguments&... arguments) {
   // The device's maximum, not `shared_bytes`: the limit belongs to the kernel, and another host
   // thread may be about to launch the same one with more.
-  int device = 0, limit = 0;
-  ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaGetDevice(&device));
-  ULTRAMEM_CUDA_RETURN_IF_ERROR(
-      cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  int limit = 0;
+  ULTRAMEM_RETURN_IF_ERROR(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &limit));
   ULTRAMEM_CUDA_RETURN_IF_ERROR(allow_clusters(kernel, limit));
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config =

@@ -1,15 +1,21 @@
-// What the current device is; zeros where that cannot be told.
+// What the current device is.
 #pragma once
 
-#include <cuda_runtime_api.h>
+#include "common.cuh"
 
 namespace ultramem::cuda {
 
+inline Status device_attribute(cudaDeviceAttr attribute, int* value) {
+  int device = 0;
+  ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaGetDevice(&device));
+  return to_status(cudaDeviceGetAttribute(value, attribute, device));
+}
+
+// For choices that cannot report an error: zeros where it cannot be told.
+
 inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  const bool known = cudaGetDevice(&device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess;
-  return known ? value : 0;
+  int value = 0;
+  return device_attribute(attribute, &value).ok() ? value : 0;
 }
 
 inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common.cuh"
+#include "device.h"
 #include "ultramem/product_key_topk.h"
 
 namespace ultramem::cuda {
@@ -69,11 +70,8 @@ template <typename Kernel>
 Status allow_shared_memory(Kernel* kernel, int64_t bytes) {
   constexpr int64_t kWithoutOptIn = 48 * 1024;
   if (bytes <= kWithoutOptIn) return {};
-  int device = 0;
   int limit = 0;
-  ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaGetDevice(&device));
-  ULTRAMEM_CUDA_RETURN_IF_ERROR(
-      cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  ULTRAMEM_RETURN_IF_ERROR(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &limit));
   if (bytes > limit) {
     return Status::invalid_argument(
         "product_key_topk: this shape needs more shared memory than the device has");

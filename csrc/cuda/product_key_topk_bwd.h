@@ -51,13 +51,10 @@ struct DeviceLimits {
 };
 
 inline Status device_limits(DeviceLimits* limits) {
-  int device = 0;
   limits->wgmma = sm90a_available();
-  ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaGetDevice(&device));
-  ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaDeviceGetAttribute(
-      &limits->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return to_status(
-      cudaDeviceGetAttribute(&limits->num_sms, cudaDevAttrMultiProcessorCount, device));
+  ULTRAMEM_RETURN_IF_ERROR(
+      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &limits->shared_bytes));
+  return device_attribute(cudaDevAttrMultiProcessorCount, &limits->num_sms);
 }
 
 // ---- dcore -------------------------------------------------------------------------------------

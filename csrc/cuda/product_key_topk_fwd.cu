@@ -6,6 +6,7 @@
 // same kernels take, a token's result does not depend on how many they are.
 #include "block_topk.cuh"
 #include "common.cuh"
+#include "device.h"
 #include "kernel_registry.h"
 #include "product_key_common.cuh"
 #include "product_key_topk_fwd.h"
@@ -301,14 +302,11 @@ constexpr int kWideTile = 8;
 
 template <typename scalar_t>
 Status launch_axis_tiled(const ProductKeyTopkParams& p, Stream stream) {
-  int device = 0;
   int num_multiprocessors = 0;
   int shared_limit = 0;
-  ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaGetDevice(&device));
-  ULTRAMEM_CUDA_RETURN_IF_ERROR(
-      cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  ULTRAMEM_CUDA_RETURN_IF_ERROR(
-      cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  ULTRAMEM_RETURN_IF_ERROR(device_attribute(cudaDevAttrMultiProcessorCount, &num_multiprocessors));
+  ULTRAMEM_RETURN_IF_ERROR(
+      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared_limit));
   // A block per token as long as all of them run at once.
   const bool few_tokens = p.num_tokens * p.num_heads * 2 <= num_multiprocessors;
   if (few_tokens || AxisLayout(p, kWideTile, chunk_keys(p)).bytes > shared_limit) {

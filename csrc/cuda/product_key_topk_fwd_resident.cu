@@ -296,7 +296,7 @@ __device__ __forceinline__ float find_greatest(float (&x)[kRowScores], int m, in
   // A pair has 32 in order now. Of the other's, the last comes against the first.
   keep_half(x, 3, true);
   float found = x[0];
-  if (m == kAxisResidentMaxTopk) {
+  if (m == kAxisResidentMaxTopk) {  // the least of them, in whatever order
 #pragma unroll
     for (int i = 1; i < kRowScores; ++i) found = fminf(found, x[i]);
     return fminf(found, __shfl_xor_sync(kFullMask, found, 1));
@@ -307,7 +307,7 @@ __device__ __forceinline__ float find_greatest(float (&x)[kRowScores], int m, in
     x[i] = is_second ? fminf(x[i], other) : fmaxf(x[i], other);
   }
   merge_in_lane(x);
-  found = -__uint_as_float(0x7f800000u);
+  found = -__uint_as_float(kInfinityBits);
 #pragma unroll
   for (int i = 0; i < kRowScores; ++i) {
     if (i >= (m - 1) % kRowScores) found = fmaxf(found, x[i]);
@@ -326,7 +326,7 @@ __device__ __forceinline__ void find_bounds(const float (&maxima)[kScores], int 
     for (int i = 0; i < kRowScores; ++i) of_row[i] = maxima[i / 2 * 4 + row * 2 + i % 2];
     const float least = find_greatest(of_row, m, lane);
     bounds[row] =
-        least > -__uint_as_float(0x7f800000u) ? next_below(least) : __uint_as_float(kNanBits);
+        least > -__uint_as_float(kInfinityBits) ? next_below(least) : __uint_as_float(kNanBits);
   }
 }
 
@@ -453,7 +453,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   {
     float maxima[kScores];
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) maxima[i] = -__uint_as_float(0x7f800000u);
+    for (int i = 0; i < kScores; ++i) maxima[i] = -__uint_as_float(kInfinityBits);
     products.round([&](int first_key, const Scores& scores) {
       const bool whole = first_key + kKeys <= num_keys;
 #pragma unroll

@@ -15,6 +15,7 @@
 
 #include "async_copy.cuh"
 #include "cluster.cuh"
+#include "device.h"
 #include "value_ffn_common.cuh"
 
 namespace ultramem::cuda::value_ffn {
@@ -499,21 +500,19 @@ SlotLaunch plan_slots(SlotArguments arguments, int64_t num_tokens, int num_multi
 template <typename Traits, typename Pass, typename Params>
 Status launch_slots(void (*kernel)(Params, SlotArguments), const Params& params,
                     const SlotArguments& arguments, int64_t num_tokens, Stream stream) {
-  int device = 0, num_multiprocessors = 0, max_shared_bytes = 0;
-  ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaGetDevice(&device));
-  ULTRAMEM_CUDA_RETURN_IF_ERROR(
-      cudaDeviceGetAttribute(&num_multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  ULTRAMEM_CUDA_RETURN_IF_ERROR(
-      cudaDeviceGetAttribute(&max_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  int num_multiprocessors = 0, shared_limit = 0;
+  ULTRAMEM_RETURN_IF_ERROR(device_attribute(cudaDevAttrMultiProcessorCount, &num_multiprocessors));
+  ULTRAMEM_RETURN_IF_ERROR(
+      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared_limit));
   cudaFuncAttributes attributes{};
   ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaFuncGetAttributes(&attributes, kernel));
   const SlotLaunch launch = plan_slots<Traits, Pass>(arguments, num_tokens, num_multiprocessors,
-                                                     max_shared_bytes, attributes.ptxVersion >= 90);
+                                                     shared_limit, attributes.ptxVersion >= 90);
   // Rows pass through shared memory alone: the more of it, the more blocks.
   ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
       kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
   ULTRAMEM_CUDA_RETURN_IF_ERROR(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, max_shared_bytes));
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_limit));
   const dim3 grid(static_cast<unsigned>(num_tokens * launch.arguments.token_blocks));
   const int threads = launch.num_warps * kWarpSize;
   // Blocks that begin early and wait, one on nearly every multiprocessor, keep out what another
