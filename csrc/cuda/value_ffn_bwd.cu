@@ -1,4 +1,4 @@
-// Backward of the value FFN, without atomics: the same bits on every run.
+// Backward of the value FFN: the same bits on every run.
 //
 // By token, the gradients of the scores and of pre_input: value_ffn_bwd_tokens.cu.
 // Gradients of the tables: value_ffn_bwd_rows.cu.
@@ -31,6 +31,14 @@ struct Workspace {
   }
 };
 
+// Whether the pass over the tokens takes less than the sort beside it, which is then waited for.
+bool is_short_pass(const ValueFfnBwdParams& params) {
+  constexpr int64_t kShortBytes = int64_t{300} << 20;
+  return params.num_tokens * params.num_selected * (params.value_dim + params.pre_value_dim) *
+             static_cast<int64_t>(element_size(params.table_dtype)) <=
+         kShortBytes;
+}
+
 Status check_bwd_params(const ValueFfnBwdParams& params) {
   ULTRAMEM_RETURN_IF_ERROR(check_params(params, needs_scores(params)));
   ULTRAMEM_RETURN_IF_ERROR(check_scales(params));
@@ -49,14 +57,15 @@ Status check_bwd_params(const ValueFfnBwdParams& params) {
   }
   const Workspace workspace(params);
   constexpr int64_t kMaxWords = int64_t{1} << 32;
+  constexpr int64_t kMaxColumns = int64_t{1} << 21;
   const int64_t num_groups = params.sum_groups ? 1 : params.addressing.expand;
   if (workspace.needs_rows && (params.num_tokens * params.num_selected >= kMaxWords ||
                                params.num_tokens * num_groups >= kMaxWords ||
-                               params.value_dim + params.pre_value_dim > INT32_MAX ||
+                               params.value_dim + params.pre_value_dim > kMaxColumns ||
                                params.addressing.rows_in_memory() >= UINT32_MAX)) {
     return Status::invalid_argument(
         "value_ffn_bwd: CUDA offers gradients of the tables for fewer than 2^32 retrieved slots "
-        "and rows of grad_out, fewer than 2^32-1 rows, and rows of both tables below 2^31 "
+        "and rows of grad_out, fewer than 2^32-1 rows, and rows of both tables of up to 2^21 "
         "elements");
   }
   if (workspace.total > 0 && params.workspace == nullptr) {
@@ -89,7 +98,7 @@ Status value_ffn_bwd_with(const ValueFfnBwdParams& params, const TableFactors& a
                             factors.weights != nullptr || factors.grad_a != nullptr ||
                             arena.header != nullptr;
   if (!workspace.needs_rows) {
-    return needs_tokens ? launch_value_ffn_bwd_tokens(params, factors, stream) : Status{};
+    return needs_tokens ? launch_value_ffn_bwd_tokens(params, factors, false, stream) : Status{};
   }
 
   // Sorting waits for latency, the pass over the tokens for memory. The keys come before both: once
@@ -98,7 +107,9 @@ Status value_ffn_bwd_with(const ValueFfnBwdParams& params, const TableFactors& a
   SideStream side(stream);
   ULTRAMEM_RETURN_IF_ERROR(side.fork());
   Status status = value_ffn_bwd_sort(params, base + workspace.rows, side.get());
-  if (status.ok()) status = launch_value_ffn_bwd_tokens(params, factors, stream);
+  if (status.ok()) {
+    status = launch_value_ffn_bwd_tokens(params, factors, is_short_pass(params), stream);
+  }
   const Status joined = side.join();
   ULTRAMEM_RETURN_IF_ERROR(status);
   ULTRAMEM_RETURN_IF_ERROR(joined);

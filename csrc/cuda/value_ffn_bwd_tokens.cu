@@ -38,7 +38,7 @@ BackwardArguments backward_arguments(const ValueFfnBwdParams& params, const Toke
 
 struct BackwardPass {
   struct alignas(16) Batch {
-    int64_t slots[kBatch];
+    uint32_t slots[kBatch];
     float scores[kMaxNumCores][kBatch];
     float h[kBatch];
     float slope[kBatch];  // act'(a)
@@ -87,7 +87,7 @@ struct BackwardPass {
   __device__ __forceinline__ void settle(const Request& request, Batch& batch, int i, int64_t entry,
                                          bool exists) const {
     const int64_t slot = resolve_slot(params.addressing, divisors, request.index).slot;
-    batch.slots[i] = slot;
+    batch.slots[i] = slot >= 0 ? static_cast<uint32_t>(slot) : kNoSlot;
 #pragma unroll
     for (int c = 0; c < kMaxNumCores; ++c) batch.scores[c][i] = slot >= 0 ? request.scores[c] : 0;
     float h = 1, slope = 0;
@@ -108,7 +108,7 @@ struct BackwardPass {
       }
     }
     if (arguments.slots != nullptr) {
-      arguments.slots[to] = slot >= 0 ? static_cast<uint32_t>(slot) : kNoSlot;
+      arguments.slots[to] = batch.slots[i];
     }
   }
 
@@ -117,21 +117,32 @@ struct BackwardPass {
                                         const int (&cores)[Traits::kVectors], const Batch& batch,
                                         int i, int64_t entry, bool exists, int rank,
                                         float (&weights)[Traits::kVectors]) const {
-    const bool in_range = batch.slots[i] >= 0;
+    const bool in_range = batch.slots[i] != kNoSlot;
     const float h = batch.h[i];
     float sum = 0;
     float grad_score = 0;
+    // Two at a time, for their sums to overlap. Cores that do not exist have zeros.
 #pragma unroll
-    for (int c = 0; c < kMaxNumCores; ++c) {
-      if (c >= params.num_cores) break;
-      float grad_weight = 0;
+    for (int first = 0; first < kMaxNumCores; first += 2) {
+      if (first >= params.num_cores) break;
+      float grad_weights[2] = {};
 #pragma unroll
-      for (int v = 0; v < Traits::kVectors; ++v) grad_weight += cores[v] == c ? dots[v] : 0.0f;
-      grad_weight = team_sum<Traits::kLanes>(grad_weight);
-      // A slot without a row adds zero even where grad_out is NaN.
-      if (!in_range) grad_weight = 0;
-      sum = fmaf(batch.scores[c][i], grad_weight, sum);
-      if (rank == c) grad_score = h * grad_weight;
+      for (int v = 0; v < Traits::kVectors; ++v) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) grad_weights[c] += cores[v] == first + c ? dots[v] : 0.0f;
+      }
+#pragma unroll
+      for (int delta = Traits::kLanes / 2; delta > 0; delta /= 2) {
+#pragma unroll
+        for (float& x : grad_weights) x += __shfl_xor_sync(kFullMask, x, delta);
+      }
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        // A slot without a row adds zero even where grad_out is NaN.
+        if (!in_range) grad_weights[c] = 0;
+        sum = fmaf(batch.scores[first + c][i], grad_weights[c], sum);
+        if (rank == first + c) grad_score = h * grad_weights[c];
+      }
     }
     const float da = batch.slope[i] * sum;
     if (exists && rank < params.num_cores && params.grad_scores != nullptr) {
@@ -339,12 +350,15 @@ __global__ void __launch_bounds__(kThreads)
 #define ULTRAMEM_REGISTER_VALUE_FFN_BWD_TOKENS(id, name, TableT)                        \
   ULTRAMEM_REGISTER_KERNEL(value_ffn_bwd_tokens_short_##id,                             \
                            "value_ffn_bwd_tokens<" name ", short rows>", kWarpSize,     \
-                           value_ffn_bwd_tokens_kernel<TableT, 8, 4>);                  \
+                           value_ffn_bwd_tokens_kernel<TableT, 8, 3>);                  \
   ULTRAMEM_REGISTER_KERNEL(value_ffn_bwd_tokens_half_##id,                              \
                            "value_ffn_bwd_tokens<" name ", half-warp rows>", kWarpSize, \
-                           value_ffn_bwd_tokens_kernel<TableT, 16, 4>);                 \
+                           value_ffn_bwd_tokens_kernel<TableT, 16, 3>);                 \
   ULTRAMEM_REGISTER_KERNEL(value_ffn_bwd_tokens_medium_##id,                            \
                            "value_ffn_bwd_tokens<" name ", medium rows>", kWarpSize,    \
+                           value_ffn_bwd_tokens_kernel<TableT, 32, 3>);                 \
+  ULTRAMEM_REGISTER_KERNEL(value_ffn_bwd_tokens_wide_##id,                              \
+                           "value_ffn_bwd_tokens<" name ", wide rows>", kWarpSize,      \
                            value_ffn_bwd_tokens_kernel<TableT, 32, 4>);                 \
   ULTRAMEM_REGISTER_KERNEL(value_ffn_bwd_tokens_long_##id,                              \
                            "value_ffn_bwd_tokens<" name ", long rows>", kWarpSize,      \
@@ -357,7 +371,8 @@ ULTRAMEM_REGISTER_KERNEL(value_ffn_factors, "value_ffn_factors", kThreads,
                          value_ffn_factors_kernel);
 
 template <typename TableT>
-Status launch_bwd(const ValueFfnBwdParams& params, const TokenFactors& factors, Stream stream) {
+Status launch_bwd(const ValueFfnBwdParams& params, const TokenFactors& factors, bool leaves_room,
+                  Stream stream) {
   SlotArguments arguments = slot_arguments<TableT>(params);
   arguments.input = params.grad_out;
   arguments.dot_table = params.values;
@@ -373,7 +388,7 @@ Status launch_bwd(const ValueFfnBwdParams& params, const TokenFactors& factors, 
     using Traits = decltype(traits);
     return launch_slots<Traits, BackwardPass>(
         value_ffn_bwd_tokens_kernel<TableT, Traits::kLanes, Traits::kVectors>,
-        backward_arguments(params, factors), arguments, params.num_tokens, stream);
+        backward_arguments(params, factors), arguments, params.num_tokens, leaves_room, stream);
   });
 }
 
@@ -405,10 +420,10 @@ Status launch_value_ffn_factors(const ValueFfnBwdParams& params, const TokenFact
 }
 
 Status launch_value_ffn_bwd_tokens(const ValueFfnBwdParams& params, const TokenFactors& factors,
-                                   Stream stream) {
+                                   bool leaves_room, Stream stream) {
   const bool one_pass = takes_one_pass(params, params.grad_out, params.grad_pre_input);
   return ULTRAMEM_DISPATCH_DTYPE(params.table_dtype, TableT, [&] {
-    return one_pass ? launch_bwd<TableT>(params, factors, stream)
+    return one_pass ? launch_bwd<TableT>(params, factors, leaves_room, stream)
                     : launch_bwd_any<TableT>(params, factors, stream);
   });
 }

@@ -15,9 +15,10 @@ struct TokenFactors {
   TableFactors arena;
 };
 
-// grad_scores, grad_pre_input and the factors. For at least one token.
+// grad_scores, grad_pre_input and the factors. For at least one token. `leaves_room`: for small
+// kernels on another stream, which are what is waited for.
 Status launch_value_ffn_bwd_tokens(const ValueFfnBwdParams& params, const TokenFactors& factors,
-                                   Stream stream);
+                                   bool leaves_room, Stream stream);
 
 // The factors alone, to an arena, with da given as `factors.grad_a` and the scores. For at least
 // one token.

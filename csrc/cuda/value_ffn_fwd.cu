@@ -14,7 +14,7 @@ using namespace value_ffn;
 
 struct ForwardPass {
   struct alignas(16) Batch {
-    int64_t slots[kBatch];
+    uint32_t slots[kBatch];
     float scores[kMaxNumCores][kBatch];
   };
   struct Request {
@@ -40,7 +40,7 @@ struct ForwardPass {
   __device__ __forceinline__ void settle(const Request& request, Batch& batch, int i, int64_t,
                                          bool) const {
     const int64_t slot = resolve_slot(params.addressing, divisors, request.index).slot;
-    batch.slots[i] = slot;
+    batch.slots[i] = slot >= 0 ? static_cast<uint32_t>(slot) : kNoSlot;
 #pragma unroll
     for (int c = 0; c < kMaxNumCores; ++c) batch.scores[c][i] = slot >= 0 ? request.scores[c] : 0;
   }
@@ -60,7 +60,7 @@ struct ForwardPass {
       for (int v = 0; v < Traits::kVectors; ++v) a += dots[v];
       a = team_sum<Traits::kLanes>(a);
       // A slot without a row adds zero even where the input is NaN.
-      if (batch.slots[i] < 0) a = 0;
+      if (batch.slots[i] == kNoSlot) a = 0;
       if (exists && rank == 0) static_cast<float*>(params.pre_activation)[entry] = a;
       h = activate(params.activation, a);
     }
@@ -199,10 +199,12 @@ __global__ void __launch_bounds__(kThreads)
 
 #define ULTRAMEM_REGISTER_VALUE_FFN_FWD(id, name, TableT)                                         \
   ULTRAMEM_REGISTER_KERNEL(value_ffn_fwd_short_##id, "value_ffn_fwd<" name ", short rows>",       \
-                           kWarpSize, value_ffn_fwd_kernel<TableT, 8, 4>);                        \
+                           kWarpSize, value_ffn_fwd_kernel<TableT, 8, 3>);                        \
   ULTRAMEM_REGISTER_KERNEL(value_ffn_fwd_half_##id, "value_ffn_fwd<" name ", half-warp rows>",    \
-                           kWarpSize, value_ffn_fwd_kernel<TableT, 16, 4>);                       \
+                           kWarpSize, value_ffn_fwd_kernel<TableT, 16, 3>);                       \
   ULTRAMEM_REGISTER_KERNEL(value_ffn_fwd_medium_##id, "value_ffn_fwd<" name ", medium rows>",     \
+                           kWarpSize, value_ffn_fwd_kernel<TableT, 32, 3>);                       \
+  ULTRAMEM_REGISTER_KERNEL(value_ffn_fwd_wide_##id, "value_ffn_fwd<" name ", wide rows>",         \
                            kWarpSize, value_ffn_fwd_kernel<TableT, 32, 4>);                       \
   ULTRAMEM_REGISTER_KERNEL(value_ffn_fwd_long_##id, "value_ffn_fwd<" name ", long rows>",         \
                            kWarpSize, value_ffn_fwd_kernel<TableT, 32, 8>);                       \
@@ -226,7 +228,7 @@ Status launch_fwd(const ValueFfnParams& params, Stream stream) {
     using Traits = decltype(traits);
     return launch_slots<Traits, ForwardPass>(
         value_ffn_fwd_kernel<TableT, Traits::kLanes, Traits::kVectors>, params, arguments,
-        params.num_tokens, stream);
+        params.num_tokens, false, stream);
   });
 }
 

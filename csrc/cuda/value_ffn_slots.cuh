@@ -7,8 +7,9 @@
 // what it has requested itself, so that warps wait for nothing but their own copies.
 //
 // The order of a sum depends on the shape of a token's slots, not on how many tokens there are or
-// how many warps share one: slots are cut into parts, a part is summed slot by slot, parts are
-// added in order, and the teams of a warp, each of which has its own sum, at the end.
+// how many warps share one: slots are cut into parts, a part is summed slot by slot, the parts of a
+// group are added in order, then groups, and the teams of a warp, each of which has its own sum, at
+// the end.
 #pragma once
 
 #include <algorithm>
@@ -16,6 +17,7 @@
 #include "async_copy.cuh"
 #include "cluster.cuh"
 #include "device.h"
+#include "ultramem/table_factors.h"
 #include "value_ffn_common.cuh"
 
 namespace ultramem::cuda::value_ffn {
@@ -33,11 +35,11 @@ struct SlotTraits {
   static constexpr int kMaxRow = kLanes * kVectors;  // in vectors
   // What the registers of a multiprocessor suffice for: a lane has the input and the sums of all
   // its vectors.
-  static constexpr int kMaxWarps = kVectors <= 4 ? 12 : 8;
+  static constexpr int kMaxWarps = kVectors <= 3 ? 16 : kVectors <= 4 ? 12 : 8;
 };
 
 // Steps that a warp has requested while it works on one; a step is a slot for each of its teams.
-inline constexpr int kStages = 4;
+inline constexpr int kStages = 2;
 // Slots whose addresses a warp works out at a time, one a lane.
 inline constexpr int kBatch = kWarpSize;
 static_assert(kStages * kWarpSize / 8 <= kBatch, "two batches are enough for teams of 8 lanes");
@@ -57,12 +59,16 @@ struct SlotArguments {
   int num_selected, num_cores;
   AddressDivisors<ReciprocalDivisor> divisors;
 
-  int part_steps;    // of a part; a part has its place in the order of the sum
-  int num_parts;     // of a token
-  int warp_parts;    // of a warp
+  int part_steps;   // of a part; a part has its place in the order of the sum
+  int num_parts;    // of a token
+  int group_parts;  // of a group
+  int warp_parts;   // of a warp
+  int place_parts;  // added up in one place in shared memory: one, or a group
+  int warp_places;  // of a warp: for its parts or groups, or for all groups and for the present one
+  int token_places;  // what is left to be added up at the end
   int token_blocks;  // that share a token; more than one are a cluster
   int stages;        // places of the ring of steps
-  bool keeps_parts;  // every part has its own sum in shared memory; else they are added up there
+  bool adds_groups;  // a warp has the token to itself and adds the groups up as well
 };
 
 // x summed over the lanes of a team, for all of them.
@@ -111,8 +117,7 @@ __host__ __device__ constexpr int ring_bytes(const SlotArguments& arguments) {
 
 template <typename Traits>
 __host__ __device__ constexpr int sum_bytes(const SlotArguments& arguments, int num_warps) {
-  const int kept = arguments.keeps_parts ? num_warps * arguments.warp_parts : 1;
-  return kept * part_quads<Traits>(arguments.sum_vectors) * 16;
+  return num_warps * arguments.warp_places * part_quads<Traits>(arguments.sum_vectors) * 16;
 }
 
 template <typename Traits, typename Pass>
@@ -121,16 +126,38 @@ int64_t shared_bytes(const SlotArguments& arguments, int num_warps) {
   return sum_bytes<Traits>(arguments, num_warps) + num_warps * warp_bytes;
 }
 
-// Requests a team's lanes' vectors of a row, zeros behind its end and for a negative slot.
+// A lane's part of a table's rows.
+struct LaneRows {
+  const char* first;   // its first vector of row 0
+  uint32_t row_bytes;  // of a whole row
+  int left;            // vectors of a row from its first on
+
+  template <typename Traits>
+  __device__ __forceinline__ static LaneRows of(const void* table, int row_vectors, int rank) {
+    return {static_cast<const char*>(table) + rank * 16, static_cast<uint32_t>(row_vectors) * 16,
+            row_vectors - rank};
+  }
+};
+
+// Requests a lane's vectors of a row, zeros where there is no slot; nothing behind the row's end.
 template <typename Traits>
-__device__ __forceinline__ void request_row(const void* table, int row_vectors, int64_t slot,
-                                            int rank, uint32_t to) {
-  const auto* row = static_cast<const uint4*>(table) + max(slot, int64_t{0}) * row_vectors;
+__device__ __forceinline__ void request_row(const LaneRows& rows, uint32_t slot, uint32_t to) {
+  const bool exists = slot != kNoSlot;
+  const char* row = rows.first + uint64_t{exists ? slot : 0} * rows.row_bytes;
 #pragma unroll
   for (int v = 0; v < Traits::kVectors; ++v) {
-    const int vector = v * Traits::kLanes + rank;
-    cp_async_16_alone(to + v * kWarpSize * 16, row + vector, v * Traits::kLanes < row_vectors,
-                      slot >= 0 && vector < row_vectors);
+    cp_async_16_alone(to + v * kWarpSize * 16, row + v * Traits::kLanes * 16,
+                      v * Traits::kLanes < rows.left, exists);
+  }
+}
+
+// Zeros behind the end of a row, in a place of the ring: what is there is multiplied by zero.
+template <typename Traits>
+__device__ __forceinline__ void clear_behind_row(uint4* place, int row_vectors, int rank) {
+#pragma unroll
+  for (int v = 0; v < Traits::kVectors; ++v) {
+    const bool is_read = v * Traits::kLanes < row_vectors;
+    if (is_read && v * Traits::kLanes + rank >= row_vectors) place[v * kWarpSize] = uint4{};
   }
 }
 
@@ -144,6 +171,9 @@ __device__ __forceinline__ void load_row(const uint4* from, int row_vectors,
   }
 }
 
+// x + -0 is x, even for -0.
+inline constexpr float kNoSum = -0.0f;
+
 // A float4 of the sums in a block of the token's cluster.
 __device__ __forceinline__ float4 sums_in_block(const float4* sums, bool has_others, int block) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -152,15 +182,24 @@ __device__ __forceinline__ float4 sums_in_block(const float4* sums, bool has_oth
   return *sums;
 }
 
-// Adds up the parts of a token and then the teams' sums, four columns a thread, and stores the
-// output.
+__device__ __forceinline__ void add_quad(float (&sum)[4], const float4& x) {
+  sum[0] += x.x;
+  sum[1] += x.y;
+  sum[2] += x.z;
+  sum[3] += x.w;
+}
+
+// Adds up what a token's places hold and then the teams' sums, four columns a thread, and stores
+// the output.
 template <typename Traits>
 __device__ __forceinline__ void store_sum(const SlotArguments& arguments, const float4* sums,
-                                          int block_parts, DType dtype, int64_t token, int block) {
+                                          int block_places, DType dtype, int64_t token, int block) {
   constexpr int kQuads = Traits::kQuads;
   constexpr int kUnroll = Traits::kTeams == 1 ? 8 : 2;
   const int team_quads = part_quads<Traits>(arguments.sum_vectors) / Traits::kTeams;
-  const int num_parts = arguments.keeps_parts ? arguments.num_parts : 1;
+  const int num_places = arguments.token_places;
+  // Places that are parts are added up to groups first.
+  const int group_places = arguments.place_parts == 1 ? arguments.group_parts : 1;
   const int num_quads = arguments.sum_vectors * kQuads;
   const int num_blocks = arguments.token_blocks;
   for (int quad = threadIdx.x * num_blocks + block; quad < num_quads;
@@ -168,26 +207,33 @@ __device__ __forceinline__ void store_sum(const SlotArguments& arguments, const 
     const int vector = quad / kQuads;
     const float4* from = sums + quad_of<Traits>(vector / Traits::kLanes, vector % Traits::kLanes) +
                          quad % kQuads * Traits::kLanes;
-    float total[Traits::kTeams][4];
+    float total[Traits::kTeams][4], group[Traits::kTeams][4];
 #pragma unroll
     for (int team = 0; team < Traits::kTeams; ++team) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) total[team][j] = -0.0f;  // x + -0 is x, even for -0
+      for (int j = 0; j < 4; ++j) total[team][j] = group[team][j] = kNoSum;
     }
-    for (int begin = 0, from_block = 0; begin < num_parts; begin += block_parts, ++from_block) {
-      const int count = min(block_parts, num_parts - begin);
+    int from_block = 0, in_block = 0, in_group = 0;
+    // Without branches, so that several places are read at once.
 #pragma unroll kUnroll
-      for (int part = 0; part < count; ++part) {
+    for (int place = 0; place < num_places; ++place) {
+      ++in_group;
+      const bool ends_group = in_group == group_places || place + 1 == num_places;
+      in_group = ends_group ? 0 : in_group;
 #pragma unroll
-        for (int team = 0; team < Traits::kTeams; ++team) {
-          const float4 x = sums_in_block(from + (part * Traits::kTeams + team) * team_quads,
-                                         num_blocks > 1, from_block);
-          total[team][0] += x.x;
-          total[team][1] += x.y;
-          total[team][2] += x.z;
-          total[team][3] += x.w;
+      for (int team = 0; team < Traits::kTeams; ++team) {
+        add_quad(group[team], sums_in_block(from + (in_block * Traits::kTeams + team) * team_quads,
+                                            num_blocks > 1, from_block));
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          total[team][j] += ends_group ? group[team][j] : kNoSum;
+          group[team][j] = ends_group ? kNoSum : group[team][j];
         }
       }
+      ++in_block;
+      const bool ends_block = in_block == block_places;
+      in_block = ends_block ? 0 : in_block;
+      from_block += ends_block ? 1 : 0;
     }
 #pragma unroll
     for (int delta = 1; delta < Traits::kTeams; delta *= 2) {
@@ -208,7 +254,7 @@ __device__ __forceinline__ void store_sum(const SlotArguments& arguments, const 
 
 // The kernel. A Pass has
 //   Batch                               what it keeps of 32 slots in shared memory: `slots`,
-//                                       negative where there is nothing to read, and more
+//                                       kNoSlot where there is nothing to read, and more
 //   Request request(entry, exists)      what a lane reads of an entry of [T, S], not yet waited for
 //   settle(request, batch, i, entry, exists)
 //                                       .. worked out and written to place i of a batch
@@ -241,7 +287,7 @@ __device__ __forceinline__ void pass_over_slots(Pass pass, const SlotArguments& 
   auto* sums = reinterpret_cast<float4*>(shared);
   const int warp_bytes = ring_bytes<Traits>(arguments) + 2 * sizeof(Batch);
   unsigned char* of_warp = shared + sum_bytes<Traits>(arguments, num_warps) + warp * warp_bytes;
-  const auto* ring = reinterpret_cast<const uint4*>(of_warp);
+  auto* ring = reinterpret_cast<uint4*>(of_warp);
   auto* batches = reinterpret_cast<Batch*>(of_warp + ring_bytes<Traits>(arguments));
   const int dot_rows = lane_vectors<Traits>(arguments.dot_vectors);
   const int step_vectors = (dot_rows + lane_vectors<Traits>(arguments.sum_vectors)) * kWarpSize;
@@ -254,6 +300,14 @@ __device__ __forceinline__ void pass_over_slots(Pass pass, const SlotArguments& 
   const auto num_slots = static_cast<unsigned>(max(last_slot - first_slot, 0));
   const unsigned num_steps = (num_slots + kTeams - 1) / kTeams;
   const int64_t first_entry = token * arguments.num_selected + first_slot;
+
+  const auto dot_lane = LaneRows::of<Traits>(arguments.dot_table, arguments.dot_vectors, rank);
+  const auto sum_lane = LaneRows::of<Traits>(arguments.sum_table, arguments.sum_vectors, rank);
+  for (int stage = 0; stage < arguments.stages; ++stage) {
+    uint4* place = ring + stage * step_vectors + lane;
+    clear_behind_row<Traits>(place, arguments.dot_vectors, rank);
+    clear_behind_row<Traits>(place + dot_rows * kWarpSize, arguments.sum_vectors, rank);
+  }
 
   wait_for_prerequisite_grid();
   release_dependent_grid();
@@ -273,6 +327,8 @@ __device__ __forceinline__ void pass_over_slots(Pass pass, const SlotArguments& 
     for (int c = 1; c < kMaxNumCores; ++c) {
       if (c < arguments.num_cores && vector >= c * arguments.slice_vectors) cores[v] = c;
     }
+    // Kept, rather than worked out for every slot once more.
+    asm("" : "+r"(cores[v]));
   }
   if (arguments.dot_scale != nullptr) {
     const auto scale = static_cast<float>(*arguments.dot_scale);
@@ -284,12 +340,12 @@ __device__ __forceinline__ void pass_over_slots(Pass pass, const SlotArguments& 
   }
 
   float sum[kVectors][kElements] = {};
-  float4* part_sums = sums +
-                      (arguments.keeps_parts ? warp * arguments.warp_parts : 0) *
-                          part_quads<Traits>(arguments.sum_vectors) +
-                      team * (part_quads<Traits>(arguments.sum_vectors) / kTeams);
+  const int place_quads = part_quads<Traits>(arguments.sum_vectors);
+  float4* place = sums + warp * arguments.warp_places * place_quads + team * (place_quads / kTeams);
+  if (arguments.adds_groups && arguments.group_parts > 1) place += place_quads;
   int steps_left = arguments.part_steps;  // of the part
-  bool adds = false;                      // to the sums of earlier parts
+  int in_place = 0;                       // parts that the place has
+  bool adds_to_all = false;               // groups there are
 
   for (unsigned ahead = 0; ahead < num_steps + kStages; ++ahead) {
     if (ahead >= kStages) {
@@ -326,26 +382,30 @@ __device__ __forceinline__ void pass_over_slots(Pass pass, const SlotArguments& 
       }
       if (--steps_left == 0 || step + 1 == num_steps) {
         steps_left = arguments.part_steps;
+        const bool adds = in_place > 0;
+        const bool ends = ++in_place == arguments.place_parts || step + 1 == num_steps;
+        const bool goes_to_all = arguments.adds_groups && ends;
+        float4* all = arguments.group_parts > 1 ? place - place_quads : place;
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
           if (v * kLanes >= arguments.sum_vectors) break;
 #pragma unroll
           for (int q = 0; q < Traits::kQuads; ++q) {
-            float4* to = part_sums + quad_of<Traits>(v, rank) + q * kLanes;
-            float4 quad = adds ? *to : float4{-0.0f, -0.0f, -0.0f, -0.0f};
-            quad.x += sum[v][4 * q];
-            quad.y += sum[v][4 * q + 1];
-            quad.z += sum[v][4 * q + 2];
-            quad.w += sum[v][4 * q + 3];
-            *to = quad;
+            const int at = quad_of<Traits>(v, rank) + q * kLanes;
+            float quad[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) quad[j] = sum[v][4 * q + j];
+            if (adds) add_quad(quad, place[at]);
+            if (goes_to_all && adds_to_all) add_quad(quad, all[at]);
+            (goes_to_all ? all : place)[at] = {quad[0], quad[1], quad[2], quad[3]};
           }
 #pragma unroll
           for (int j = 0; j < kElements; ++j) sum[v][j] = 0;
         }
-        if (arguments.keeps_parts) {
-          part_sums += part_quads<Traits>(arguments.sum_vectors);
-        } else {
-          adds = true;
+        if (ends) {
+          in_place = 0;
+          adds_to_all = true;
+          if (!arguments.adds_groups) place += place_quads;
         }
       }
     }
@@ -359,11 +419,10 @@ __device__ __forceinline__ void pass_over_slots(Pass pass, const SlotArguments& 
         request = pass.request(first_entry + next, next < num_slots);
         __syncwarp();
       }
-      const int64_t slot = batches[i / kBatch % 2].slots[(i + team) % kBatch];
+      const uint32_t slot = batches[i / kBatch % 2].slots[(i + team) % kBatch];
       const uint32_t to = shared_address(ring + ahead % kStages * step_vectors + lane);
-      request_row<Traits>(arguments.dot_table, arguments.dot_vectors, slot, rank, to);
-      request_row<Traits>(arguments.sum_table, arguments.sum_vectors, slot, rank,
-                          to + dot_rows * kWarpSize * 16);
+      request_row<Traits>(dot_lane, slot, to);
+      request_row<Traits>(sum_lane, slot, to + dot_rows * kWarpSize * 16);
     }
     cp_async_commit();  // a group a step, even an empty one: the wait above counts them
   }
@@ -373,7 +432,7 @@ __device__ __forceinline__ void pass_over_slots(Pass pass, const SlotArguments& 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if (arguments.token_blocks > 1) {
     cluster_sync();
-    store_sum<Traits>(arguments, sums, num_warps * arguments.warp_parts, dtype, token, block);
+    store_sum<Traits>(arguments, sums, num_warps * arguments.warp_places, dtype, token, block);
     // Nobody leaves before the others have read its sums. The output may still be on its way.
     __syncthreads();
     cluster_arrive_relaxed();
@@ -382,7 +441,7 @@ __device__ __forceinline__ void pass_over_slots(Pass pass, const SlotArguments& 
   }
 #endif
   __syncthreads();
-  store_sum<Traits>(arguments, sums, num_warps * arguments.warp_parts, dtype, token, block);
+  store_sum<Traits>(arguments, sums, num_warps * arguments.warp_places, dtype, token, block);
 }
 
 // Host ------------------------------------------------------------------------------------------
@@ -392,6 +451,7 @@ inline constexpr int kMaxRowBytes = 4096;
 inline constexpr int kMaxParts = 32;
 inline constexpr int kMaxPartBytes = 96 * 1024;
 inline constexpr int kMinPartSteps = 2;
+inline constexpr int kMaxGroups = 8;
 // From so many tokens a multiprocessor on, a warp takes a token.
 inline constexpr int kWarpTokens = 6;
 // Of fewer, two find room on a multiprocessor at once if their blocks have so many warps then.
@@ -404,7 +464,8 @@ inline constexpr int kMinBlockBytes = 24 * 1024;
 inline bool takes_one_pass(const ValueFfnParams& params, const void* values_beside,
                            const void* pre_values_beside) {
   const int64_t longest = std::max(params.value_dim, params.pre_value_dim);
-  return params.num_selected > 0 && (params.sum_groups || params.addressing.expand == 1) &&
+  return params.num_selected > 0 && params.addressing.rows_in_memory() < int64_t{kNoSlot} &&
+         (params.sum_groups || params.addressing.expand == 1) &&
          longest * element_size(params.table_dtype) <= kMaxRowBytes &&
          values_are_vectors(params, values_beside) &&
          (params.pre_values == nullptr || pre_values_are_vectors(params, pre_values_beside));
@@ -424,15 +485,17 @@ SlotArguments slot_arguments(const ValueFfnParams& params) {
 // Calls the function with the traits for rows of that length.
 template <typename TableT, typename Function>
 Status with_slot_traits(const SlotArguments& arguments, Function function) {
-  using Short = SlotTraits<TableT, 8, 4>;
-  using HalfWarp = SlotTraits<TableT, 16, 4>;
-  using Medium = SlotTraits<TableT, 32, 4>;
+  using Short = SlotTraits<TableT, 8, 3>;
+  using HalfWarp = SlotTraits<TableT, 16, 3>;
+  using Medium = SlotTraits<TableT, 32, 3>;
+  using Wide = SlotTraits<TableT, 32, 4>;
   using Long = SlotTraits<TableT, 32, 8>;
   static_assert(Long::kMaxRow * 16 == kMaxRowBytes, "no row is longer");
   const int longest = std::max(arguments.dot_vectors, arguments.sum_vectors);
   if (longest <= Short::kMaxRow) return function(Short{});
   if (longest <= HalfWarp::kMaxRow) return function(HalfWarp{});
   if (longest <= Medium::kMaxRow) return function(Medium{});
+  if (longest <= Wide::kMaxRow) return function(Wide{});
   return function(Long{});
 }
 
@@ -450,6 +513,7 @@ void cut_into_parts(SlotArguments& arguments) {
   const auto steps = static_cast<int>(ceil_div(arguments.num_selected, Traits::kTeams));
   arguments.part_steps = std::max(kMinPartSteps, static_cast<int>(ceil_div(steps, max_parts)));
   arguments.num_parts = static_cast<int>(ceil_div(steps, arguments.part_steps));
+  arguments.group_parts = static_cast<int>(ceil_div(arguments.num_parts, kMaxGroups));
 }
 
 // .. and these shared out over so many blocks, of at most so many warps.
@@ -458,8 +522,22 @@ SlotLaunch share_out(SlotArguments arguments, int token_blocks, int max_warps) {
   const auto block_parts = static_cast<int>(ceil_div(arguments.num_parts, token_blocks));
   arguments.token_blocks = token_blocks;
   arguments.warp_parts = static_cast<int>(ceil_div(block_parts, max_warps));
+  arguments.place_parts = 1;
+  if (arguments.warp_parts >= arguments.group_parts) {
+    // Whole groups, each in one place.
+    arguments.place_parts = arguments.group_parts;
+    arguments.warp_parts = static_cast<int>(ceil_div(arguments.warp_parts, arguments.group_parts)) *
+                           arguments.group_parts;
+  }
   const auto num_warps = static_cast<int>(ceil_div(block_parts, arguments.warp_parts));
-  arguments.keeps_parts = token_blocks * num_warps > 1;
+  arguments.adds_groups = token_blocks * num_warps == 1;
+  if (arguments.adds_groups) {
+    arguments.warp_places = arguments.group_parts > 1 ? 2 : 1;
+    arguments.token_places = 1;
+  } else {
+    arguments.warp_places = static_cast<int>(ceil_div(arguments.warp_parts, arguments.place_parts));
+    arguments.token_places = static_cast<int>(ceil_div(arguments.num_parts, arguments.place_parts));
+  }
   arguments.stages = std::min(kStages, arguments.warp_parts * arguments.part_steps);
   return {arguments, num_warps, shared_bytes<Traits, Pass>(arguments, num_warps)};
 }
@@ -486,7 +564,7 @@ SlotLaunch plan_slots(SlotArguments arguments, int64_t num_tokens, int num_multi
       int64_t{arguments.num_selected} * 16 * (arguments.dot_vectors + arguments.sum_vectors);
   int blocks = 1;
   while (has_clusters && arguments.sum_vectors > 0 && blocks < kPortableCluster &&
-         2 * blocks <= arguments.num_parts && 2 * blocks * num_tokens <= num_multiprocessors &&
+         2 * blocks <= arguments.num_parts && 4 * blocks * num_tokens <= num_multiprocessors &&
          token_bytes >= 2 * blocks * kMinBlockBytes) {
     blocks *= 2;
   }
@@ -497,9 +575,11 @@ SlotLaunch plan_slots(SlotArguments arguments, int64_t num_tokens, int num_multi
   return alone;
 }
 
+// `leaves_room`: for small kernels on another stream, which are what is waited for.
 template <typename Traits, typename Pass, typename Params>
 Status launch_slots(void (*kernel)(Params, SlotArguments), const Params& params,
-                    const SlotArguments& arguments, int64_t num_tokens, Stream stream) {
+                    const SlotArguments& arguments, int64_t num_tokens, bool leaves_room,
+                    Stream stream) {
   int num_multiprocessors = 0, shared_limit = 0;
   ULTRAMEM_RETURN_IF_ERROR(device_attribute(cudaDevAttrMultiProcessorCount, &num_multiprocessors));
   ULTRAMEM_RETURN_IF_ERROR(
@@ -508,9 +588,12 @@ Status launch_slots(void (*kernel)(Params, SlotArguments), const Params& params,
   ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaFuncGetAttributes(&attributes, kernel));
   const SlotLaunch launch = plan_slots<Traits, Pass>(arguments, num_tokens, num_multiprocessors,
                                                      shared_limit, attributes.ptxVersion >= 90);
-  // Rows pass through shared memory alone: the more of it, the more blocks.
+  // Rows pass through shared memory alone: the more of it, the more blocks. With fewer of them,
+  // registers are left for others.
+  constexpr int kRoomyCarveout = 65;  // percent
   ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
-      kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+      kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+      leaves_room ? kRoomyCarveout : static_cast<int>(cudaSharedmemCarveoutMaxShared)));
   ULTRAMEM_CUDA_RETURN_IF_ERROR(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_limit));
   const dim3 grid(static_cast<unsigned>(num_tokens * launch.arguments.token_blocks));
