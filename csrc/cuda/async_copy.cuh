@@ -31,6 +31,22 @@ __device__ __forceinline__ void cp_async_16_alone(uint32_t shared, const void* g
       : "memory");
 }
 
+// 8 or 16 bytes that stay in the L2 cache as the policy says.
+template <int kBytes>
+__device__ __forceinline__ void cp_async_with_policy(uint32_t shared, const void* global,
+                                                     uint64_t policy) {
+  static_assert(kBytes == 8 || kBytes == 16);
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;\n" ::"r"(shared),
+                 "l"(global), "l"(policy)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], 8, %2;\n" ::"r"(shared),
+                 "l"(global), "l"(policy)
+                 : "memory");
+  }
+}
+
 __device__ __forceinline__ void cp_async_4(uint32_t shared, const void* global) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(shared), "l"(global) : "memory");
 }

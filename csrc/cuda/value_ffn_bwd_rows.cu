@@ -1,13 +1,20 @@
-// Backward of the value FFN, gradients of the tables, without atomics: the same bits on every run.
+// Backward of the value FFN, gradients of the tables: the same bits on every run. No atomics add
+// anything up; they only count.
 //
 // Entries e = t * S + s are sorted by slot, so that the terms of a row lie side by side, in token
 // order: a run. A row of both tables' gradients is one row here, first the columns of the values,
 // then those of the pre-values. A warp takes kTile sorted entries and sums the runs that begin
 // there. Fixed positions cut the sorted entries into pieces; where a run crosses one, its parts are
-// summed by a warp each, into the workspace, and value_ffn_bwd_combine adds them in order. So a row
-// that every token retrieves is no slower than many rows.
+// summed by a warp each, into the workspace, and the last to come adds them up, always in the same
+// order. So a row that every token retrieves is no slower than many rows.
+//
+// Columns are worked off batch by batch, one for all rows before the next, so that the columns of
+// grad_out and pre_input that a batch reads again and again, in any order, stay in the L2 cache.
 #include "value_ffn_bwd_rows.h"
 
+#include <utility>
+
+#include "async_copy.cuh"
 #include "kernel_registry.h"
 #include "sort_pairs.h"
 #include "value_ffn_common.cuh"
@@ -18,25 +25,35 @@ namespace {
 using namespace value_ffn;
 
 constexpr int kRowThreads = 128;
-// Blocks that a multiprocessor holds: bounds registers to 96, or 128.
-constexpr int row_blocks(size_t element_bytes) { return element_bytes == 4 ? 4 : 5; }
 constexpr int kRowWarps = kRowThreads / kWarpSize;
 // Entries at which a warp's runs begin. It looks up a window of 32 at once, so that a run of some
 // length is in sight from its beginning.
 constexpr int kTile = 16;
-// Columns that a lane moves at once, of a row; and how often before it uses the first.
+// Columns that a lane moves at once, of a row; a batch are those of kBatch times.
 constexpr int kRowColumns = 4;
-constexpr int kBatch = 3;
+// Blocks that a multiprocessor holds: bounds registers, to 72 and 64 where inputs have 16 bits. Of
+// batches of 3, 64 make uniform slots 1% faster and skewed ones 10% slower.
+constexpr int row_blocks(int batch, size_t element_bytes) {
+  if (element_bytes == 4) return batch == 3 ? 5 : 7;
+  return batch == 3 ? 7 : 8;
+}
+// Runs, one after the other, whose gradients are on their way from memory: the one that is summed
+// and the next.
+constexpr int kRing = 2;
 // Entries in a piece, at least, a power of two; more where there would be more than kMaxPieces.
 constexpr int kMinPieceShift = 7;
 constexpr int64_t kMaxPieces = 4096;
+// Pieces whose parts of a run are added up before those of other such groups.
+constexpr int kGroupShift = 6;
 
 // keys[e] = slot, or as many as there are rows where it has none: those sort behind all rows.
+// Counters are cleared along with it.
 __global__ void __launch_bounds__(kThreads)
     value_ffn_bwd_keys_kernel(const __grid_constant__ ValueFfnParams params, uint32_t* keys,
-                              uint32_t* entries) {
+                              uint32_t* entries, uint32_t* counters, int64_t num_counters) {
   const int64_t num_entries = params.num_tokens * params.num_selected;
   const int64_t entry = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  for (int64_t i = entry; i < num_counters; i += int64_t{gridDim.x} * kThreads) counters[i] = 0;
   if (entry >= num_entries) return;
   const int64_t slot = resolve_slot(params.addressing, load_index(params, entry)).slot;
   keys[entry] = static_cast<uint32_t>(slot >= 0 ? slot : params.addressing.rows_in_memory());
@@ -51,13 +68,21 @@ struct Rows {
   const float* weights;     // [T, S, C]
   const float* grad_a;      // [T, S]
   float* partial;  // [pieces, 2, columns]: of the run a piece begins with, of the run it ends with
+  // How many of a run's parts there are, [batches, 3 * pieces]: [pieces, 2] for parts of a group,
+  // which have the index of the first of them in `partial`, and [pieces] for groups, by the piece
+  // that the run begins in.
+  uint32_t* counters;
   uint32_t num_entries;
+  uint32_t num_pieces;
   int piece_shift;
   int num_groups;
   // 0 where the gradient of that table is not wanted.
   int value_columns, pre_value_columns;
 
   __device__ __forceinline__ int columns() const { return value_columns + pre_value_columns; }
+  __device__ __forceinline__ uint32_t first_key(uint32_t piece) const {
+    return keys[piece << piece_shift];
+  }
 };
 
 // 32 consecutive sorted entries, what a warp knows of them, in shared memory.
@@ -98,37 +123,97 @@ __device__ __forceinline__ uint32_t load_window(const ValueFfnBwdParams& params,
   return key;
 }
 
-// What a lane does of a row: kColumns columns, of the values or the pre-values.
+// What a lane does of a row: kColumns columns, of the values or the pre-values. All but two numbers
+// is worked out again where it is used: registers are what limits the warps.
 template <int kColumns, typename InputT, typename GradT>
 struct Part {
-  const InputT* source;  // the columns in the first row, null where there are none
-  GradT* grad;
-  uint32_t dim;
-  int factor;  // in the window
+  uint32_t column;  // of its table
+  int factor;       // in the window; negative where there are no columns
 
   // Those from kColumns * index on.
   __device__ __forceinline__ Part(const ValueFfnBwdParams& params, const Rows& rows, int index) {
-    int column = index * kColumns;
-    if (column < rows.value_columns) {
-      source = static_cast<const InputT*>(params.grad_out) + column;
-      grad = static_cast<GradT*>(params.grad_values) + column;
-      dim = static_cast<uint32_t>(rows.value_columns);
+    const int first = index * kColumns;
+    if (first < rows.value_columns) {
+      column = static_cast<uint32_t>(first);
       const int slice = rows.value_columns / params.num_cores;
       factor = 0;
 #pragma unroll
-      for (int c = 1; c < kMaxNumCores; ++c) factor += c < params.num_cores && column >= c * slice;
+      for (int c = 1; c < kMaxNumCores; ++c) factor += c < params.num_cores && first >= c * slice;
     } else {
-      column -= rows.value_columns;
-      const bool exists = column < rows.pre_value_columns;
-      source = exists ? static_cast<const InputT*>(params.pre_input) + column : nullptr;
-      grad = static_cast<GradT*>(params.grad_pre_values) + column;
-      dim = static_cast<uint32_t>(rows.pre_value_columns);
-      factor = kMaxNumCores;
+      column = static_cast<uint32_t>(first - rows.value_columns);
+      factor = first < rows.columns() ? kMaxNumCores : -1;
     }
   }
-  __device__ __forceinline__ bool exists() const { return source != nullptr; }
-  __device__ __forceinline__ uint64_t offset(uint32_t row) const {
-    return static_cast<uint64_t>(row) * dim;
+  __device__ __forceinline__ bool exists() const { return factor >= 0; }
+  __device__ __forceinline__ bool is_pre_value() const { return factor == kMaxNumCores; }
+  __device__ __forceinline__ uint64_t offset(const Rows& rows, uint32_t row) const {
+    const int dim = is_pre_value() ? rows.pre_value_columns : rows.value_columns;
+    return static_cast<uint64_t>(row) * static_cast<uint32_t>(dim) + column;
+  }
+  __device__ __forceinline__ const InputT* source(const ValueFfnBwdParams& params, const Rows& rows,
+                                                  uint32_t row) const {
+    const void* from = is_pre_value() ? params.pre_input : params.grad_out;
+    return static_cast<const InputT*>(from) + offset(rows, row);
+  }
+  __device__ __forceinline__ GradT* grad(const ValueFfnBwdParams& params, const Rows& rows,
+                                         uint32_t row) const {
+    void* to = is_pre_value() ? params.grad_pre_values : params.grad_values;
+    return static_cast<GradT*>(to) + offset(rows, row);
+  }
+};
+
+__host__ __device__ constexpr int64_t num_batches_of(int64_t columns, int batch, int lane_columns) {
+  const int64_t width = int64_t{batch} * kWarpSize * lane_columns;
+  return (columns + width - 1) / width;
+}
+
+// Several parts, one for each time that a lane moves columns.
+template <int kBatch, int kColumns, typename InputT, typename GradT>
+struct Parts {
+  Part<kColumns, InputT, GradT> parts[kBatch];
+
+  __device__ __forceinline__ Parts(const ValueFfnBwdParams& params, const Rows& rows, int index)
+      : Parts(params, rows, index, std::make_integer_sequence<int, kBatch>{}) {}
+  template <int... k>
+  __device__ __forceinline__ Parts(const ValueFfnBwdParams& params, const Rows& rows, int index,
+                                   std::integer_sequence<int, k...>)
+      : parts{{params, rows, index + k * kWarpSize}...} {}
+  __device__ __forceinline__ const auto& operator[](int k) const { return parts[k]; }
+};
+
+// The gradients of a row before anything is added, on their way to shared memory. A lane reads back
+// what it has requested itself. Columns that are moved one at a time come when they are needed.
+template <int kBatch, int kColumns, typename GradT>
+struct OldRow {
+  static constexpr int kLaneBytes = kColumns * sizeof(GradT);
+  static constexpr bool kIsRequested = kLaneBytes >= 8;
+  static constexpr int kBytes = kBatch * kWarpSize * kLaneBytes;
+
+  template <typename Parts>
+  __device__ __forceinline__ static void request(const ValueFfnBwdParams& params, const Rows& rows,
+                                                 const Parts& parts, uint32_t key,
+                                                 unsigned char* to) {
+    if constexpr (kIsRequested) {
+      const uint64_t policy = drop_policy();
+      const uint32_t lane_to = shared_address(to) + threadIdx.x % kWarpSize * kLaneBytes;
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        if (!parts[k].exists()) continue;
+        cp_async_with_policy<kLaneBytes>(lane_to + k * kWarpSize * kLaneBytes,
+                                         parts[k].grad(params, rows, key), policy);
+      }
+    }
+  }
+  __device__ __forceinline__ static Pack<GradT, kColumns> load(const GradT* grad, int k,
+                                                               const unsigned char* from) {
+    Pack<GradT, kColumns> old;
+    if constexpr (kIsRequested) {
+      const int at = (k * kWarpSize + threadIdx.x % kWarpSize) * kLaneBytes;
+      old = *reinterpret_cast<const Pack<GradT, kColumns>*>(from + at);
+    } else {
+      old.load_mutable(grad);
+    }
+    return old;
   }
 };
 
@@ -151,24 +236,17 @@ struct Place {
 
 // The lane's parts of the row of a run, from lane `at` of the window on, which is at the tile's
 // beginning. Where the run goes beyond it, no other of the tile's begins behind it, and the window
-// moves.
-template <int kColumns, typename InputT, typename GradT>
-__device__ __forceinline__ void sum_run(const ValueFfnBwdParams& params, const Rows& rows,
-                                        const Part<kColumns, InputT, GradT> (&parts)[kBatch],
+// moves. Returns whether the run ends in this piece.
+template <int kBatch, int kColumns, typename InputT, typename GradT>
+__device__ __forceinline__ bool sum_run(const ValueFfnBwdParams& params, const Rows& rows,
+                                        const Parts<kBatch, kColumns, InputT, GradT>& parts,
                                         int index, Window& window, Place& place, int at,
-                                        bool run_begins) {
+                                        bool run_begins, const unsigned char* old_row) {
+  using Old = OldRow<kBatch, kColumns, GradT>;
   constexpr int kInFlight = 2;  // entries
   const uint64_t policy = keep_policy();
   const int lane = threadIdx.x % kWarpSize;
   const uint32_t key = __shfl_sync(kFullMask, place.key, at);
-  Pack<GradT, kColumns> old[kBatch];
-#pragma unroll
-  for (int k = 0; k < kBatch; ++k) {
-    old[k].clear();
-    if (params.accumulate && parts[k].exists()) {
-      old[k].load_mutable(parts[k].grad + parts[k].offset(key));
-    }
-  }
   const uint32_t piece = (place.first + at) >> rows.piece_shift;
   // Of the piece, from the window's first entry on. The last piece ends where there are no keys.
   uint32_t left = ((piece + 1) << rows.piece_shift) - place.first;
@@ -185,12 +263,12 @@ __device__ __forceinline__ void sum_run(const ValueFfnBwdParams& params, const R
       for (int k = 0; k < kBatch; ++k) {
         sources[k].clear();
         if (!parts[k].exists()) continue;
-        const uint32_t row = window.source_rows[parts[k].factor / kMaxNumCores][i];
-        sources[k].load_kept(parts[k].source + parts[k].offset(row), policy);
+        const uint32_t row = window.source_rows[parts[k].is_pre_value()][i];
+        sources[k].load_kept(parts[k].source(params, rows, row), policy);
       }
 #pragma unroll
       for (int k = 0; k < kBatch; ++k) {
-        const float factor = window.factors[parts[k].factor][i];
+        const float factor = parts[k].exists() ? window.factors[parts[k].factor][i] : 0.0f;
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) sums[k][j] = fmaf(factor, sources[k][j], sums[k][j]);
       }
@@ -210,11 +288,16 @@ __device__ __forceinline__ void sum_run(const ValueFfnBwdParams& params, const R
     place.window_first += kWarpSize;
     place.key = load_window(params, rows, place.window_first, lane, window);
   }
+  if constexpr (Old::kIsRequested) cp_async_wait<kRing - 1>();
 #pragma unroll
   for (int k = 0; k < kBatch; ++k) {
     if (!parts[k].exists()) continue;
     if (run_begins && run_ends) {
-      store_row<kColumns>(parts[k].grad + parts[k].offset(key), sums[k], old[k]);
+      GradT* grad = parts[k].grad(params, rows, key);
+      Pack<GradT, kColumns> old;
+      old.clear();
+      if (params.accumulate) old = Old::load(grad, k, old_row);
+      store_row<kColumns>(grad, sums[k], old);
     } else {
       float* partial = rows.partial + (2 * int64_t{piece} + (run_begins ? 1 : 0)) * rows.columns() +
                        (index + k * kWarpSize) * kColumns;
@@ -222,13 +305,113 @@ __device__ __forceinline__ void sum_run(const ValueFfnBwdParams& params, const R
       for (int j = 0; j < kColumns; ++j) partial[j] = sums[k][j];
     }
   }
+  return run_ends;
 }
 
-template <int kColumns, typename InputT, typename GradT>
+// How many pieces on, in steps of +1 or -1, begin inside the run as this one does or ends; by the
+// whole warp, up to `most`.
+__device__ __forceinline__ uint32_t pieces_on(const Rows& rows, uint32_t key, uint32_t piece,
+                                              int step, uint32_t most) {
+  static_assert(kMaxPieces == int64_t{kWarpSize} * 128, "128 and 4 are the steps of this search");
+  const int lane = threadIdx.x % kWarpSize;
+  uint32_t count = 0;
+#pragma unroll
+  for (const uint32_t stride : {128u, 4u, 1u}) {
+    const uint32_t on = count + (lane + 1) * stride;
+    const bool inside = on <= most && rows.first_key(piece + step * static_cast<int>(on)) == key;
+    count += __popc(__ballot_sync(kFullMask, inside)) * stride;
+  }
+  return count;
+}
+
+// Counts the calling warp's part, which all its lanes have written. Returns whether it is the last
+// of so many, and then sees those of the others.
+__device__ __forceinline__ bool is_last(uint32_t* counter, uint32_t num_parts) {
+  __threadfence();
+  __syncwarp();
+  uint32_t before = 0;
+  if (threadIdx.x % kWarpSize == 0) before = atomicAdd(counter, 1);
+  before = __shfl_sync(kFullMask, before, 0);
+  __threadfence();
+  return before + 1 == num_parts;
+}
+
+// A batch's part of a run that does not begin and end in the piece. The last to come of a group of
+// pieces adds up the group's, the last of those the groups; each in order.
+template <int kBatch, int kColumns, typename InputT, typename GradT>
+__device__ __noinline__ void add_part(const ValueFfnBwdParams& params, const Rows& rows,
+                                      uint32_t key, uint32_t piece, bool begins, bool ends) {
+  // The pieces that the run begins and ends in.
+  uint32_t first = piece, last = piece;
+  if (!begins) {
+    first -= pieces_on(rows, key, piece, -1, piece);
+    const uint32_t entry = first << rows.piece_shift;
+    if (entry > 0 && rows.keys[entry - 1] == key) --first;
+  }
+  if (!ends) last += pieces_on(rows, key, piece, 1, rows.num_pieces - 1 - piece);
+
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t columns = rows.columns();
+  constexpr int kWidth = kBatch * kWarpSize * kColumns;
+  constexpr int kUnroll = kBatch == 3 ? 4 : 2;  // as registers allow
+  const int64_t batch = blockIdx.y;
+  const int64_t first_column = batch * kWidth + lane * kColumns;
+  const int64_t end_column = min(columns, (batch + 1) * kWidth);
+  uint32_t* counters = rows.counters + batch * 3 * rows.num_pieces;
+  const auto row_of = [&](uint32_t index) { return rows.partial + index * columns; };
+  // The sum of rows of `partial`: that of index `head`, then `count` more, from `next` on.
+  const auto sum_rows = [&](int64_t column, uint32_t head, uint32_t next, uint32_t step,
+                            uint32_t count, float (&sum)[kColumns]) {
+    Pack<float, kColumns> pack;
+    pack.load_shared_by_blocks(row_of(head) + column);
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) sum[j] = pack[j];
+#pragma unroll kUnroll
+    for (uint32_t i = 0; i < count; ++i) {
+      pack.load_shared_by_blocks(row_of(next + i * step) + column);
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) sum[j] += pack[j];
+    }
+  };
+  const uint32_t first_group = first >> kGroupShift, last_group = last >> kGroupShift;
+  const uint32_t group_begin = piece >> kGroupShift << kGroupShift;
+  const uint32_t first_here = max(first, group_begin);
+  const uint32_t last_here = min(last, group_begin + (1u << kGroupShift) - 1);
+  uint32_t head = first >= group_begin ? 2 * first + 1 : 2 * group_begin;
+  uint32_t next = 2 * (first_here + 1), step = 2, count = last_here - first_here;
+  if (!is_last(counters + head, count + 1)) return;
+  if (first_group != last_group) {
+    for (int64_t column = first_column; column < end_column; column += kWarpSize * kColumns) {
+      float sum[kColumns];
+      sum_rows(column, head, next, step, count, sum);
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) row_of(head)[column + j] = sum[j];
+    }
+    count = last_group - first_group;
+    if (!is_last(counters + 2 * rows.num_pieces + first, count + 1)) return;
+    head = 2 * first + 1;
+    next = (first_group + 1) << (kGroupShift + 1);
+    step = 2 << kGroupShift;
+  }
+  for (int64_t column = first_column; column < end_column; column += kWarpSize * kColumns) {
+    float sum[kColumns];
+    sum_rows(column, head, next, step, count, sum);
+    const Part<kColumns, InputT, GradT> part(params, rows, static_cast<int>(column / kColumns));
+    GradT* grad = part.grad(params, rows, key);
+    Pack<GradT, kColumns> old;
+    old.clear();
+    if (params.accumulate) old.load_mutable(grad);
+    store_row<kColumns>(grad, sum, old);
+  }
+}
+
+template <int kBatch, int kColumns, typename InputT, typename GradT>
 __device__ __forceinline__ void sum_tile(const ValueFfnBwdParams& params, const Rows& rows,
-                                         uint32_t first, Window& window) {
+                                         uint32_t first, Window& window, unsigned char* ring) {
+  using Old = OldRow<kBatch, kColumns, GradT>;
   const int lane = threadIdx.x % kWarpSize;
   Place place{first, first, load_window(params, rows, first, lane, window)};
+  const uint32_t tile_key = place.key;
   uint32_t before = __shfl_up_sync(kFullMask, place.key, 1);
   if (lane == 0 && first > 0) before = rows.keys[first - 1];
   const uint32_t position = first + lane;
@@ -238,112 +421,77 @@ __device__ __forceinline__ void sum_tile(const ValueFfnBwdParams& params, const 
   const uint32_t heads =
       __ballot_sync(kFullMask, lane < kTile && exists && (run_begins || piece_begins));
   const uint32_t begins = __ballot_sync(kFullMask, run_begins);
-  for (int index = lane; (index - lane) * kColumns < rows.columns(); index += kBatch * kWarpSize) {
-    if (place.window_first != first) {
-      place.window_first = first;
-      place.key = load_window(params, rows, first, lane, window);
+  const int index = static_cast<int>(blockIdx.y) * kBatch * kWarpSize + lane;
+  const Parts<kBatch, kColumns, InputT, GradT> parts(params, rows, index);
+  uint32_t to_request = heads;
+  const auto request_next = [&](int slot) {
+    const int at = __ffs(to_request) - 1;
+    const uint32_t key = __shfl_sync(kFullMask, tile_key, max(at, 0));
+    if (params.accumulate && at >= 0) {
+      Old::request(params, rows, parts, key, ring + slot * Old::kBytes);
     }
-    const Part<kColumns, InputT, GradT> parts[kBatch] = {{params, rows, index},
-                                                         {params, rows, index + kWarpSize},
-                                                         {params, rows, index + 2 * kWarpSize}};
-    for (uint32_t left = heads; left != 0; left &= left - 1) {
-      const int at = __ffs(left) - 1;
-      sum_run<kColumns, InputT, GradT>(params, rows, parts, index, window, place, at,
-                                       (begins >> at & 1) != 0);
-    }
+    cp_async_commit();
+    to_request &= to_request - 1;
+  };
+#pragma unroll
+  for (int slot = 0; slot < kRing - 1; ++slot) request_next(slot);
+  int slot = 0;
+  uint32_t ends = 0;
+  for (uint32_t left = heads; left != 0; left &= left - 1) {
+    const int at = __ffs(left) - 1;
+    request_next((slot + kRing - 1) % kRing);
+    const bool run_ends = sum_run<kBatch, kColumns, InputT, GradT>(
+        params, rows, parts, index, window, place, at, (begins >> at & 1) != 0,
+        ring + slot * Old::kBytes);
+    ends |= run_ends ? 1u << at : 0;
+    slot = (slot + 1) % kRing;
+  }
+  for (uint32_t left = heads & ~(begins & ends); left != 0; left &= left - 1) {
+    const int at = __ffs(left) - 1;
+    add_part<kBatch, kColumns, InputT, GradT>(params, rows, __shfl_sync(kFullMask, tile_key, at),
+                                              (first + at) >> rows.piece_shift,
+                                              (begins >> at & 1) != 0, (ends >> at & 1) != 0);
   }
 }
 
-// Grid: kRowWarps tiles a block.
-template <typename InputT, typename GradT>
-__global__ void __launch_bounds__(kRowThreads, row_blocks(sizeof(InputT)))
+// Grid: kRowWarps tiles a block, then the batches.
+template <int kBatch, typename InputT, typename GradT>
+__global__ void __launch_bounds__(kRowThreads, row_blocks(kBatch, sizeof(InputT)))
     value_ffn_bwd_rows_kernel(const __grid_constant__ ValueFfnBwdParams params,
                               const __grid_constant__ Rows rows, bool vectors) {
-  const int64_t tile = int64_t{blockIdx.x} * kRowWarps + threadIdx.x / kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  const int64_t tile = int64_t{blockIdx.x} * kRowWarps + warp;
   if (tile * kTile >= rows.num_entries) return;
   __shared__ Window windows[kRowWarps];
-  Window& window = windows[threadIdx.x / kWarpSize];
+  __shared__ __align__(
+      16) unsigned char rings[kRowWarps][kRing * OldRow<kBatch, kRowColumns, GradT>::kBytes];
   const auto first = static_cast<uint32_t>(tile * kTile);
   if (vectors) {
-    sum_tile<kRowColumns, InputT, GradT>(params, rows, first, window);
+    sum_tile<kBatch, kRowColumns, InputT, GradT>(params, rows, first, windows[warp], rings[warp]);
   } else {
-    sum_tile<1, InputT, GradT>(params, rows, first, window);
-  }
-}
-
-// Adds up the runs that go beyond the piece they begin in: a block for kCombinePieces pieces, a
-// thread a column.
-constexpr int kCombinePieces = 8;
-
-template <typename GradT>
-__global__ void __launch_bounds__(kThreads)
-    value_ffn_bwd_combine_kernel(const __grid_constant__ ValueFfnBwdParams params,
-                                 const __grid_constant__ Rows rows, int64_t num_pieces) {
-  const uint32_t* keys = rows.keys;
-  const auto begin_of = [&](int64_t piece) { return piece << rows.piece_shift; };
-  const auto begins_long_run = [&](int64_t piece) {
-    const int64_t begin = begin_of(piece), end = begin_of(piece + 1);
-    if (end >= rows.num_entries) return false;
-    const uint32_t key = keys[end - 1];
-    return key != params.addressing.rows_in_memory() && keys[end] == key &&
-           (keys[begin] != key || begin == 0 || keys[begin - 1] != key);
-  };
-  const int64_t first = int64_t{blockIdx.x} * kCombinePieces;
-  const int lane = threadIdx.x % kWarpSize;
-  uint32_t left = __ballot_sync(kFullMask, lane < kCombinePieces && first + lane < num_pieces &&
-                                               begins_long_run(first + lane));
-  for (; left != 0; left &= left - 1) {
-    const int64_t piece = first + __ffs(left) - 1;
-    const uint32_t key = keys[begin_of(piece + 1) - 1];
-    // The last piece that begins with the run: most often the next, else by steps that double, then
-    // by bisection.
-    int64_t last = piece + 1, beyond = last + 1;
-    for (int64_t step = 1; beyond < num_pieces && keys[begin_of(beyond)] == key; step *= 2) {
-      last = beyond;
-      beyond += step;
-    }
-    beyond = min(beyond, num_pieces);
-    while (beyond - last > 1) {
-      const int64_t middle = (last + beyond) / 2;
-      (keys[begin_of(middle)] == key ? last : beyond) = middle;
-    }
-    const int64_t columns = rows.columns();
-    for (int64_t column = int64_t{blockIdx.y} * kThreads + threadIdx.x; column < columns;
-         column += int64_t{gridDim.y} * kThreads) {
-      float sum[1] = {rows.partial[(2 * piece + 1) * columns + column]};
-#pragma unroll 8
-      for (int64_t i = piece + 1; i <= last; ++i) sum[0] += rows.partial[2 * i * columns + column];
-      const Part<1, float, GradT> part(params, rows, static_cast<int>(column));
-      GradT* grad = part.grad + part.offset(key);
-      Pack<GradT, 1> old;
-      old.clear();
-      if (params.accumulate) old.load_mutable(grad);
-      store_row<1>(grad, sum, old);
-    }
+    sum_tile<kBatch, 1, InputT, GradT>(params, rows, first, windows[warp], rings[warp]);
   }
 }
 
 // Host ------------------------------------------------------------------------------------------
 
-#define ULTRAMEM_REGISTER_VALUE_FFN_BWD_ROWS(id, name, InputT, GradT)                            \
-  ULTRAMEM_REGISTER_KERNEL(value_ffn_bwd_rows_##id, "value_ffn_bwd_rows<" name ">", kRowThreads, \
-                           value_ffn_bwd_rows_kernel<InputT, GradT>)
+#define ULTRAMEM_REGISTER_VALUE_FFN_BWD_ROWS(id, name, InputT, GradT)                 \
+  ULTRAMEM_REGISTER_KERNEL(value_ffn_bwd_rows_2_##id,                                 \
+                           "value_ffn_bwd_rows<" name ", batches of 2>", kRowThreads, \
+                           (value_ffn_bwd_rows_kernel<2, InputT, GradT>));            \
+  ULTRAMEM_REGISTER_KERNEL(value_ffn_bwd_rows_3_##id,                                 \
+                           "value_ffn_bwd_rows<" name ", batches of 3>", kRowThreads, \
+                           (value_ffn_bwd_rows_kernel<3, InputT, GradT>))
 ULTRAMEM_FOR_EACH_DTYPE_PAIR(ULTRAMEM_REGISTER_VALUE_FFN_BWD_ROWS);
 ULTRAMEM_REGISTER_KERNEL(value_ffn_bwd_keys, "value_ffn_bwd_keys", kThreads,
                          value_ffn_bwd_keys_kernel);
-ULTRAMEM_REGISTER_KERNEL(value_ffn_bwd_combine_f32, "value_ffn_bwd_combine<f32>", kThreads,
-                         value_ffn_bwd_combine_kernel<float>);
-ULTRAMEM_REGISTER_KERNEL(value_ffn_bwd_combine_bf16, "value_ffn_bwd_combine<bf16>", kThreads,
-                         value_ffn_bwd_combine_kernel<__nv_bfloat16>);
-ULTRAMEM_REGISTER_KERNEL(value_ffn_bwd_combine_f16, "value_ffn_bwd_combine<f16>", kThreads,
-                         value_ffn_bwd_combine_kernel<__half>);
 
 // Where things lie in the workspace, in bytes from its beginning.
 struct Workspace {
   int64_t num_entries, num_pieces, columns;
   int piece_shift = kMinPieceShift;
-  int num_bits;
-  size_t keys_in, keys, entries_in, entries, partial, sort, sort_bytes, total = 0;
+  int batch, num_bits;
+  size_t keys_in, keys, entries_in, entries, partial, counters, sort, sort_bytes, total = 0;
 
   explicit Workspace(const ValueFfnBwdParams& params) {
     num_entries = params.num_tokens * params.num_selected;
@@ -351,15 +499,23 @@ struct Workspace {
               (params.grad_pre_values != nullptr ? params.pre_value_dim : 0);
     while (ceil_div(num_entries, int64_t{1} << piece_shift) > kMaxPieces) ++piece_shift;
     num_pieces = ceil_div(num_entries, int64_t{1} << piece_shift);
+    // Whichever leaves fewer lanes without columns; 3 if both do as well.
+    const int64_t moves = ceil_div(columns, kWarpSize * kRowColumns);
+    batch = 3 * ceil_div(moves, 3) <= 2 * ceil_div(moves, 2) ? 3 : 2;
     num_bits = key_bits(static_cast<uint64_t>(params.addressing.rows_in_memory()));
     keys_in = take(num_entries * sizeof(uint32_t));
     keys = take(num_entries * sizeof(uint32_t));
     entries_in = take(num_entries * sizeof(uint32_t));
     entries = take(num_entries * sizeof(uint32_t));
     partial = take(2 * num_pieces * columns * sizeof(float));
+    counters = take(num_counters(false) * sizeof(uint32_t));
     sort_bytes = sort_pairs_workspace(num_entries, num_bits);
     sort = take(sort_bytes);
   }
+  int64_t num_batches(bool vectors) const {
+    return num_batches_of(columns, batch, vectors ? kRowColumns : 1);
+  }
+  int64_t num_counters(bool vectors) const { return 3 * num_pieces * num_batches(vectors); }
 
  private:
   size_t take(size_t bytes) {
@@ -370,11 +526,13 @@ struct Workspace {
 };
 
 // Whether rows of a gradient, and of what it is summed from, are moved kRowColumns at a time.
-bool rows_are_vectors(const ValueFfnBwdParams& params, const Rows& rows) {
-  const int slice = rows.value_columns / params.num_cores;
-  return slice % kRowColumns == 0 && rows.pre_value_columns % kRowColumns == 0 &&
-         is_aligned(params.grad_out) && is_aligned(params.pre_input) &&
-         is_aligned(params.grad_values) && is_aligned(params.grad_pre_values);
+bool rows_are_vectors(const ValueFfnBwdParams& params) {
+  const auto moves = [](const void* grad, int64_t columns) {
+    return grad == nullptr || (columns % kRowColumns == 0 && is_aligned(grad));
+  };
+  return moves(params.grad_values, params.value_dim / params.num_cores) &&
+         moves(params.grad_pre_values, params.pre_value_dim) && is_aligned(params.grad_out) &&
+         is_aligned(params.pre_input);
 }
 
 }  // namespace
@@ -389,7 +547,9 @@ Status value_ffn_bwd_keys(const ValueFfnBwdParams& params, void* workspace, cuda
   auto* keys_in = reinterpret_cast<uint32_t*>(base + layout.keys_in);
   auto* entries_in = reinterpret_cast<uint32_t*>(base + layout.entries_in);
   const auto blocks = static_cast<unsigned>(ceil_div(layout.num_entries, kThreads));
-  value_ffn_bwd_keys_kernel<<<blocks, kThreads, 0, stream>>>(params, keys_in, entries_in);
+  value_ffn_bwd_keys_kernel<<<blocks, kThreads, 0, stream>>>(
+      params, keys_in, entries_in, reinterpret_cast<uint32_t*>(base + layout.counters),
+      layout.num_counters(rows_are_vectors(params)));
   return launch_status();
 }
 
@@ -413,6 +573,8 @@ Status value_ffn_bwd_rows(const ValueFfnBwdParams& params, const TokenFactors& f
   rows.weights = factors.weights;
   rows.grad_a = factors.grad_a;
   rows.partial = reinterpret_cast<float*>(base + layout.partial);
+  rows.counters = reinterpret_cast<uint32_t*>(base + layout.counters);
+  rows.num_pieces = static_cast<uint32_t>(layout.num_pieces);
   rows.num_entries = static_cast<uint32_t>(layout.num_entries);
   rows.piece_shift = layout.piece_shift;
   rows.num_groups = params.sum_groups ? 1 : static_cast<int>(params.addressing.expand);
@@ -421,23 +583,16 @@ Status value_ffn_bwd_rows(const ValueFfnBwdParams& params, const TokenFactors& f
     rows.pre_value_columns = static_cast<int>(params.pre_value_dim);
   }
 
-  const bool vectors = rows_are_vectors(params, rows);
-  const auto blocks = static_cast<unsigned>(ceil_div(layout.num_entries, kTile * kRowWarps));
-  constexpr int64_t kMaxGridY = 65535;
-  const int64_t column_blocks = ceil_div(layout.columns, kThreads);
-  const dim3 combine_grid(
-      static_cast<unsigned>(ceil_div(layout.num_pieces, kCombinePieces)),
-      static_cast<unsigned>(column_blocks < kMaxGridY ? column_blocks : kMaxGridY));
+  const bool vectors = rows_are_vectors(params);
+  const dim3 grid(static_cast<unsigned>(ceil_div(layout.num_entries, kTile * kRowWarps)),
+                  static_cast<unsigned>(layout.num_batches(vectors)));
   return ULTRAMEM_DISPATCH_DTYPE(params.grad_table_dtype, GradT, [&] {
-    ULTRAMEM_RETURN_IF_ERROR(ULTRAMEM_DISPATCH_DTYPE(params.dtype, InputT, [&] {
-      value_ffn_bwd_rows_kernel<InputT, GradT>
-          <<<blocks, kRowThreads, 0, stream>>>(params, rows, vectors);
+    return ULTRAMEM_DISPATCH_DTYPE(params.dtype, InputT, [&] {
+      auto* kernel = layout.batch == 3 ? value_ffn_bwd_rows_kernel<3, InputT, GradT>
+                                       : value_ffn_bwd_rows_kernel<2, InputT, GradT>;
+      kernel<<<grid, kRowThreads, 0, stream>>>(params, rows, vectors);
       return launch_status();
-    }));
-    if (layout.num_pieces == 1) return Status{};
-    value_ffn_bwd_combine_kernel<GradT>
-        <<<combine_grid, kThreads, 0, stream>>>(params, rows, layout.num_pieces);
-    return launch_status();
+    });
   });
 }
 

@@ -10,7 +10,8 @@ namespace ultramem::cuda {
 
 size_t value_ffn_bwd_rows_workspace(const ValueFfnBwdParams& params);
 
-// The entries' slots, into the workspace; then sorts the entries by them.
+// The entries' slots, into the workspace, and counters there cleared; then sorts the entries by the
+// slots.
 Status value_ffn_bwd_keys(const ValueFfnBwdParams& params, void* workspace, cudaStream_t stream);
 Status value_ffn_bwd_sort(const ValueFfnBwdParams& params, void* workspace, cudaStream_t stream);
 

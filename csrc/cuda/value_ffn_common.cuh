@@ -28,6 +28,12 @@ __device__ __forceinline__ uint64_t keep_policy() {
   asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
+// A policy for what is not read again: it is the first to leave the L2 cache.
+__device__ __forceinline__ uint64_t drop_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
 __device__ __forceinline__ uint4 ldg_with_policy(const uint4* from, uint64_t policy) {
   uint4 x;
   asm("ld.global.nc.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
@@ -81,6 +87,11 @@ struct Pack {
   __device__ __forceinline__ void load_mutable(const T* from) {
 #pragma unroll
     for (int i = 0; i < kWords; ++i) words[i] = __ldcs(reinterpret_cast<const Word*>(from) + i);
+  }
+  // From memory that other blocks have written meanwhile: not through the L1 cache.
+  __device__ __forceinline__ void load_shared_by_blocks(const T* from) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = __ldcg(reinterpret_cast<const Word*>(from) + i);
   }
   __device__ __forceinline__ void store_last(T* to) const {
 #pragma unroll

@@ -101,6 +101,47 @@ def test_adds_to_what_is_there(device: str) -> None:
         torch.testing.assert_close(table.main_grad, grad + 7.0, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("values_dim", "pre_values_dim"), [(64, 32), (640, 384), (760, 8), (30, 21)]
+)
+@pytest.mark.parametrize("distinct", [1, 3, 700])
+def test_runs_that_cross_pieces(
+    device: str, distinct: int, values_dim: int, pre_values_dim: int
+) -> None:
+    """A row that thousands of entries name, so that many warps have a part of its gradient, and
+    that comes among others; the same bits twice; rows of one batch of columns and of several."""
+    data, tokens, selected, rows = Data(3, device), 330, 64, 900
+    indices = data.integers(distinct, tokens, selected) + 11
+    scores = data.normal(tokens, selected, 2)
+    values, pre_values = (data.normal(rows, n) for n in (values_dim, pre_values_dim))
+    pre_input = data.normal(tokens, pre_values_dim, scale=pre_values_dim**-0.5)
+    upstream = data.normal(tokens, values_dim)
+    runs = []
+    for _ in range(2):
+        tables = [x.detach().requires_grad_() for x in (values, pre_values)]
+        for table in tables:
+            table.main_grad = torch.full_like(table, 0.5)
+        ops.value_ffn(indices, scores, *tables, pre_input).backward(upstream)
+        runs.append([table.main_grad for table in tables])
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+
+    x, g = pre_input.double(), upstream.double().view(tokens, 2, -1)
+    s, v, p = scores.double(), values.double().view(rows, 2, -1), pre_values.double()
+    expected = [torch.full_like(t, 0.5, dtype=torch.float64) for t in (values, pre_values)]
+    sizes = [torch.zeros_like(t) for t in expected]
+    for k in range(selected):
+        slot = indices[:, k]
+        a = (p[slot] * x).sum(-1)
+        da = ((g * v[slot]).sum(-1) * s[:, k]).sum(-1)
+        terms = (a[:, None, None] * s[:, k, :, None] * g).flatten(1), da[:, None] * x
+        for total, size, term in zip(expected, sizes, terms, strict=True):
+            total.index_add_(0, slot, term)
+            size.index_add_(0, slot, term.abs())
+    for got, wanted, size in zip(runs[0], expected, sizes, strict=True):
+        assert ((got - wanted).abs() <= 1e-6 * size + 1e-5 * (size > 0)).all()
+
+
 def test_no_tokens_change_nothing(device_dtype: tuple[str, torch.dtype]) -> None:
     layer = Layer(*device_dtype)
     layer.give_main_grads()
