@@ -143,22 +143,17 @@ def check_case(case: Case, device: str, dtype: torch.dtype) -> None:
     sizes = ref.value_ffn_bwd(g**2, slots, *squares, **plain)
     # Nothing is rounded to the dtype of the table.
     bound = GRADIENT_BOUND[acc]
-    grads = factors.to_dense()
-    assert grads[0].dtype == acc
-    check_gradient("values", grads[0], expected.values, root(sizes.values), bound=bound)
-    if pre_values is None:
-        assert grads[1] is None
-    else:
-        check_gradient(
-            "pre_values", grads[1], expected.pre_values, root(sizes.pre_values), bound=bound
-        )
-    for sparse, full in zip(factors.to_sparse(), grads, strict=True):
-        if full is not None:
-            assert sparse is not None
-            assert sparse.is_coalesced()
-            # Added in another order.
-            atol = 1e-6 * full.abs().max().item() if full.numel() else 0.0
-            torch.testing.assert_close(sparse.to_dense(), full, rtol=1e-5, atol=atol)
+    dense_grads, sparse_grads = factors.to_dense(), factors.to_sparse()
+    assert dense_grads[0].dtype == acc
+    for full, sparse, name in zip(dense_grads, sparse_grads, ("values", "pre_values"), strict=True):
+        if full is None:
+            assert sparse is None
+            assert pre_values is None
+            continue
+        assert sparse.is_coalesced()
+        wanted, size = getattr(expected, name), root(getattr(sizes, name))
+        check_gradient(name, full, wanted, size, bound=bound)
+        check_gradient(f"{name}, sparse", sparse.to_dense(), wanted, size, bound=bound)
 
 
 @given(case=cases())
