@@ -59,14 +59,16 @@ Status check_bwd_params(const ValueFfnBwdParams& params) {
   constexpr int64_t kMaxWords = int64_t{1} << 32;
   constexpr int64_t kMaxColumns = int64_t{1} << 21;
   const int64_t num_groups = params.sum_groups ? 1 : params.addressing.expand;
-  if (workspace.needs_rows && (params.num_tokens * params.num_selected >= kMaxWords ||
-                               params.num_tokens * num_groups >= kMaxWords ||
-                               params.value_dim + params.pre_value_dim > kMaxColumns ||
-                               params.addressing.rows_in_memory() >= UINT32_MAX)) {
+  const int64_t columns = (params.grad_values != nullptr ? params.value_dim : 0) +
+                          (params.grad_pre_values != nullptr ? params.pre_value_dim : 0);
+  if (workspace.needs_rows &&
+      (params.num_tokens * params.num_selected >= kMaxWords ||
+       params.num_tokens * num_groups >= kMaxWords || columns > kMaxColumns ||
+       params.addressing.rows_in_memory() >= UINT32_MAX)) {
     return Status::invalid_argument(
         "value_ffn_bwd: CUDA offers gradients of the tables for fewer than 2^32 retrieved slots "
-        "and rows of grad_out, fewer than 2^32-1 rows, and rows of both tables of up to 2^21 "
-        "elements");
+        "and rows of grad_out, fewer than 2^32-1 rows, and gradient rows of up to 2^21 elements, "
+        "both tables' together");
   }
   if (workspace.total > 0 && params.workspace == nullptr) {
     return Status::invalid_argument("value_ffn_bwd: the workspace must not be null");

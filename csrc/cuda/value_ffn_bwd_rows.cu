@@ -162,11 +162,6 @@ struct Part {
   }
 };
 
-__host__ __device__ constexpr int64_t num_batches_of(int64_t columns, int batch, int lane_columns) {
-  const int64_t width = int64_t{batch} * kWarpSize * lane_columns;
-  return (columns + width - 1) / width;
-}
-
 // Several parts, one for each time that a lane moves columns.
 template <int kBatch, int kColumns, typename InputT, typename GradT>
 struct Parts {
@@ -325,14 +320,17 @@ __device__ __forceinline__ uint32_t pieces_on(const Rows& rows, uint32_t key, ui
 }
 
 // Counts the calling warp's part, which all its lanes have written. Returns whether it is the last
-// of so many, and then sees those of the others.
+// of so many, and then all its lanes see those of the others.
 __device__ __forceinline__ bool is_last(uint32_t* counter, uint32_t num_parts) {
-  __threadfence();
   __syncwarp();
   uint32_t before = 0;
-  if (threadIdx.x % kWarpSize == 0) before = atomicAdd(counter, 1);
+  if (threadIdx.x % kWarpSize == 0) {
+    __threadfence();
+    before = atomicAdd(counter, 1);
+    __threadfence();
+  }
   before = __shfl_sync(kFullMask, before, 0);
-  __threadfence();
+  __syncwarp();
   return before + 1 == num_parts;
 }
 
@@ -513,7 +511,7 @@ struct Workspace {
     sort = take(sort_bytes);
   }
   int64_t num_batches(bool vectors) const {
-    return num_batches_of(columns, batch, vectors ? kRowColumns : 1);
+    return ceil_div(columns, batch * kWarpSize * (vectors ? kRowColumns : 1));
   }
   int64_t num_counters(bool vectors) const { return 3 * num_pieces * num_batches(vectors); }
 

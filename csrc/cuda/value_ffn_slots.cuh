@@ -3,8 +3,9 @@
 // other table is added to the token's output. Forward and backward differ in which table is which
 // and in how the weight comes about: the `Pass`.
 //
-// A warp has the rows of several steps on their way to shared memory. Every lane reads back only
-// what it has requested itself, so that warps wait for nothing but their own copies.
+// While a warp works on one step, the rows of the next are on their way to shared memory. Every
+// lane reads back only what it has requested itself, so that warps wait for nothing but their own
+// copies.
 //
 // The order of a sum depends on the shape of a token's slots, not on how many tokens there are or
 // how many warps share one: slots are cut into parts, a part is summed slot by slot, the parts of a
@@ -38,7 +39,8 @@ struct SlotTraits {
   static constexpr int kMaxWarps = kVectors <= 3 ? 16 : kVectors <= 4 ? 12 : 8;
 };
 
-// Steps that a warp has requested while it works on one; a step is a slot for each of its teams.
+// Steps that a warp has requested before it works on the first of them; a step is a slot for each
+// of its teams.
 inline constexpr int kStages = 2;
 // Slots whose addresses a warp works out at a time, one a lane.
 inline constexpr int kBatch = kWarpSize;
@@ -531,6 +533,7 @@ SlotLaunch share_out(SlotArguments arguments, int token_blocks, int max_warps) {
   }
   const auto num_warps = static_cast<int>(ceil_div(block_parts, arguments.warp_parts));
   arguments.adds_groups = token_blocks * num_warps == 1;
+  arguments.stages = std::min(kStages, arguments.warp_parts * arguments.part_steps);
   if (arguments.adds_groups) {
     arguments.warp_places = arguments.group_parts > 1 ? 2 : 1;
     arguments.token_places = 1;
@@ -538,7 +541,6 @@ SlotLaunch share_out(SlotArguments arguments, int token_blocks, int max_warps) {
     arguments.warp_places = static_cast<int>(ceil_div(arguments.warp_parts, arguments.place_parts));
     arguments.token_places = static_cast<int>(ceil_div(arguments.num_parts, arguments.place_parts));
   }
-  arguments.stages = std::min(kStages, arguments.warp_parts * arguments.part_steps);
   return {arguments, num_warps, shared_bytes<Traits, Pass>(arguments, num_warps)};
 }
 
@@ -593,7 +595,8 @@ Status launch_slots(void (*kernel)(Params, SlotArguments), const Params& params,
   constexpr int kRoomyCarveout = 65;  // percent
   ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
       kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-      leaves_room ? kRoomyCarveout : static_cast<int>(cudaSharedmemCarveoutMaxShared)));
+      leaves_room && launch.num_warps == 1 ? kRoomyCarveout
+                                           : static_cast<int>(cudaSharedmemCarveoutMaxShared)));
   ULTRAMEM_CUDA_RETURN_IF_ERROR(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_limit));
   const dim3 grid(static_cast<unsigned>(num_tokens * launch.arguments.token_blocks));

@@ -101,19 +101,14 @@ def test_adds_to_what_is_there(device: str) -> None:
         torch.testing.assert_close(table.main_grad, grad + 7.0, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("values_dim", "pre_values_dim"), [(64, 32), (640, 384), (760, 8), (30, 21)]
-)
-@pytest.mark.parametrize("distinct", [1, 3, 700])
-def test_runs_that_cross_pieces(
-    device: str, distinct: int, values_dim: int, pre_values_dim: int
-) -> None:
-    """A row that thousands of entries name, so that many warps have a part of its gradient, and
-    that comes among others; the same bits twice; rows of one batch of columns and of several."""
-    data, tokens, selected, rows = Data(3, device), 330, 64, 900
+def check_runs(device: str, tokens: int, distinct: int, dims: tuple[int, int], cores: int) -> None:
+    """main_grad of tables of which few rows are named, each by many entries, against sums in
+    float64; and the same bits twice."""
+    data, selected, rows = Data(3, device), 64, distinct + 40
+    values_dim, pre_values_dim = dims
     indices = data.integers(distinct, tokens, selected) + 11
-    scores = data.normal(tokens, selected, 2)
-    values, pre_values = (data.normal(rows, n) for n in (values_dim, pre_values_dim))
+    scores = data.normal(tokens, selected, cores)
+    values, pre_values = (data.normal(rows, n) for n in dims)
     pre_input = data.normal(tokens, pre_values_dim, scale=pre_values_dim**-0.5)
     upstream = data.normal(tokens, values_dim)
     runs = []
@@ -126,8 +121,8 @@ def test_runs_that_cross_pieces(
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)
 
-    x, g = pre_input.double(), upstream.double().view(tokens, 2, -1)
-    s, v, p = scores.double(), values.double().view(rows, 2, -1), pre_values.double()
+    x, g = pre_input.double(), upstream.double().view(tokens, cores, -1)
+    s, v, p = scores.double(), values.double().view(rows, cores, -1), pre_values.double()
     expected = [torch.full_like(t, 0.5, dtype=torch.float64) for t in (values, pre_values)]
     sizes = [torch.zeros_like(t) for t in expected]
     for k in range(selected):
@@ -140,6 +135,25 @@ def test_runs_that_cross_pieces(
             size.index_add_(0, slot, term.abs())
     for got, wanted, size in zip(runs[0], expected, sizes, strict=True):
         assert ((got - wanted).abs() <= 1e-6 * size + 1e-5 * (size > 0)).all()
+
+
+@pytest.mark.parametrize(
+    ("dims", "cores"),
+    [((64, 32), 2), ((640, 384), 2), ((760, 8), 4), ((30, 21), 3), ((130, 101), 1)],
+)
+@pytest.mark.parametrize("distinct", [1, 3, 700])
+def test_runs_that_cross_pieces(
+    device: str, distinct: int, dims: tuple[int, int], cores: int
+) -> None:
+    """Many warps have a part of a row's gradient; rows of one batch of columns and of several."""
+    check_runs(device, 330, distinct, dims, cores)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("distinct", [1, 40])
+def test_runs_of_half_a_million_entries(distinct: int) -> None:
+    """From 2^19 entries on, pieces are longer."""
+    check_runs("cuda", 9000, distinct, (16, 8), 2)
 
 
 def test_no_tokens_change_nothing(device_dtype: tuple[str, torch.dtype]) -> None:

@@ -56,8 +56,8 @@ struct ValueFfnParams {
 
 // Reads the inputs and pre_activation of the forward, not `out`. Null gradients are not computed;
 // others are overwritten, but for those of the tables. For gradients of the tables T * S must be
-// below 2^32 and Dv + Dp at most 2^21, on the CPU neither. Sums are in a fixed order, which no
-// atomics decide.
+// below 2^32 and their rows together of at most 2^21 elements, on the CPU neither. Sums are in a
+// fixed order, which no atomics decide.
 struct ValueFfnBwdParams : ValueFfnParams {
   const void* grad_out = nullptr;  // like out
   void* grad_scores = nullptr;     // [T, S, C] acc
