@@ -33,7 +33,7 @@ struct Workspace {
 
 // Whether the pass over the tokens takes less than the sort beside it, which is then waited for.
 bool is_short_pass(const ValueFfnBwdParams& params) {
-  constexpr int64_t kShortBytes = int64_t{300} << 20;
+  constexpr int64_t kShortBytes = int64_t{300} << 20;  // some 130 us, on an H100
   return params.num_tokens * params.num_selected * (params.value_dim + params.pre_value_dim) *
              static_cast<int64_t>(element_size(params.table_dtype)) <=
          kShortBytes;

@@ -132,10 +132,7 @@ struct BackwardPass {
         for (int c = 0; c < 2; ++c) grad_weights[c] += cores[v] == first + c ? dots[v] : 0.0f;
       }
 #pragma unroll
-      for (int delta = Traits::kLanes / 2; delta > 0; delta /= 2) {
-#pragma unroll
-        for (float& x : grad_weights) x += __shfl_xor_sync(kFullMask, x, delta);
-      }
+      for (float& x : grad_weights) x = team_sum<Traits::kLanes>(x);
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         // A slot without a row adds zero even where grad_out is NaN.

@@ -157,7 +157,7 @@ def test_row_widths_around_multiples_of_vector_widths(
 
 
 # Dp and Dv: rows of whole 16-byte vectors from short ones to one that is too long for registers.
-VECTOR_ROWS = [(192, 192), (24, 768), (768, 256), (1024, 2048), (2056, 64)]
+VECTOR_ROWS = [(192, 192), (24, 768), (768, 256), (1000, 800), (1024, 2048), (2056, 64)]
 
 
 @pytest.mark.parametrize("dims", VECTOR_ROWS, ids=str)
