@@ -1,11 +1,49 @@
-// Copies from global to shared memory that run while the thread goes on, the barriers that they
-// complete, and kernels that begin while the one ahead of them runs. Shared memory is named by its
-// 32-bit address.
+// What the L2 cache keeps, copies from global to shared memory that run while the thread goes on,
+// the barriers that they complete, and kernels that begin while the one ahead of them runs. Shared
+// memory is named by its 32-bit address.
 #pragma once
 
 #include "common.cuh"
 
 namespace ultramem::cuda {
+
+// ---- what the L2 cache keeps -------------------------------------------------------------------
+
+// Policies for instructions that take a hint: lines that are the last to leave the L2 cache, for
+// they are read again, beside much that is read once; and lines that are the first. On sm_90 as
+// CUTLASS has them for bulk copies: with what createpolicy makes the cache kept less.
+__device__ __forceinline__ uint64_t keep_policy() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+  return 0x14f0000000000000u;
+#else
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+#endif
+}
+__device__ __forceinline__ uint64_t drop_policy() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+  return 0x12f0000000000000u;
+#else
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+#endif
+}
+
+__device__ __forceinline__ float4 load_with_policy(const float4* from, uint64_t policy) {
+  float4 value;
+  asm volatile("ld.global.L2::cache_hint.v4.f32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "l"(from), "l"(policy)
+               : "memory");
+  return value;
+}
+__device__ __forceinline__ void store_with_policy(float4* to, float4 value, uint64_t policy) {
+  asm volatile("st.global.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to),
+               "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "l"(policy)
+               : "memory");
+}
 
 // ---- cp.async ----------------------------------------------------------------------------------
 
@@ -152,6 +190,12 @@ inline constexpr uint32_t kMaxPrefetchBytes = 1u << 19;
 // as far as the order of memory goes.
 __device__ __forceinline__ void prefetch_to_l2(const void* global, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(global), "r"(bytes) : "memory");
+}
+// The same for what is wanted once.
+__device__ __forceinline__ void prefetch_to_l2_once(const void* global, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;\n" ::"l"(global),
+               "r"(bytes), "l"(drop_policy())
+               : "memory");
 }
 
 #endif

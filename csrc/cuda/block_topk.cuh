@@ -71,36 +71,73 @@ __device__ __forceinline__ void bitonic_sort_descending(uint64_t* data, int size
   }
 }
 
-// The same for 32 * kItems keys in a warp's registers: key kItems * lane + i is keys[i] of that
-// lane.
+// One step of a sort of 32 * kItems keys in a warp's registers: compares each key with that at
+// `flip` of its place, and puts the larger one where the place lacks the bit `stride`. Key
+// kItems * lane + i is keys[i] of that lane.
+template <int kItems, typename Key>
+__device__ __forceinline__ void order_register_pairs(Key (&keys)[kItems], int lane, int stride,
+                                                     int flip) {
+  if (stride >= kItems) {
+    const bool keep_smaller = (lane & (stride / kItems)) != 0;
+    Key others[kItems];
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      others[i] = __shfl_xor_sync(kFullMask, keys[i ^ (flip % kItems)], flip / kItems);
+    }
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      if ((keys[i] < others[i]) != keep_smaller) keys[i] = others[i];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      if ((i & stride) != 0) continue;
+      const Key first = keys[i], second = keys[i ^ flip];
+      keys[i] = max(first, second);
+      keys[i ^ flip] = min(first, second);
+    }
+  }
+}
+
+// Sorts keys that rise up to some place and fall from there on, or the other way round.
+template <int kItems, typename Key>
+__device__ __forceinline__ void bitonic_merge_registers_descending(Key (&keys)[kItems], int lane) {
+#pragma unroll
+  for (int stride = kWarpSize * kItems / 2; stride > 0; stride /= 2) {
+    order_register_pairs(keys, lane, stride, stride);
+  }
+}
+
+// Halves of what is merged are first compared from the outside in, so that all comparisons put the
+// larger key first.
 template <int kItems, typename Key>
 __device__ __forceinline__ void bitonic_sort_registers_descending(Key (&keys)[kItems], int lane) {
 #pragma unroll
   for (int width = 2; width <= kWarpSize * kItems; width *= 2) {
+    order_register_pairs(keys, lane, width / 2, width - 1);
 #pragma unroll
-    for (int stride = width / 2; stride > 0; stride /= 2) {
-      if (stride >= kItems) {
-        const bool keep_smaller =
-            ((lane & (width / kItems)) == 0) != ((lane & (stride / kItems)) == 0);
-#pragma unroll
-        for (int i = 0; i < kItems; ++i) {
-          const Key other = __shfl_xor_sync(kFullMask, keys[i], stride / kItems);
-          const bool replaced = (keys[i] < other) != keep_smaller;
-          if (replaced) keys[i] = other;
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < kItems; ++i) {
-          if ((i & stride) != 0) continue;
-          const bool ascending = width < kItems ? (i & width) != 0 : (lane & (width / kItems)) != 0;
-          const Key first = keys[i], second = keys[i + stride];
-          const bool swapped = (first < second) != ascending;
-          keys[i] = swapped ? second : first;
-          keys[i + stride] = swapped ? first : second;
-        }
-      }
+    for (int stride = width / 4; stride > 0; stride /= 2) {
+      order_register_pairs(keys, lane, stride, stride);
     }
   }
+}
+
+// Of two such lists of keys, both in descending order and the second half as long: the best, as
+// many as the first has places.
+template <int kItems, typename Key>
+__device__ __forceinline__ void merge_registers_descending(Key (&keys)[kItems],
+                                                           const Key (&others)[kItems / 2],
+                                                           int lane) {
+  // From the last place on, against the first of the others: lanes of the upper half.
+  const int opposite = 2 * (kWarpSize - 1 - lane);
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    const int place = kItems - 1 - i;
+    const Key other =
+        __shfl_sync(kFullMask, others[place % (kItems / 2)], opposite + place / (kItems / 2));
+    if (lane >= kWarpSize / 2) keys[i] = max(keys[i], other);
+  }
+  bitonic_merge_registers_descending(keys, lane);
 }
 
 // One warp: makes `kept` the best `limit` of itself and of `num_ranks` new entries, whose

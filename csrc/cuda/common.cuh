@@ -112,24 +112,44 @@ __device__ __forceinline__ uint32_t quad_sum(uint32_t x) {
   return x + __shfl_xor_sync(kFullMask, x, 2);
 }
 
-// Of the lanes before this one; all of them in *total.
-__device__ __forceinline__ int warp_scan_exclusive(int x, int lane, int* total) {
-  int sum = x;
+// The warp of a thread, as a number that the compiler knows to be the same in all lanes: addresses
+// that depend on it take no registers of the lanes'.
+__device__ __forceinline__ int warp_of(int thread) {
+  return __shfl_sync(kFullMask, thread / kWarpSize, 0);
+}
+
+// Of the lanes up to this one.
+__device__ __forceinline__ int warp_scan_inclusive(int x) {
 #pragma unroll
   for (int delta = 1; delta < kWarpSize; delta *= 2) {
-    const int other = __shfl_up_sync(kFullMask, sum, delta);
-    if (lane >= delta) sum += other;
+    // The shuffle tells by itself whether there is such a lane.
+    asm volatile(
+        "{\n"
+        ".reg .pred inside;\n"
+        ".reg .b32 other;\n"
+        "shfl.sync.up.b32 other|inside, %0, %1, 0, -1;\n"
+        "@inside add.s32 %0, %0, other;\n"
+        "}\n"
+        : "+r"(x)
+        : "r"(delta));
   }
+  return x;
+}
+
+// Of the lanes before this one; all of them in *total.
+__device__ __forceinline__ int warp_scan_exclusive(int x, int* total) {
+  const int sum = warp_scan_inclusive(x);
   *total = __shfl_sync(kFullMask, sum, kWarpSize - 1);
   return sum - x;
 }
 
-// A float as an unsigned integer of the same order: -0 equals +0, NaN lies below -inf.
-__device__ __forceinline__ uint32_t sortable(float x) {
-  if (x != x) return 0u;
+// A number as an unsigned integer of the same order: -0 equals +0.
+__device__ __forceinline__ uint32_t sortable_number(float x) {
   const uint32_t bits = __float_as_uint(x + 0.0f);  // -0 + 0 = +0
-  return (bits & 0x80000000u) ? ~bits : bits | 0x80000000u;
+  return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
 }
+// The same for every float: NaN lies below -inf.
+__device__ __forceinline__ uint32_t sortable(float x) { return x != x ? 0u : sortable_number(x); }
 
 inline constexpr uint32_t kInfinityBits = 0x7f800000u;
 

@@ -415,8 +415,8 @@ class Lists {
     for (int token = 0; token < kWarpTokens; ++token) {
       const int row = token / 8;
       if ((__shfl_sync(kFullMask, quads, token % 8 * 4) >> row & 1) == 0) continue;
-      const Cut cut = cut_list(p_, candidates_, int64_t{list(token)}, static_cast<int>(capacity()),
-                               filter_, lane_);
+      const IdCut cut = cut_list(p_, candidates_, int64_t{list(token)},
+                                 static_cast<int>(capacity()), filter_, lane_);
       if (lane_ / 4 != token % 8) continue;
       const float rank = least_rank(cut.rank);
       if (row == 0) {

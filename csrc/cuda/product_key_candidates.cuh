@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "async_copy.cuh"
 #include "common.cuh"
 #include "product_key_common.cuh"
 #include "threshold_search.cuh"
@@ -22,7 +23,7 @@ static_assert(kTensorCore90MaxKeys <= 0x10000 && kTensorCore80MaxKeys <= 0x10000
 
 // Of the rows (head and side, token of the chunk), in workspace, kLists of a row. As records,
 // scores of up to two ranks and the id are 16 bytes side by side, for kernels that write one at a
-// time.
+// time; the L2 cache keeps these until they are read.
 template <int kLists, bool kRecords = false>
 struct Candidates {
   float* scores;    // [rows, capacity(), R], one list behind the other, or the records
@@ -93,22 +94,12 @@ size_t place_candidates(const ProductKeyTopkParams& p, Candidates<kLists, kRecor
 
 inline constexpr uint32_t kNoId = 0xffffffffu;
 
-// Whether an entry is among the best: of a higher rank, or of this one and no higher id.
-struct Cut {
-  uint32_t rank;
-  uint32_t last_tie;
-
-  __device__ __forceinline__ bool keeps(uint32_t entry_rank, uint32_t id) const {
-    return entry_rank > rank || (entry_rank == rank && id <= last_tie);
-  }
-};
-
 // The cut that exactly `wanted` of a warp's entries pass, of which there are `total`, more than
 // that. What is no entry has rank 0 and kNoId; ids are below num_ids.
 template <int kEntries>
-__device__ __forceinline__ Cut find_cut(const uint32_t (&ranks)[kEntries],
-                                        const uint32_t (&ids)[kEntries], int total, uint32_t wanted,
-                                        uint32_t num_ids) {
+__device__ __forceinline__ IdCut find_cut(const uint32_t (&ranks)[kEntries],
+                                          const uint32_t (&ids)[kEntries], int total,
+                                          uint32_t wanted, uint32_t num_ids) {
   uint32_t lowest = 0xffffffffu, highest = 0;
 #pragma unroll
   for (int e = 0; e < kEntries; ++e) {
@@ -135,7 +126,7 @@ __device__ __forceinline__ Cut find_cut(const uint32_t (&ranks)[kEntries],
     for (int e = 0; e < kEntries; ++e) count += ranks[e] >= middle;
     search.take(middle, __reduce_add_sync(kFullMask, count), wanted);
   }
-  Cut cut{search.low, num_ids};
+  IdCut cut{search.low, num_ids};
   if (search.ties(wanted)) {
     const uint32_t left = wanted - search.count_high;
     uint32_t first = 0, last = num_ids - 1;
@@ -155,13 +146,16 @@ __device__ __forceinline__ Cut find_cut(const uint32_t (&ranks)[kEntries],
   return cut;
 }
 
-// The scores and the id of the candidate at `place`, counted over all rows.
+// The scores and the id of the candidate at `place`, counted over all rows; `once` if they are not
+// read again.
 template <int kPlanes, int kLists, bool kRecords>
 __device__ __forceinline__ uint32_t load_candidate(const Candidates<kLists, kRecords>& candidates,
-                                                   int64_t place, float (&scores)[kPlanes]) {
+                                                   int64_t place, float (&scores)[kPlanes],
+                                                   bool once = false) {
   if constexpr (kRecords) {
     static_assert(kPlanes <= 2, "");
-    const float4 record = reinterpret_cast<const float4*>(candidates.scores)[place];
+    const float4* from = reinterpret_cast<const float4*>(candidates.scores) + place;
+    const float4 record = once ? load_with_policy(from, drop_policy()) : *from;
     scores[0] = record.x;
     if constexpr (kPlanes == 2) scores[1] = record.y;
     return __float_as_uint(record.z);
@@ -191,8 +185,9 @@ __device__ __forceinline__ void store_candidate(const Candidates<kLists, kRecord
                                                 uint32_t id) {
   if constexpr (kRecords) {
     static_assert(kPlanes <= 2, "");
-    reinterpret_cast<float4*>(candidates.scores)[place] =
-        make_float4(scores[0], scores[kPlanes - 1], __uint_as_float(id), 0.0f);
+    store_with_policy(reinterpret_cast<float4*>(candidates.scores) + place,
+                      make_float4(scores[0], scores[kPlanes - 1], __uint_as_float(id), 0.0f),
+                      keep_policy());
   } else {
     float* to = candidates.scores + place * kPlanes;
     if constexpr (kPlanes == 2) {
@@ -209,10 +204,10 @@ __device__ __forceinline__ void store_candidate(const Candidates<kLists, kRecord
 
 // Cuts the full list that begins at `place` down to its best m, by a warp; what it was cut at.
 template <int kPlanes, int kLists, bool kRecords>
-__device__ __forceinline__ Cut cut_list(const ProductKeyTopkParams& p,
-                                        const Candidates<kLists, kRecords>& candidates,
-                                        int64_t place, int capacity, const float (&filter)[kPlanes],
-                                        int lane) {
+__device__ __forceinline__ IdCut cut_list(const ProductKeyTopkParams& p,
+                                          const Candidates<kLists, kRecords>& candidates,
+                                          int64_t place, int capacity,
+                                          const float (&filter)[kPlanes], int lane) {
   uint32_t ranks[kMaxListEntries], ids[kMaxListEntries];
   // Kept in registers where there are few.
   constexpr bool kHolds = kRecords;
@@ -232,8 +227,8 @@ __device__ __forceinline__ Cut cut_list(const ProductKeyTopkParams& p,
       }
     }
   }
-  const Cut cut = find_cut(ranks, ids, capacity, static_cast<uint32_t>(p.axis_topk),
-                           static_cast<uint32_t>(p.num_keys));
+  const IdCut cut = find_cut(ranks, ids, capacity, static_cast<uint32_t>(p.axis_topk),
+                             static_cast<uint32_t>(p.num_keys));
   int count = 0;
 #pragma unroll
   for (int e = 0; e < kMaxListEntries; ++e) {

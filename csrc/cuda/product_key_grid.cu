@@ -44,7 +44,8 @@ struct GridLayout {
   int maxima;  // [kMaxChunks], before the following, in the same place
   int chunks;  // [kMaxChunks] uint16, the listed ones, or a GuessScratch; later codes
   int codes;   // [max_found] uint16
-  int keys;    // [max_found] sortable ranks, or [max_sorted] uint64; before, factors for guesses
+  int keys;    // [max_found] sortable ranks, or [max_sorted] uint64; before, factors for guesses;
+               // after, [2, kMaxAxisTopk] int32, ids
   int max_found;
   int max_sorted;
   float num_guessed;  // as many pairs are guessed for: 0 where guesses are not tried
@@ -126,12 +127,12 @@ __global__ void __launch_bounds__(kThreads, kPlanes == 2 ? 7 : 5)
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   using TokenView = typename GridLayout<kPlanes>::TokenView;
   const int lane = threadIdx.x % kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
-  const int64_t token_head = int64_t{blockIdx.x} * (blockDim.x / kWarpSize) + warp;
+  const int warp = warp_of(threadIdx.x);
+  const uint32_t token_head = blockIdx.x * (blockDim.x / kWarpSize) + warp;
   wait_for_prerequisite_grid();
   release_dependent_grid();
-  if (token_head >= p.num_tokens * p.num_heads) return;
-  unsigned char* shared = shared_bytes + warp * layout.bytes;
+  if (token_head >= static_cast<uint32_t>(p.num_tokens) * p.num_heads) return;
+  unsigned char* shared = shared_bytes + warp * static_cast<int>(layout.bytes);
   auto* stored_maxima = reinterpret_cast<float*>(shared + layout.maxima);
   auto* chunks = reinterpret_cast<uint16_t*>(shared + layout.chunks);
   auto* codes = reinterpret_cast<uint16_t*>(shared + layout.codes);
@@ -144,37 +145,37 @@ __global__ void __launch_bounds__(kThreads, kPlanes == 2 ? 7 : 5)
   const float nan = __uint_as_float(kNanBits);
 
   const TokenView token(p, token_head, shared, layout.token, lane);
-  bool finite = true;
+  float zero = 0.0f;
   {
-    float row[kLaneRows][kPlanes];  // of rows lane, lane + 32, ...
+    float row[kLaneRows][kPlanes], col[kLaneRows][kPlanes];  // of keys lane, lane + 32, ...
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) {
-      const int index = i * kWarpSize + lane;
-      float col[kPlanes];
-      token.load_scores(index, row[i], col);
+      token.load_row_scores(i, lane, row[i]);
+      token.load_col_scores(i, lane, col[i]);
+    }
 #pragma unroll
-      for (int s = 0; s < kPlanes; ++s) {
-        token.cols[s * TokenView::kColStride + col_place(index)] = col[s];
-      }
-      finite &= index >= m || is_finite(col);
+    for (int i = 0; i < kLaneRows; ++i) {
+      add_zeros(col[i], &zero);
+      if (i * kWarpSize + lane >= m) col[i][0] = nan;
+      token.store_col(i, lane, col[i]);
     }
     token.store_core(lane);
     __syncwarp();
-    float cbar[kPlanes][kPlanes];
-    token.sum_cores(cbar);
+    if (!token.additive()) {
+      float cbar[kPlanes][kPlanes];
+      token.sum_cores(cbar);
+#pragma unroll
+      for (int i = 0; i < kLaneRows; ++i) token.fold(cbar, row[i]);
+    }
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) {
       const int index = i * kWarpSize + lane;
-      token.fold(cbar, row[i]);
+      add_zeros(row[i], &zero);
       if (index >= m) row[i][0] = nan;
-#pragma unroll
-      for (int s = 0; s < kPlanes; ++s) {
-        token.rows[s * TokenView::kRowStride + index] = row[i][s];
-      }
-      finite &= index >= m || is_finite(row[i]);
+      token.store_row(index, row[i]);
     }
   }
-  finite = __all_sync(kFullMask, finite);
+  const bool finite = __all_sync(kFullMask, zero == 0.0f);
   __syncwarp();
 
   uint32_t highest, lowest;  // sortable ranks that no pair is above and no listed pair is below
@@ -193,9 +194,26 @@ __global__ void __launch_bounds__(kThreads, kPlanes == 2 ? 7 : 5)
         cut_listed(token, codes, num_found, topk, max_sorted, lane, keys, chunks, &lowest, highest);
     codes = chunks;
   }
-  sort_codes(codes, static_cast<int>(num_found), lowest, highest, candidates, lane,
+  // What is written of the keys is on its way while the pairs are sorted.
+  int32_t key_ids[kLaneRows][2];
+  float row_scores[kLaneRows][kPlanes];
+#pragma unroll
+  for (int i = 0; i < kLaneRows; ++i) {
+    token.load_row_scores(i, lane, row_scores[i]);
+    token.load_ids(i, lane, key_ids[i]);
+  }
+  sort_codes(codes, static_cast<int>(num_found), p.topk, lowest, highest, candidates, lane,
              [&](int code) { return token.rank_of(code); });
-  token.write(codes, token.ids(), lane);
+  auto* ids = reinterpret_cast<int32_t*>(keys);
+#pragma unroll
+  for (int i = 0; i < kLaneRows; ++i) {
+    const int key = i * kWarpSize + lane;
+    token.store_row(key, row_scores[i]);
+#pragma unroll
+    for (int side = 0; side < 2; ++side) ids[side * kMaxAxisTopk + key] = key_ids[i][side];
+  }
+  __syncwarp();
+  token.write(codes, token.rows, ids, lane);
 }
 
 template <int kPlanes>

@@ -45,6 +45,7 @@ struct BlockLayout {
 
   SharedLayout shared;
   typename TokenView::Layout token;
+  int row_scores;  // [kRows, kPlanes], not folded
   int ids;         // [2, kRows] int32, of the kept keys
   int found;       // [max_found] uint16, codes of the pairs that were found
   int ranks;       // [max_found] their sortable ranks
@@ -58,6 +59,7 @@ struct BlockLayout {
     // More room than topk lets the search stop early.
     const int roomy = next_power_of_two(p.topk + p.topk / 4);
     max_found = roomy < 64 ? 64 : roomy;
+    row_scores = shared.take(4 * kPlanes * kRows);
     ids = shared.take(4 * 2 * kRows);
     found = shared.take(int64_t{2} * max_found);
     constexpr int kMaxCounted = BlockTraits<kRows>::kMaxCounted;
@@ -133,6 +135,7 @@ __global__ void __launch_bounds__(BlockTraits<kRows>::kThreads, 1)
   const int thread = threadIdx.x;
   const int warp = thread / kWarpSize;
   const int lane = thread % kWarpSize;
+  auto* row_scores = reinterpret_cast<float*>(shared_bytes + layout.row_scores);
   auto* ids = reinterpret_cast<int32_t*>(shared_bytes + layout.ids);
   auto* found = reinterpret_cast<uint16_t*>(shared_bytes + layout.found);
   auto* codes = reinterpret_cast<uint16_t*>(shared_bytes + layout.codes);
@@ -146,54 +149,51 @@ __global__ void __launch_bounds__(BlockTraits<kRows>::kThreads, 1)
   read_arguments(reinterpret_cast<uintptr_t>(p.axis_scores), layout.max_found);
   wait_for_prerequisite_grid();
   release_dependent_grid();
-  bool finite = true;
-  int32_t id = 0;
-  const int own_key = thread - kRows;  // of 2 m, for those that load no scores
-  if (own_key >= 0 && own_key < 2 * m) id = token.key_id(own_key);
+  float zero = 0.0f;
+  int32_t key_ids[2] = {0, 0};
+  const int own_key = thread - kRows;  // of those threads that load no scores
+  const bool has_ids = own_key >= 0 && own_key < kRows;
+  if (has_ids) token.load_ids(0, own_key, key_ids);
   float row[kPlanes];
   if (thread < kRows) {
     float col[kPlanes];
-    token.load_scores(thread, row, col);
-#pragma unroll
-    for (int s = 0; s < kPlanes; ++s) {
-      token.cols[s * TokenView::kColStride + col_place(thread)] = col[s];
-    }
-    finite = thread >= m || is_finite(col);
+    token.load_row_scores(0, thread, row);
+    token.load_col_scores(0, thread, col);
+    add_zeros(col, &zero);
+    if (thread >= m) col[0] = nan;
+    token.store_col(thread, col);
+    store_rounded<kPlanes>(row, row_scores + thread * kPlanes);
   }
   if (warp == 0) token.store_core(lane);
-  if (own_key >= 0 && own_key < 2 * m) ids[own_key] = id;
+  if (has_ids) {
+#pragma unroll
+    for (int side = 0; side < 2; ++side) ids[side * kRows + own_key] = key_ids[side];
+  }
   __syncthreads();
   if (thread < kRows) {
-    float cbar[kPlanes][kPlanes];
-    token.sum_cores(cbar);
-    token.fold(cbar, row);
+    if (!token.additive()) {
+      float cbar[kPlanes][kPlanes];
+      token.sum_cores(cbar);
+      token.fold(cbar, row);
+    }
+    add_zeros(row, &zero);
     if (thread >= m) row[0] = nan;
-#pragma unroll
-    for (int s = 0; s < kPlanes; ++s) token.rows[s * TokenView::kRowStride + thread] = row[s];
-    finite &= thread >= m || is_finite(row);
+    token.store_row(thread, row);
   }
-  finite = __syncthreads_and(finite);
+  const bool finite = __syncthreads_and(zero == 0.0f);
 
   const int own_row = thread / kRowCells;
   const int first_col = thread % kRowCells * kCellCols;
   float ranks[kCellCols];
   float cell_best = nan;
-#pragma unroll
-  for (int s = 0; s < kPlanes; ++s) row[s] = token.rows[s * TokenView::kRowStride + own_row];
+  token.load_row(own_row, row);
 #pragma unroll
   for (int j = 0; j < kCellCols; j += kPacket) {
-    float col[kPlanes][kPacket];
-#pragma unroll
-    for (int s = 0; s < kPlanes; ++s) {
-      load_floats<kPacket>(token.cols + s * TokenView::kColStride + col_place(first_col + j),
-                           col[s]);
-    }
+    float cols[kPacket][kPlanes];
+    token.load_cols(first_col + j, cols);
 #pragma unroll
     for (int x = 0; x < kPacket; ++x) {
-      float factors[kPlanes];
-#pragma unroll
-      for (int s = 0; s < kPlanes; ++s) factors[s] = col[s][x];
-      ranks[j + x] = rank_value<kPlanes>(row, factors);
+      ranks[j + x] = rank_value<kPlanes>(row, cols[x]);
       cell_best = fmaxf(cell_best, ranks[j + x]);
     }
   }
@@ -240,12 +240,11 @@ __global__ void __launch_bounds__(BlockTraits<kRows>::kThreads, 1)
       search.high = block.highest(sortable(next.most())) + 1;
       if (!search.open(max_found)) break;
     }
-    const uint32_t guess = search.guess(wanted, step);
-    const float value = threshold_at(guess - 1);
+    const CutSearch::Cut guess = search.guess_cut(wanted, step);
     uint32_t counts[2] = {0, 0};
 #pragma unroll
-    for (int j = 0; j < kCellCols; ++j) counts[j % 2] += is_above(ranks[j], value);
-    search.take(guess, block.sum(counts[0] + counts[1]), topk);
+    for (int j = 0; j < kCellCols; ++j) counts[j % 2] += is_above(ranks[j], guess.below);
+    search.take(guess.rank, block.sum(counts[0] + counts[1]), topk);
   }
 
   const bool ties = enough && search.ties(max_found);
@@ -272,7 +271,7 @@ __global__ void __launch_bounds__(BlockTraits<kRows>::kThreads, 1)
   sort_pairs<kRows>(found, reinterpret_cast<uint32_t*>(shared_bytes + layout.ranks),
                     reinterpret_cast<uint64_t*>(shared_bytes + layout.candidates), num_found, topk,
                     codes, [&](int code) { return token.rank_of(code); });
-  token.write(codes, ids, thread, kThreads);
+  token.write(codes, row_scores, ids, thread, kThreads);
 }
 
 template <int kPlanes, int kRows>

@@ -44,32 +44,23 @@ __device__ __forceinline__ uint32_t list_chunks(const Token<kPlanes, kMaxAxisTop
       if (base + lane < num_chunks) {
         chunk = chunks[base + lane];
         const int first = chunk % kRowChunks * kChunk;
+        const float* own_cols = token.cols + TokenView::col_place(first);
         float factors[kPlanes];
-#pragma unroll
-        for (int s = 0; s < kPlanes; ++s) {
-          factors[s] = token.rows[s * TokenView::kRowStride + chunk / kRowChunks];
-        }
+        token.load_row(chunk / kRowChunks, factors);
 #pragma unroll
         for (int j = 0; j < kChunk; j += kPacket) {
-          float col[kPlanes][kPacket];
-#pragma unroll
-          for (int s = 0; s < kPlanes; ++s) {
-            load_floats<kPacket>(token.cols + s * TokenView::kColStride + col_place(first) + j,
-                                 col[s]);
-          }
+          float cols[kPacket][kPlanes];
+          token.load_packet(own_cols + j * kPlanes, cols);
 #pragma unroll
           for (int x = 0; x < kPacket; ++x) {
-            float one[kPlanes];
-#pragma unroll
-            for (int s = 0; s < kPlanes; ++s) one[s] = col[s][x];
-            bits |= wanted(rank_value<kPlanes>(factors, one)) ? 1u << (j + x) : 0u;
+            bits |= wanted(rank_value<kPlanes>(factors, cols[x])) ? 1u << (j + x) : 0u;
           }
         }
         const int inside = m - first;
         if (inside < kChunk) bits &= (1u << inside) - 1;
       }
       int count;
-      uint32_t place = num_found + warp_scan_exclusive(__popc(bits), lane, &count);
+      uint32_t place = num_found + warp_scan_exclusive(__popc(bits), &count);
       const int code = pair_code(chunk / kRowChunks, chunk % kRowChunks * kChunk);
       for (; bits != 0 && place < limit; bits &= bits - 1) {
         codes[place++] = static_cast<uint16_t>(code + __ffs(static_cast<int>(bits)) - 1);
@@ -85,33 +76,24 @@ __device__ __forceinline__ uint32_t list_chunks(const Token<kPlanes, kMaxAxisTop
     float row[kLaneRows][kPlanes];
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) {
-#pragma unroll
-      for (int s = 0; s < kPlanes; ++s) {
-        row[i][s] = token.rows[s * TokenView::kRowStride + i * kWarpSize + lane];
-      }
+      token.load_row(i * kWarpSize + lane, row[i]);
     }
     float row_best[kLaneRows] = {nan, nan, nan, nan};
 #pragma unroll 1
     for (int chunk = 0; chunk < kRowChunks; ++chunk) {
       float best[kLaneRows] = {nan, nan, nan, nan};  // NaN where a chunk has no number
-      const float* cols = token.cols + col_place(chunk * kChunk);
+      const float* cols = token.cols + TokenView::col_place(chunk * kChunk);
 #pragma unroll
       for (int j = 0; j < kChunk; j += kPacket) {
         if (chunk >= row_chunks) break;
-        float col[kPlanes][kPacket];
-#pragma unroll
-        for (int s = 0; s < kPlanes; ++s) {
-          load_floats<kPacket>(cols + s * TokenView::kColStride + j, col[s]);
-        }
+        float packet[kPacket][kPlanes];
+        token.load_packet(cols + j * kPlanes, packet);
 #pragma unroll
         for (int i = 0; i < kLaneRows; ++i) {
           if (i >= 2 && m <= 2 * kWarpSize) break;
 #pragma unroll
           for (int x = 0; x < kPacket; ++x) {
-            float one[kPlanes];
-#pragma unroll
-            for (int s = 0; s < kPlanes; ++s) one[s] = col[s][x];
-            best[i] = fmaxf(best[i], rank_value<kPlanes>(row[i], one));
+            best[i] = fmaxf(best[i], rank_value<kPlanes>(row[i], packet[x]));
           }
         }
       }
@@ -190,9 +172,9 @@ __device__ __forceinline__ uint32_t list_chunks(const Token<kPlanes, kMaxAxisTop
         next.narrow(search);
         if (!search.open(max_chunks)) break;
       }
-      const uint32_t guess = search.guess(0.5f * (min_chunks + max_chunks), step);
-      const float value = value_of(guess);
-      search.take(guess, count_chunks([value](float maximum) { return maximum >= value; }),
+      const CutSearch::Cut guess = search.guess_cut(0.5f * (min_chunks + max_chunks), step);
+      const float below = guess.below;
+      search.take(guess.rank, count_chunks([below](float maximum) { return maximum > below; }),
                   min_chunks);
     }
     *lowest = everything ? kLowestNumber : search.low;
@@ -218,7 +200,7 @@ __device__ __forceinline__ uint32_t list_chunks(const Token<kPlanes, kMaxAxisTop
       int count;
       if (ties) {
         // Equal chunks that topk others come before have no pair among the best.
-        uint32_t before = num_tied + warp_scan_exclusive(__popc(bits), lane, &count);
+        uint32_t before = num_tied + warp_scan_exclusive(__popc(bits), &count);
         num_tied += count;
         uint32_t kept = above >> (i * kRowChunks) & ((1u << kRowChunks) - 1);
         for (; bits != 0 && before < topk; bits &= bits - 1) {
@@ -227,7 +209,7 @@ __device__ __forceinline__ uint32_t list_chunks(const Token<kPlanes, kMaxAxisTop
         }
         bits = kept;
       }
-      int place = num_chunks + warp_scan_exclusive(__popc(bits), lane, &count);
+      int place = num_chunks + warp_scan_exclusive(__popc(bits), &count);
       num_chunks += count;
       for (; bits != 0; bits &= bits - 1) {
         const int chunk = __ffs(static_cast<int>(bits)) - 1;

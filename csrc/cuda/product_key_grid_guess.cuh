@@ -26,7 +26,7 @@ inline bool list_guessed_applies(const ProductKeyTopkParams& p) {
 // more than are sorted.
 inline float pairs_to_guess(int topk, int max_sorted) {
   constexpr float kFound = 0.87f;  // what is found of what is guessed for
-  const float most = fmaxf(topk + 0.35f * (max_sorted - topk), 1.15f * topk);
+  const float most = fmaxf(topk + 0.25f * (max_sorted - topk), 1.15f * topk);
   return fminf(topk + fmaxf(0.35f * topk, 24.0f), most) / kFound;
 }
 
@@ -36,8 +36,11 @@ struct alignas(16) GuessScratch {
 
   // The last bucket is of keys that are not counted.
   uint32_t row_counts[kBuckets + 4];
-  uint32_t col_counts[2 * kBuckets + 4];  // zeros, and how many are in a bucket or above it
-  int32_t rows[kMaxAxisTopk];             // that can be of a pair at or above the cut, ascending
+  uint32_t col_counts[kBuckets + 4];
+  uint32_t rows_in[kBuckets / 4];      // a byte per bucket
+  uint32_t cols_to[2 * kBuckets / 4];  // a byte per bucket, the last one first, of how many are
+                                       // in it or above it; then zeros
+  int32_t rows[kMaxAxisTopk];          // that can be of a pair at or above the cut, ascending
   int32_t cols[kMaxAxisTopk];
 };
 
@@ -54,7 +57,7 @@ class CutGuess {
     if (additive_) {
       measure_sums(token, m, lane, row_depths, col_depths);
     } else {
-      measure_products(token, m, lane, row_depths, col_depths);
+      measure_products(token, lane, row_depths, col_depths);
     }
     count(row_depths, col_depths, lane, scratch);
   }
@@ -74,13 +77,15 @@ class CutGuess {
   // No rank is higher.
   __device__ __forceinline__ float most() const { return most_; }
 
-  // Writes the rows, or the columns, that can be of a pair at or above the cut, ascending. Returns
-  // how many.
-  __device__ __forceinline__ int keep_rows(float cut, int m, int lane, int32_t* kept) const {
-    return keep(row_reach_, cut, m, lane, kept);
+  // Calls visit(i, place) for row, or column, 32 i + lane if it can be of a pair above the cut and
+  // is the place-th that can. Returns how many can.
+  template <typename Visit>
+  __device__ __forceinline__ int keep_rows(float cut, int m, int lane, Visit visit) const {
+    return keep(row_reach_, cut, m, lane, visit);
   }
-  __device__ __forceinline__ int keep_cols(float cut, int m, int lane, int32_t* kept) const {
-    return keep(col_reach_, cut, m, lane, kept);
+  template <typename Visit>
+  __device__ __forceinline__ int keep_cols(float cut, int m, int lane, Visit visit) const {
+    return keep(col_reach_, cut, m, lane, visit);
   }
 
  private:
@@ -97,8 +102,11 @@ class CutGuess {
 #pragma unroll
     for (int i = 0; i < kLaneKeys; ++i) {
       const int key = i * kWarpSize + lane;
-      rows[i] = token.rows[key];
-      cols[i] = token.cols[TokenView::kColStride + col_place(key)];
+      float row[kPlanes], col[kPlanes];
+      token.load_row(key, row);
+      token.load_col(i, lane, col);
+      rows[i] = row[0];
+      cols[i] = key < m ? col[1] : __uint_as_float(kNanBits);
       best_row = fmaxf(best_row, rows[i]);
       best_col = fmaxf(best_col, cols[i]);
     }
@@ -115,7 +123,7 @@ class CutGuess {
     }
   }
 
-  __device__ __forceinline__ void measure_products(const TokenView& token, int m, int lane,
+  __device__ __forceinline__ void measure_products(const TokenView& token, int lane,
                                                    float (&row_depths)[kLaneKeys],
                                                    float (&col_depths)[kLaneKeys]) {
     // No rank overflows, nor any sum of its terms, below this.
@@ -134,20 +142,15 @@ class CutGuess {
     for (int i = 0; i < kLaneKeys; ++i) {
       const int key = i * kWarpSize + lane;
       float factors[kPlanes];
-#pragma unroll
-      for (int s = 0; s < kPlanes; ++s) factors[s] = token.rows[s * TokenView::kRowStride + key];
+      token.load_row(key, factors);
       split(factors, unit, &rows[i], &rows_across[i]);
-#pragma unroll
-      for (int s = 0; s < kPlanes; ++s) {
-        factors[s] = token.cols[s * TokenView::kColStride + col_place(key)];
-      }
+      token.load_col(i, lane, factors);
       split(factors, unit, &cols[i], &cols_across[i]);
-      if (key < m) {
-        row = fmaxf(row, fabsf(rows[i]));
-        col = fmaxf(col, fabsf(cols[i]));
-        row_across = fmaxf(row_across, rows_across[i]);
-        col_across = fmaxf(col_across, cols_across[i]);
-      }
+      // Beyond the last key there are no numbers.
+      row = fmaxf(row, fabsf(rows[i]));
+      col = fmaxf(col, fabsf(cols[i]));
+      row_across = fmaxf(row_across, rows_across[i]);
+      col_across = fmaxf(col_across, cols_across[i]);
     }
     row = warp_max(row);
     col = warp_max(col);
@@ -160,9 +163,8 @@ class CutGuess {
     const float row_scale = reciprocal_fast(row), col_scale = reciprocal_fast(col);
 #pragma unroll
     for (int i = 0; i < kLaneKeys; ++i) {
-      const bool inside = i * kWarpSize + lane < m;
-      row_depths[i] = inside && rows[i] > 0.0f ? -log2_fast(rows[i] * row_scale) : kUncounted;
-      col_depths[i] = inside && cols[i] > 0.0f ? -log2_fast(cols[i] * col_scale) : kUncounted;
+      row_depths[i] = rows[i] > 0.0f ? -log2_fast(rows[i] * row_scale) : kUncounted;
+      col_depths[i] = cols[i] > 0.0f ? -log2_fast(cols[i] * col_scale) : kUncounted;
       row_reach_[i] = fmaf(fabsf(rows[i]), col, fmaf(rows_across[i], col_across, slack));
       col_reach_[i] = fmaf(fabsf(cols[i]), row, fmaf(cols_across[i], row_across, slack));
     }
@@ -172,15 +174,19 @@ class CutGuess {
   __device__ __forceinline__ static void split(const float (&x)[kPlanes],
                                                const float (&unit)[kPlanes], float* along,
                                                float* across) {
-    constexpr float kUnderflow = 2e-19f;  // what is smaller has no square
+    constexpr float kUnderflow = 2e-19f;  // what is smaller has no square, nor a product
     *along = rank_value<kPlanes>(x, unit);
-    float squares = 0.0f;
+    if constexpr (kPlanes == 2) {
+      *across = fabsf(fmaf(x[0], unit[1], -(x[1] * unit[0]))) + kUnderflow;
+    } else {
+      float squares = 0.0f;
 #pragma unroll
-    for (int s = 0; s < kPlanes; ++s) {
-      const float left = fmaf(-*along, unit[s], x[s]);
-      squares = fmaf(left, left, squares);
+      for (int s = 0; s < kPlanes; ++s) {
+        const float left = fmaf(-*along, unit[s], x[s]);
+        squares = fmaf(left, left, squares);
+      }
+      *across = sqrt_fast(squares) + kUnderflow;
     }
-    *across = sqrt_fast(squares) + kUnderflow;
   }
 
   // Sets count_ to how many pairs are in this lane's bucket of depth or above it.
@@ -190,9 +196,11 @@ class CutGuess {
     // Of products, pairs of keys that lie further off count for little and would cost resolution.
     const float max_depth = additive_ ? 0x1p126f : 4.0f;
     const float least_width = additive_ ? 0x1p-126f : 1e-3f;
+    auto* rows_in = reinterpret_cast<uint8_t*>(scratch.rows_in);
+    auto* cols_to = reinterpret_cast<uint8_t*>(scratch.cols_to);
     scratch.row_counts[lane] = 0;
     scratch.col_counts[lane] = 0;
-    scratch.col_counts[kBuckets + lane] = 0;
+    cols_to[kBuckets + lane] = 0;
     float deepest_row = 0.0f, deepest_col = 0.0f;
 #pragma unroll
     for (int i = 0; i < kLaneKeys; ++i) {
@@ -203,44 +211,54 @@ class CutGuess {
     // All alike: no guess would part them.
     if (!(width_ > least_width)) top_ = __uint_as_float(kNanBits);
     const float scale = reciprocal_fast(fmaxf(width_, least_width));
+    // Rounding makes depths negative, and minus infinite below normal numbers.
     const auto bucket_of = [&](float depth) {
-      // NaN is not counted, either.
-      return depth <= max_depth ? static_cast<int>(fminf(fmaxf(depth, 0.0f) * scale, kBuckets))
-                                : kBuckets;
+      return static_cast<int>(fminf(fmaxf(depth * scale, 0.0f), static_cast<float>(kBuckets)));
     };
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kLaneKeys; ++i) {
-      const int row = bucket_of(row_depths[i]), col = bucket_of(col_depths[i]);
-      atomicAdd(&scratch.row_counts[row], 1u);
-      atomicAdd(&scratch.col_counts[kBuckets + col], 1u);
+      atomicAdd(&scratch.row_counts[bucket_of(row_depths[i])], 1u);
+      atomicAdd(&scratch.col_counts[bucket_of(col_depths[i])], 1u);
     }
     __syncwarp();
-    const int cols = static_cast<int>(scratch.col_counts[kBuckets + lane]);
+    const int cols = static_cast<int>(scratch.col_counts[lane]);
     int all_cols;
-    const int cols_above = warp_scan_exclusive(cols, lane, &all_cols);
-    scratch.col_counts[kBuckets + lane] = cols_above + cols;
+    const int cols_above = warp_scan_exclusive(cols, &all_cols);
+    static_assert(kMaxAxisTopk < 256, "counts of keys are bytes");
+    rows_in[lane] = static_cast<uint8_t>(scratch.row_counts[lane]);
+    cols_to[kBuckets - 1 - lane] = static_cast<uint8_t>(cols_above + cols);
     __syncwarp();
+    // Rows of a bucket with the columns of buckets up to the lane's less that: the bytes of the
+    // latter begin at kBuckets - 1 - lane.
+    const uint32_t* cols_here = scratch.cols_to + (kBuckets - 1 - lane) / 4;
+    const int shift = (kBuckets - 1 - lane) % 4 * 8;
     uint32_t pairs = 0;
-    const uint32_t* cols_here = scratch.col_counts + kBuckets + lane;
+    uint32_t next = cols_here[0];
 #pragma unroll
-    for (int bucket = 0; bucket < kBuckets; bucket += 4) {
-      const uint4 rows = *reinterpret_cast<const uint4*>(scratch.row_counts + bucket);
-      pairs += rows.x * cols_here[-bucket] + rows.y * cols_here[-bucket - 1] +
-               rows.z * cols_here[-bucket - 2] + rows.w * cols_here[-bucket - 3];
+    for (int word = 0; word < kBuckets / 4; word += 4) {
+      const uint4 packed = *reinterpret_cast<const uint4*>(scratch.rows_in + word);
+      const uint32_t rows[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t low = next;
+        next = cols_here[word + i + 1];
+        pairs = __dp4a(rows[i], __funnelshift_r(low, next, shift), pairs);
+      }
     }
     count_ = static_cast<float>(pairs);
   }
 
+  template <typename Visit>
   __device__ __forceinline__ static int keep(const float (&reach)[kLaneKeys], float cut, int m,
-                                             int lane, int32_t* kept) {
+                                             int lane, Visit visit) {
     int num_kept = 0;
 #pragma unroll
     for (int i = 0; i < kLaneKeys; ++i) {
-      const int key = i * kWarpSize + lane;
-      const bool keeps = key < m && !(reach[i] < cut);  // a bound that overflows may be NaN
+      // A bound that overflows may be NaN.
+      const bool keeps = i * kWarpSize + lane < m && !(reach[i] < cut);
       const uint32_t keepers = __ballot_sync(kFullMask, keeps);
-      if (keeps) kept[num_kept + __popc(keepers & ((1u << lane) - 1))] = key;
+      if (keeps) visit(i, num_kept + __popc(keepers & ((1u << lane) - 1)));
       num_kept += __popc(keepers);
     }
     return num_kept;
@@ -263,40 +281,37 @@ class CutGuess {
 // Lists the codes of all pairs at or above a number *lowest, min_found to max_found of them, in the
 // order of positions; none is above *highest. Both are sortable ranks. Returns how many, or 0 and
 // lists none of use where guesses fail. Every factor must be finite. `wanted` is how many are
-// guessed for. col_factors: [kPlanes, kMaxAxisTopk], of the columns that are kept.
+// guessed for. col_factors: [kMaxAxisTopk, kPlanes], of the columns that are kept. `codes` has room
+// for a multiple of 32 kMaxRegisterItems.
 template <int kPlanes>
 __device__ __forceinline__ uint32_t list_guessed(const Token<kPlanes, kMaxAxisTopk>& token, int m,
                                                  uint32_t min_found, uint32_t max_found,
                                                  float wanted, int lane, GuessScratch& scratch,
                                                  float* col_factors, uint16_t* codes,
                                                  uint32_t* lowest, uint32_t* highest) {
-  using TokenView = Token<kPlanes, kMaxAxisTopk>;
   constexpr int kGuesses = 2;
+  constexpr int kVisited = 2 * kPacket;             // columns at once
   constexpr int kWords = kMaxAxisTopk / kWarpSize;  // of a row, a bit per column
   const CutGuess<kPlanes> guess(token, m, lane, scratch);
   float guess_for = wanted;
 #pragma unroll 1
   for (int step = 0; step < kGuesses; ++step) {
-    const float cut = guess.cut(guess_for);
+    const float cut = guess.cut(guess_for) + 0.0f;  // not -0, which is not below a +0
     if (!(fabsf(cut) < __uint_as_float(kInfinityBits))) return 0;
-    const int num_rows = guess.keep_rows(cut, m, lane, scratch.rows);
-    const int num_cols = guess.keep_cols(cut, m, lane, scratch.cols);
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      const int place = i * kWarpSize + lane;
-      // Up to a multiple of a packet there are columns without a number.
-      const int col = place < num_cols ? scratch.cols[place] : 0;
-#pragma unroll
-      for (int s = 0; s < kPlanes; ++s) {
-        const float factor = token.cols[s * TokenView::kColStride + col_place(col)];
-        col_factors[s * kMaxAxisTopk + place] =
-            place < num_cols ? factor : __uint_as_float(kNanBits);
-      }
+    const int num_rows = guess.keep_rows(
+        cut, m, lane, [&](int i, int place) { scratch.rows[place] = i * kWarpSize + lane; });
+    const int num_cols = guess.keep_cols(cut, m, lane, [&](int i, int place) {
+      scratch.cols[place] = i * kWarpSize + lane;
+      float factors[kPlanes];
+      token.load_col(i, lane, factors);
+      store_rounded<kPlanes>(factors, col_factors + place * kPlanes);
+    });
+    // Up to a multiple of kVisited there are columns without a number.
+    if (lane < (-num_cols & (kVisited - 1))) {
+      col_factors[(num_cols + lane) * kPlanes] = __uint_as_float(kNanBits);
     }
     __syncwarp();
 
-    const float below = threshold_at(sortable(cut) - 1);
     uint32_t num_found = 0;
     int num_visited = 0;
     // A row to a lane.
@@ -306,8 +321,7 @@ __device__ __forceinline__ uint32_t list_guessed(const Token<kPlanes, kMaxAxisTo
       const int row_key = inside ? scratch.rows[num_visited + lane] : 0;
       num_visited = min(num_visited + kWarpSize, num_rows);
       float row[kPlanes];
-#pragma unroll
-      for (int s = 0; s < kPlanes; ++s) row[s] = token.rows[s * TokenView::kRowStride + row_key];
+      token.load_row(row_key, row);
       if (!inside) row[0] = __uint_as_float(kNanBits);
       uint32_t words[kWords];
       int own_found = 0;
@@ -319,40 +333,49 @@ __device__ __forceinline__ uint32_t list_guessed(const Token<kPlanes, kMaxAxisTo
         const int last = min(num_cols, first + kWarpSize);
         int place = first;
 #pragma unroll 1
-        for (; place < last; place += kPacket) {
-          float cols[kPlanes][kPacket];
+        for (; place < last; place += kVisited) {
 #pragma unroll
-          for (int s = 0; s < kPlanes; ++s) {
-            load_floats<kPacket>(col_factors + s * kMaxAxisTopk + place, cols[s]);
-          }
+          for (int x = 0; x < kVisited; x += kPacket) {
+            float cols[kPacket][kPlanes];
+            token.load_packet(col_factors + (place + x) * kPlanes, cols);
 #pragma unroll
-          for (int x = 0; x < kPacket; ++x) {
-            float col[kPlanes];
-#pragma unroll
-            for (int s = 0; s < kPlanes; ++s) col[s] = cols[s][x];
-            words[w] = words[w] << 1 | is_above(rank_value<kPlanes>(row, col), below);
+            for (int i = 0; i < kPacket; ++i) {
+              words[w] = words[w] << 1 | is_above(rank_value<kPlanes>(row, cols[i]), cut);
+            }
           }
         }
         words[w] <<= first + kWarpSize - place;  // the first column's bit is the highest
         own_found += __popc(words[w]);
       }
       int count;
-      uint16_t* next = codes + num_found + warp_scan_exclusive(own_found, lane, &count);
+      uint16_t* next = codes + num_found + warp_scan_exclusive(own_found, &count);
       num_found += count;
       if (num_found > max_found) break;
+      // At first with a column's place in the list of those that are kept.
 #pragma unroll
       for (int w = 0; w < kWords; ++w) {
+        const int last = pair_code(row_key, (w + 1) * kWarpSize - 1);
         for (uint32_t bits = words[w]; bits != 0;) {
-          const int bit = __clz(static_cast<int>(bits));
-          bits ^= 0x80000000u >> bit;
-          const int col_key = scratch.cols[w * kWarpSize + bit];
-          *next++ = static_cast<uint16_t>(pair_code(row_key, col_key));
+          const int bit = highest_bit(bits);
+          bits &= ~(1u << bit);
+          *next++ = static_cast<uint16_t>(last - bit);
         }
       }
     }
     __syncwarp();
     if (num_found >= min_found && num_found <= max_found) {
-      *lowest = sortable(cut);
+      for (uint32_t i = lane * kMaxRegisterItems; i < num_found;
+           i += kWarpSize * kMaxRegisterItems) {
+        auto& own = *reinterpret_cast<Packet<uint16_t, kMaxRegisterItems>*>(codes + i);
+        auto listed = own;
+#pragma unroll
+        for (uint16_t& code : listed.elements) {
+          code = static_cast<uint16_t>(pair_code(code_row(code), scratch.cols[code_col(code)]));
+        }
+        own = listed;
+      }
+      __syncwarp();
+      *lowest = sortable_number(cut) + 1;
       *highest = sortable(guess.most());
       return num_found;
     }

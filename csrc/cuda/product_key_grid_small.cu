@@ -23,7 +23,8 @@ struct SmallLayout {
   using TokenView = Token<kPlanes, kSmallRows>;
   SharedLayout shared;
   typename TokenView::Layout token;
-  int ids;         // [2 m] int32
+  int row_scores;  // [kSmallRows, kPlanes], not folded
+  int ids;         // [2, kSmallRows] int32
   int codes;       // [max_found] uint16
   int candidates;  // [max_found] uint64
   int max_found;
@@ -35,6 +36,7 @@ struct SmallLayout {
     const int all = next_power_of_two(p.axis_topk * p.axis_topk);
     max_found = roomy < all ? roomy : all;
     if (max_found < 2 * kWarpSize) max_found = 2 * kWarpSize;
+    row_scores = shared.take(4 * kPlanes * kSmallRows);
     ids = shared.take(4 * 2 * kSmallRows);
     codes = shared.take(int64_t{2} * max_found);
     candidates = shared.take(int64_t{8} * max_found);
@@ -50,32 +52,36 @@ __device__ __forceinline__ int list_small(const Token<kPlanes, kSmallRows>& toke
                                           const float (&row)[kPlanes], bool finite, int m,
                                           uint32_t topk, uint32_t max_found, int lane,
                                           uint16_t* codes, uint32_t* lowest, uint32_t* highest) {
-  using TokenView = Token<kPlanes, kSmallRows>;
   const float nan = __uint_as_float(kNanBits);
   float ranks[kSmallRows];
-  float row_best = nan;
+  float best[2] = {nan, nan};
 #pragma unroll
   for (int j = 0; j < kSmallRows; j += kPacket) {
-    float col[kPlanes][kPacket];
-#pragma unroll
-    for (int s = 0; s < kPlanes; ++s) {
-      load_floats<kPacket>(token.cols + s * TokenView::kColStride + col_place(j), col[s]);
-    }
+    float cols[kPacket][kPlanes];
+    token.load_cols(j, cols);
 #pragma unroll
     for (int i = 0; i < kPacket; ++i) {
-      float factors[kPlanes];
-#pragma unroll
-      for (int s = 0; s < kPlanes; ++s) factors[s] = col[s][i];
-      ranks[j + i] = rank_value<kPlanes>(row, factors);
-      row_best = fmaxf(row_best, ranks[j + i]);
+      ranks[j + i] = rank_value<kPlanes>(row, cols[i]);
+      best[i % 2] = fmaxf(best[i % 2], ranks[j + i]);
     }
   }
-  // A bit per column.
+  const float row_best = fmaxf(best[0], best[1]);
+  // A bit per column, that of the first the highest.
   const auto columns = [&](auto wanted) {
     uint32_t bits = 0;
 #pragma unroll
-    for (int j = 0; j < kSmallRows; ++j) bits |= wanted(ranks[j]) ? 1u << j : 0u;
+    for (int j = 0; j < kSmallRows; ++j) bits |= wanted(ranks[j]) ? 0x80000000u >> j : 0u;
     return bits;
+  };
+  const auto columns_above = [&](float threshold) {
+    constexpr int kHalf = kSmallRows / 2;
+    uint32_t first = 0, last = 0;
+#pragma unroll
+    for (int j = 0; j < kHalf; ++j) {
+      first = first << 1 | is_above(ranks[j], threshold);
+      last = last << 1 | is_above(ranks[kHalf + j], threshold);
+    }
+    return first << kHalf | last;
   };
   *highest = warp_highest(row_best);
   uint32_t least, num_numbers = m * m;
@@ -102,7 +108,9 @@ __device__ __forceinline__ int list_small(const Token<kPlanes, kSmallRows>& toke
   const bool enough = num_numbers >= topk;  // or else every number is taken, and some NaN
   CutSearch search(least, *highest, count_low);
   const float wanted = 0.5f * topk + 0.25f * (topk + max_found);
-  for (int step = 0; search.open(max_found); ++step) {
+  uint32_t bits = 0;
+  int step = 0;
+  for (; search.open(max_found); ++step) {
     if (step >= CutSearch::kGuesses) {
       NextNumbers next(search);
 #pragma unroll
@@ -110,32 +118,40 @@ __device__ __forceinline__ int list_small(const Token<kPlanes, kSmallRows>& toke
       next.narrow(search);
       if (!search.open(max_found)) break;
     }
-    const uint32_t guess = search.guess(wanted, step);
-    const float value = threshold_at(guess - 1);
-    uint32_t counts[2] = {0, 0};
-#pragma unroll
-    for (int j = 0; j < kSmallRows; ++j) counts[j % 2] += is_above(ranks[j], value);
-    search.take(guess, __reduce_add_sync(kFullMask, counts[0] + counts[1]), topk);
+    const CutSearch::Cut guess = search.guess_cut(wanted, step);
+    bits = columns_above(guess.below);
+    search.take(guess.rank, __reduce_add_sync(kFullMask, __popc(bits)), topk);
   }
 
   const bool ties = search.ties(max_found);
+  // A search that found a cut has counted what is at or above it last.
+  if (!enough || ties || step == 0) {
+    const float cut = value_of(!enough ? kLowestNumber : ties ? search.high : search.low);
+    bits = columns([cut](float rank) { return rank >= cut; });
+  }
   int num_found = 0;
-  const auto list = [&](uint32_t bits, int limit) {
+  const auto list = [&](uint32_t bits) {
     int count;
-    int place = num_found + warp_scan_exclusive(__popc(bits), lane, &count);
-    for (; bits != 0 && place < limit; bits &= bits - 1) {
-      codes[place++] = static_cast<uint16_t>(pair_code(lane, __ffs(static_cast<int>(bits)) - 1));
+    uint16_t* next = codes + num_found + warp_scan_exclusive(__popc(bits), &count);
+    num_found += count;
+    const int last = pair_code(lane, kSmallRows - 1);
+    for (; bits != 0; ++next) {
+      const int bit = highest_bit(bits);
+      *next = static_cast<uint16_t>(last - bit);
+      bits &= ~(1u << bit);
     }
-    num_found = min(num_found + count, limit);
   };
-  const float cut = value_of(!enough ? kLowestNumber : ties ? search.high : search.low);
-  list(columns([cut](float rank) { return rank >= cut; }), static_cast<int>(max_found));
-  if (!enough) {
-    const uint32_t inside = lane < m ? 0xffffffffu >> (kSmallRows - m) : 0u;
-    list(columns([](float rank) { return !(rank == rank); }) & inside, topk);
-  } else if (ties) {
+  list(bits);
+  if (!enough || ties) {
     const float tied = value_of(search.low);
-    list(columns([tied](float rank) { return rank == tied; }), topk);
+    const uint32_t inside = lane < m ? 0xffffffffu << (kSmallRows - m) : 0u;
+    bits = inside & columns([&](float rank) { return enough ? rank == tied : !(rank == rank); });
+    // So many of them as are wanted.
+    int count;
+    const int before = warp_scan_exclusive(__popc(bits), &count);
+    const int room = static_cast<int>(topk) - num_found - before;
+    while (__popc(bits) > max(room, 0)) bits &= bits - 1;
+    list(bits);
   }
   *lowest = enough ? search.low : 0u;
   return num_found;
@@ -148,13 +164,14 @@ __global__ void __launch_bounds__(kThreads, kPlanes == 2 ? 8 : 5)
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   using TokenView = typename SmallLayout<kPlanes>::TokenView;
   const int lane = threadIdx.x % kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
-  const int64_t token_head = int64_t{blockIdx.x} * kTokens + warp;
-  if (token_head >= p.num_tokens * p.num_heads) {
+  const int warp = warp_of(threadIdx.x);
+  const uint32_t token_head = blockIdx.x * kTokens + warp;
+  if (token_head >= static_cast<uint32_t>(p.num_tokens) * p.num_heads) {
     wait_for_prerequisite_grid();
     return;
   }
-  unsigned char* shared = shared_bytes + warp * layout.bytes;
+  unsigned char* shared = shared_bytes + warp * static_cast<int>(layout.bytes);
+  auto* row_scores = reinterpret_cast<float*>(shared + layout.row_scores);
   auto* ids = reinterpret_cast<int32_t*>(shared + layout.ids);
   auto* codes = reinterpret_cast<uint16_t*>(shared + layout.codes);
   auto* candidates = reinterpret_cast<uint64_t*>(shared + layout.candidates);
@@ -168,36 +185,35 @@ __global__ void __launch_bounds__(kThreads, kPlanes == 2 ? 8 : 5)
   wait_for_prerequisite_grid();
   release_dependent_grid();
   int32_t own_ids[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) own_ids[i] = lane < m ? token.key_id(i * m + lane) : 0;
+  token.load_ids(0, lane, own_ids);
   float row[kPlanes], own_col[kPlanes];
-  token.load_scores(lane, row, own_col);
+  token.load_row_scores(0, lane, row);
+  token.load_col_scores(0, lane, own_col);
+  float zero = 0.0f;
+  add_zeros(own_col, &zero);
+  if (lane >= m) own_col[0] = nan;
   token.store_core(lane);
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    if (lane < m) ids[i * m + lane] = own_ids[i];
-  }
-#pragma unroll
-  for (int s = 0; s < kPlanes; ++s) {
-    token.cols[s * TokenView::kColStride + col_place(lane)] = own_col[s];
-  }
+  for (int i = 0; i < 2; ++i) ids[i * kSmallRows + lane] = own_ids[i];
+  token.store_col(lane, own_col);
+  store_rounded<kPlanes>(row, row_scores + lane * kPlanes);
   __syncwarp();
   if (!token.additive()) {
     float cbar[kPlanes][kPlanes];
     token.sum_cores(cbar);
     token.fold(cbar, row);
-    if (lane >= m) row[0] = nan;
   }
-#pragma unroll
-  for (int s = 0; s < kPlanes; ++s) token.rows[s * TokenView::kRowStride + lane] = row[s];
-  const bool finite = __all_sync(kFullMask, lane >= m || (is_finite(row) && is_finite(own_col)));
+  add_zeros(row, &zero);
+  if (lane >= m) row[0] = nan;
+  token.store_row(lane, row);
+  const bool finite = __all_sync(kFullMask, zero == 0.0f);
 
   uint32_t lowest, highest;
   const int num_found =
       list_small(token, row, finite, m, topk, max_found, lane, codes, &lowest, &highest);
-  sort_codes(codes, num_found, lowest, highest, candidates, lane,
+  sort_codes(codes, num_found, p.topk, lowest, highest, candidates, lane,
              [&](int code) { return token.rank_of(code); });
-  token.write(codes, ids, lane);
+  token.write(codes, row_scores, ids, lane);
 }
 
 template <int kPlanes>

@@ -38,7 +38,7 @@ constexpr int kQueryBoxBytes = kTokens * kBoxColumns * 2;
 constexpr int kStageBytes = kMaxBoxes * kBoxBytes;  // one plane of a tile
 constexpr int kStages = 4;
 constexpr int kSlots = 52;
-using Lists = KeyListTraits<kPlanes, kSlots, 2 * kTokens, 0>;
+using Lists = KeyListTraits<kPlanes, kSlots, 2 * kTokens, 0, true>;
 constexpr int kListsOffset = kStages * kStageBytes;
 constexpr int kBarriersOffset = kListsOffset + Lists::kBytes;
 constexpr int kOverflowOffset = kBarriersOffset + (2 * kStages + 1) * 8;
@@ -48,8 +48,6 @@ constexpr int kFirstTurn = 1;
 static_assert(kSharedBytes <= 232448, "more than a block of sm_90 has");
 // Queries wait where lists will be.
 static_assert(kPlanes * kMaxBoxes * kQueryBoxBytes <= Lists::kBytes && kListsOffset % 1024 == 0);
-// In the end, what was found is laid out where the stages were.
-static_assert(kTokens * (kAxisResidentMaxTopk + 1) * 4 + kSlots * Lists::kLists <= kListsOffset);
 constexpr int kScores = kKeys / 2;  // of a thread, a plane and a tile; see wgmma_k16
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -330,64 +328,80 @@ __device__ __forceinline__ void find_bounds(const float (&maxima)[kScores], int 
   }
 }
 
-// Appends the keys of a tile above the bounds to the lists of the two rows: those of a quad's first
-// two lanes to one list of a row, those of the others to the other, in ascending order of ids.
-// `counts` are of both rows' lists, low and high halves, and go on where there is no more room.
-__device__ __forceinline__ void append_keys(const Scores& scores, const float (&filter)[kPlanes],
-                                            const float (&bounds)[2], int first_key, int num_keys,
-                                            uint32_t lists, int list, int lane, uint32_t& counts) {
-  // A bit for each of this lane's scores of a row, the first the lowest, from the sign of what the
-  // bound is above it.
-  uint32_t own[2] = {0, 0};
-#pragma unroll
-  for (int i = kScores - 1; i >= 0; --i) {
-    const uint32_t distance = __float_as_uint(bounds[i / 2 % 2] - rank_at(scores, filter, i));
-    own[i / 2 % 2] = __funnelshift_l(distance, own[i / 2 % 2], 1);
+// Where a lane adds keys to a list of each of its two rows. A quad's first two lanes share a list
+// of a row, one from slot 0 up, the other from the last slot down, and the other two its other
+// list.
+class ListEnds {
+  // With more keys of a lane a list might not have room for another tile's.
+  static constexpr int kFullSlots = kSlots - kRowScores;
+  static constexpr int kFullBytes = kFullSlots * Lists::kScoreStride;
+
+ public:
+  __device__ ListEnds(uint32_t lists, int warp, int lane) {
+    const int list = warp * kWarpSize + lane % 4 / 2 * Lists::kTokensOfWarp + lane / 4;
+    const bool is_back = lane % 2 != 0;
+    const uint32_t front = lists + Lists::scores_offset(list);
+    step_ = is_back ? -Lists::kScoreStride : Lists::kScoreStride;
+    first_ = is_back ? front + (kSlots - 1) * Lists::kScoreStride : front;
+    lowest_ = is_back ? first_ - kFullBytes : first_;
+    next_[0] = first_;
+    next_[1] = first_ + Lists::kEightScores;
+    // One number for the warp, which addresses take without an instruction.
+    to_ids_ = __shfl_sync(kFullMask, Lists::ids_offset(list) - Lists::scores_offset(list), 0);
   }
-  if (first_key + kKeys > num_keys) {
-    uint32_t exist = 0;
+
+  // Keys that this lane has added to the row's list; more than the list has slots where it may have
+  // left some out.
+  __device__ __forceinline__ int count(int row) const {
+    const auto added = static_cast<int>(next_[row] - row * Lists::kEightScores - first_);
+    return is_full(row) ? kSlots + 1 : abs(added) / Lists::kScoreStride;
+  }
+
+  // Adds the keys of a tile that are above the bounds. Where there might be no room for all, a
+  // bound becomes infinite. Unless kAll of the tile's keys exist, none does from num_keys on.
+  template <bool kAll>
+  __device__ __forceinline__ void append(const Scores& scores, const float (&filter)[kPlanes],
+                                         int first_key, int num_keys, int lane,
+                                         float (&bounds)[2]) {
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      if (i / 2 % 2 == 0 && first_key + column_of(i, lane) < num_keys) {
-        exist |= 1u << (i / 4 * 2 + i % 2);
-      }
+    for (int row = 0; row < 2; ++row) {
+      if (is_full(row)) bounds[row] = __uint_as_float(kInfinityBits);
     }
-    own[0] &= exist;
-    own[1] &= exist;
-  }
-  const uint32_t both = own[0] | own[1] << 16;
-  if (!__any_sync(kFullMask, both != 0)) return;
-  const uint32_t neighbours = __shfl_xor_sync(kFullMask, both, 1);
-  const bool is_second = lane % 2 != 0;
+    // A column after the other, the rows in turn: an address must have been read by the stores
+    // before it can change.
 #pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    const uint32_t own_bits = both >> 16 * row & 0xffffu;
-    const uint32_t other_bits = neighbours >> 16 * row & 0xffffu;
-    const uint32_t first_slot = counts >> 16 * row & 0xffffu;
-    const uint32_t scores_to = lists + (list + 8 * row) * Lists::kScoreBytes;
-    const uint32_t ids_to = lists + Lists::kIdsOffset + (list + 8 * row) * 2;
-    counts += (__popc(own_bits) + __popc(other_bits)) << 16 * row;
-    // The block will leave its tokens to others.
-    if ((counts >> 16 * row & 0xffffu) > kSlots) continue;
-    uint32_t own_before = first_slot;
+    for (int column = 0; column < kRowScores; ++column) {
+      const int of_column = column / 2 * 4 + column % 2;
+      int id = first_key + column_of(of_column, lane);
+      // Or it would be worked out again for the other row.
+      asm volatile("" : "+r"(id));
 #pragma unroll
-    for (int eight = 0; eight < kKeys / 8; ++eight) {
-      // The neighbour's of the same eight columns come before or after.
-      uint32_t slot = own_before + __popc(other_bits & (((is_second ? 4u : 1u) << 2 * eight) - 1));
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int i = 4 * eight + 2 * row + j;
-        if ((own_bits >> (2 * eight + j) & 1) != 0) {
-          store_shared_floats<kPlanes>(scores_to + slot * Lists::kScoreStride,
-                                       {scores[0][i], scores[1][i]});
-          store_shared_u16(ids_to + slot * Lists::kIdStride, first_key + column_of(i, lane));
-          ++slot;
-          ++own_before;
+      for (int row = 0; row < 2; ++row) {
+        const int i = of_column + row * 2;
+        bool passes = rank_at(scores, filter, i) > bounds[row];
+        if constexpr (!kAll) passes &= id < num_keys;
+        if (passes) {
+          const float of_key[kPlanes] = {scores[0][i], scores[1][i]};
+          store_shared_floats<kPlanes>(next_[row], of_key);
+          store_shared_u16(next_[row] + to_ids_ + row * (Lists::kEightIds - Lists::kEightScores),
+                           id);
+          next_[row] += step_;
         }
       }
     }
   }
-}
+
+ private:
+  __device__ __forceinline__ bool is_full(int row) const {
+    return next_[row] - row * Lists::kEightScores - lowest_ > kFullBytes;
+  }
+
+  uint32_t next_[2];  // where the scores of the next key of a row go
+  uint32_t step_;
+  uint32_t to_ids_;  // from the scores to the id, of the first row
+  // Of the first row: where the first key's scores go, and the least place while it is not full.
+  uint32_t first_, lowest_;
+};
 
 // Whether any thread that multiplies says so, now or before. All of them call it, and are done with
 // what came ahead of it.
@@ -414,7 +428,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int head_side = blockIdx.y;
   const int head = head_side / 2, side = head_side % 2;
   const auto num_keys = static_cast<int>(p.num_keys);
-  const auto m = static_cast<uint32_t>(p.axis_topk);
   const int64_t warp_token = int64_t{blockIdx.x} * kTokens + warp * Lists::kTokensOfWarp;
 
   release_dependent_grid();
@@ -474,39 +487,40 @@ __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
 
-  // The list of the first row that this lane adds to.
-  const int list = warp * kWarpSize + lane % 4 / 2 * Lists::kTokensOfWarp + lane / 4;
-  uint32_t counts = 0;
+  ListEnds ends(shared + kListsOffset, warp, lane);
   products.round([&](int first_key, const Scores& scores) {
-    append_keys(scores, filter, bounds, first_key, num_keys, shared + kListsOffset, list, lane,
-                counts);
+    if (first_key + kKeys <= num_keys) {
+      ends.append<true>(scores, filter, first_key, num_keys, lane, bounds);
+    } else {
+      ends.append<false>(scores, filter, first_key, num_keys, lane, bounds);
+    }
   });
   products.finish();
 
-  // From here on a lane looks after one list: of token lane % 16, from the quad's first lane or its
-  // third.
+  // From here on a lane looks after one list: of token lane % 16, from the quad's first two lanes
+  // or its others.
   const int from = lane % 8 * 4 + lane / 16 * 2;
-  const uint32_t list_counts = __shfl_sync(kFullMask, counts, from);
+  const int lane_counts = ends.count(0) | ends.count(1) << 16;
   const float row_bounds[2] = {__shfl_sync(kFullMask, bounds[0], from),
                                __shfl_sync(kFullMask, bounds[1], from)};
   const bool is_below = lane % 16 >= 8;
-  const uint32_t count = list_counts >> (is_below ? 16 : 0) & 0xffffu;
+  const int shift = is_below ? 16 : 0;
+  const int front = __shfl_sync(kFullMask, lane_counts, from) >> shift & 0xffff;
+  const int back = __shfl_sync(kFullMask, lane_counts, from + 1) >> shift & 0xffff;
   const bool exists = warp_token + lane % 16 < p.num_tokens;
-  const uint32_t total = count + __shfl_xor_sync(kFullMask, count, 16);
-  const bool fits = !exists || (count <= kSlots && total >= m);
+  const int count = front + back;
+  const int total = count + __shfl_xor_sync(kFullMask, count, 16);
+  const bool fits = !exists || (count <= kSlots && total >= p.axis_topk);
   const bool overflows = is_left_over(shared, !fits);
   if (threadIdx.x == 0) left_over[blockIdx.y * gridDim.x + blockIdx.x] = overflows;
   if (overflows) return;
 
   KeyList<Lists> found(shared + kListsOffset, threadIdx.x, filter, exists);
-  found.take_over(exists ? static_cast<int>(count) : 0, is_below ? row_bounds[1] : row_bounds[0]);
-  found.prune({m, m});
+  found.take_over(exists ? front : 0, exists ? back : 0, is_below ? row_bounds[1] : row_bounds[0]);
+  const IdCut cut = found.find_cut(p.axis_topk);
   const auto num_tokens = static_cast<int>(
       max(int64_t{0}, min(int64_t{Lists::kTokensOfWarp}, p.num_tokens - warp_token)));
-  const uint32_t staging_bytes = Lists::kTokensOfWarp * (m | 1) * 4;
-  found.write(p, (warp_token * p.num_heads + head) * 2 + side, num_tokens,
-              shared + warp * staging_bytes,
-              shared + kMultipliers / kWarpSize * staging_bytes + threadIdx.x, lane);
+  found.write(p, (warp_token * p.num_heads + head) * 2 + side, num_tokens, cut, lane);
 #endif
 }
 

@@ -78,7 +78,7 @@ __device__ __forceinline__ void prefetch_queries(const ProductKeyTopkParams& p, 
   const int64_t end = min(first_token + kTokens, p.num_tokens);
   for (int64_t token = first_token + thread; token < end; token += threads) {
     const int64_t row = ((token * 2 + side) * p.num_heads + head) * p.num_queries + plane;
-    prefetch_to_l2(static_cast<const char*>(p.query) + row * row_bytes, row_bytes);
+    prefetch_to_l2_once(static_cast<const char*>(p.query) + row * row_bytes, row_bytes);
   }
 }
 
@@ -100,8 +100,8 @@ __device__ __forceinline__ void copy_all(const ProductKeyTopkParams& p, const Pl
         static_cast<int>(first_chunk_token + work.first_chunk_token(plan.tiles));
     const auto copy_queries = [&](int box) {
       mbarrier_expect_bytes(shared.queries_there(box), kQueryBoxBytes);
-      copy_box(query_map, shared.queries(box), shared.queries_there(box), box * kBoxColumns,
-               first_token, query_plane);
+      copy_box_once(query_map, shared.queries(box), shared.queries_there(box), box * kBoxColumns,
+                    first_token, query_plane);
     };
 #pragma unroll 1
     for (int tile = 0; tile < plan.first + plan.second; ++tile) {

@@ -66,9 +66,6 @@ struct Traits {
   static constexpr int kRingBarriersOffset = kStageBarriersOffset + 8 * 2 * kStages;
   static constexpr int kSharedBytes = kRingBarriersOffset + 8 * 2 * kMultiplierWarps * kRing;
   static_assert(kSharedBytes <= 232448, "more than a block of sm_90 has");
-  // In the end, what was found is laid out where the stages and the ring were.
-  static constexpr int kMaxTopk = kGroups == 2 ? kMaxSharedTopk : kMaxAxisTopk;
-  static_assert(kTokens * (kMaxTopk + 1) * 4 + kSlots * Lists::kLists <= kListsOffset, "");
 };
 
 // Where a block's shared memory has what.
@@ -349,23 +346,19 @@ __device__ __forceinline__ void select_keys(const ProductKeyTopkParams& p, const
     first_id += T::kPartKeys;
     // No list is looked at before it could be full.
     room -= T::kListKeys;
-    if (room >= T::kListKeys && !last) continue;
+    if (room >= T::kListKeys || last) continue;
     room = list.room_of_warp();
-    if (room < T::kListKeys || last) {
-      list.prune(last ? KeptCounts{kept.least, kept.least} : kept);
+    if (room < T::kListKeys) {
+      list.prune(kept);
       room = list.room_of_warp();
     }
   }
 
-  // Others may still multiply or read what is overwritten now.
-  named_barrier_sync(1, Lists::kLists);
   const int64_t warp_token = token - lane % kTokensOfWarp;
   const int num_tokens =
       static_cast<int>(max(int64_t{0}, min(int64_t{kTokensOfWarp}, p.num_tokens - warp_token)));
-  const uint32_t staging_bytes = kTokensOfWarp * (static_cast<uint32_t>(p.axis_topk) | 1) * 4;
-  list.write(p, (warp_token * p.num_heads + head) * 2 + side, num_tokens,
-             shared.base + selector * staging_bytes,
-             shared.base + T::kSelectorWarps * staging_bytes + selector * kWarpSize + lane, lane);
+  const IdCut cut = list.find_cut(kept.least);
+  list.write(p, (warp_token * p.num_heads + head) * 2 + side, num_tokens, cut, lane);
 }
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL

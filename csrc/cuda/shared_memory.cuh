@@ -5,14 +5,6 @@
 
 namespace ultramem::cuda {
 
-__device__ __forceinline__ uint32_t load_shared_u8(uint32_t from) {
-  uint32_t x;
-  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
-  return x;
-}
-__device__ __forceinline__ void store_shared_u8(uint32_t to, uint32_t x) {
-  asm volatile("st.shared.u8 [%0], %1;" ::"r"(to), "r"(x) : "memory");
-}
 __device__ __forceinline__ uint32_t load_shared_u16(uint32_t from) {
   uint16_t x;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(from) : "memory");

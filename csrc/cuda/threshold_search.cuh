@@ -8,12 +8,29 @@ namespace ultramem::cuda {
 
 inline constexpr uint32_t kNanBits = 0x7fffffffu;
 
+// A float of that sortable rank. Between -0 and +0, which are equal, lies a rank that no float has;
+// it stands for +0, and so does the float.
+__device__ __forceinline__ float value_of(uint32_t rank) {
+  return __uint_as_float((rank & 0x80000000u) ? rank & 0x7fffffffu : ~rank);
+}
+
 // The largest float that everything of a higher sortable rank compares greater than: no value lies
 // between -0 and +0.
 __device__ __forceinline__ float threshold_at(uint32_t rank) {
-  rank -= rank == 0x7fffffffu;
-  return __uint_as_float((rank & 0x80000000u) ? rank & 0x7fffffffu : ~rank);
+  return value_of(rank - (rank == 0x7fffffffu));
 }
+
+// Whether an entry is among the best: of a higher sortable rank, or of this one and no higher id.
+struct IdCut {
+  uint32_t rank;
+  uint32_t last_tie;
+
+  __device__ __forceinline__ bool keeps(uint32_t entry_rank, uint32_t id) const {
+    // Without branches.
+    return static_cast<int>(entry_rank > rank) |
+           (static_cast<int>(entry_rank == rank) & static_cast<int>(id <= last_tie));
+  }
+};
 
 // Narrows down a value that between min and max of a set's numbers are above, for a caller who
 // counts. How many scores lie above a value falls about exponentially with it, so a guess is a
@@ -59,12 +76,6 @@ struct ThresholdSearch {
   }
 };
 
-// A float of that sortable rank. Between -0 and +0, which are equal, lies a rank that no float has;
-// it stands for +0, and so does the float.
-__device__ __forceinline__ float value_of(uint32_t rank) {
-  return __uint_as_float((rank & 0x80000000u) ? rank & 0x7fffffffu : ~rank);
-}
-
 // Narrows down, in sortable ranks, where to cut a set of numbers so that between min and max of
 // them are at or above the cut, for a caller who counts. Infinities are numbers like others here.
 // Where equal numbers make it impossible, `low` is the number that only some of can be taken.
@@ -90,17 +101,27 @@ struct CutSearch {
     return count_low > static_cast<float>(max_count);
   }
 
+  struct Cut {
+    uint32_t rank;
+    float below;  // what compares greater is of this rank or a higher one
+  };
   // A rank between the two, while the search is open.
   __device__ __forceinline__ uint32_t guess(float wanted, int step) const {
+    return guess_cut(wanted, step).rank;
+  }
+  __device__ __forceinline__ Cut guess_cut(float wanted, int step) const {
     if (step < kGuesses) {
       const float above = log2_fast(fmaxf(static_cast<float>(count_high), 0.5f));
       const float below = log2_fast(count_low);
-      const float share = __fdividef(below - log2_fast(wanted), below - above);
+      const float share = (below - log2_fast(wanted)) * reciprocal_fast(below - above);
       const float first = value_of(low), last = value_of(high);
-      const uint32_t rank = sortable(fmaf(last - first, fminf(fmaxf(share, 0.02f), 0.98f), first));
-      if (rank > low && rank < high) return rank;
+      // Not -0, which is not below a +0.
+      const float value = fmaf(last - first, fminf(fmaxf(share, 0.02f), 0.98f), first) + 0.0f;
+      const uint32_t rank = sortable_number(value) + 1;  // of NaN it lies outside
+      if (rank > low && rank < high) return {rank, value};
     }
-    return low + (high - low) / 2;
+    const uint32_t rank = low + (high - low) / 2;
+    return {rank, threshold_at(rank - 1)};
   }
 
   // Takes over that `count` are >= rank.

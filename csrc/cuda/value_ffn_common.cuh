@@ -22,18 +22,6 @@ inline constexpr int kRowsInFlight = 4;
 // Slots of a token held in shared memory at once; more are worked off in chunks.
 inline constexpr int kMaxChunk = 1024;
 
-// What is read again and again, beside much that is read once.
-__device__ __forceinline__ uint64_t keep_policy() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-// A policy for what is not read again: it is the first to leave the L2 cache.
-__device__ __forceinline__ uint64_t drop_policy() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
 __device__ __forceinline__ uint4 ldg_with_policy(const uint4* from, uint64_t policy) {
   uint4 x;
   asm("ld.global.nc.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"

@@ -30,6 +30,16 @@ __device__ __forceinline__ void copy_box(const CUtensorMap* map, uint32_t to, ui
       : "memory");
 }
 
+// The same of what is wanted once.
+__device__ __forceinline__ void copy_box_once(const CUtensorMap* map, uint32_t to, uint32_t barrier,
+                                              int x, int y, int z) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to),
+      "l"(reinterpret_cast<uint64_t>(map)), "r"(barrier), "r"(x), "r"(y), "r"(z), "l"(drop_policy())
+      : "memory");
+}
+
 // The same to all blocks of the cluster in `mask`, at the same place in each; completes the barrier
 // at the same place in each.
 __device__ __forceinline__ void copy_box_multicast(const CUtensorMap* map, uint32_t to,
