@@ -40,7 +40,7 @@ SHAPES = {
     "few_rank_2": Shape(60, 1, 2, 2, 650, 200, 48, 64),
     "several_rank_2": Shape(150, 2, 2, 2, 701, 320, 16, 40),
     "many_rank_1": Shape(1100, 1, 1, 1, 701, 136, 33, 64),
-    "many_short_keys": Shape(520, 2, 2, 2, 701, 72, 16, 40),
+    "many_short_keys": Shape(521, 2, 2, 2, 701, 72, 16, 40),
     "many_rank_2": Shape(1060, 1, 2, 1, 650, 200, 48, 64),
     "many_long_keys": Shape(520, 2, 2, 2, 701, 328, 16, 40),
 }
