@@ -88,6 +88,8 @@ struct Stages {
   }
   __device__ __forceinline__ uint32_t empty(int stage) const { return full(kStages + stage); }
   __device__ __forceinline__ uint32_t queries() const { return full(2 * kStages); }
+  // Not 0 if the block leaves its tokens to others.
+  __device__ __forceinline__ uint32_t overflow() const { return shared + kOverflowOffset; }
 };
 
 template <int kBoxes>
@@ -105,16 +107,18 @@ __device__ __forceinline__ void copy_queries(const ProductKeyTopkParams& p, cons
   }
 }
 
-// Both rounds of all keys.
+// Both rounds of all keys. The second ends early where the block leaves its tokens to others.
 template <int kBoxes>
 __device__ __forceinline__ void copy_keys(const ProductKeyTopkParams& p, const CUtensorMap* map,
                                           Stages stages) {
   const auto num_keys = static_cast<int>(p.num_keys);
   RingCursor<kStages> at;
+  int ahead = kStages;  // of the second round, before anything of it was released
   for (int round = 0; round < 2; ++round) {
     for (int key = 0; key < num_keys; key += kKeys) {
       for (int r = 0; r < kPlanes; ++r) {
         mbarrier_wait(stages.empty(at.place), at.parity ^ 1);
+        if (round == 1 && --ahead < 0 && load_shared_u32(stages.overflow()) != 0) return;
         const uint32_t full = stages.full(at.place);
         mbarrier_expect_bytes(full, kBoxes * kBoxBytes);
         for (int box = 0; box < kBoxes; ++box) {
@@ -183,15 +187,15 @@ class Products {
     }
   }
 
-  // Lets a round of keys pass that nobody needs.
+  // Waits for what is on its way of a round that nobody needs, and lets the thread that copies see
+  // that.
   __device__ __forceinline__ void skip_round() {
-    for (int first_key = 0; first_key < num_keys_; first_key += kKeys) {
-      for (int r = 0; r < kPlanes; ++r) {
-        mbarrier_wait(stages_.full(at_.place), at_.parity);
-        if (lane_ == 0) mbarrier_arrive(stages_.empty(at_.place));
-        at_.advance();
-      }
+    const int copied = min(kStages, static_cast<int>(ceil_div(num_keys_, kKeys)) * kPlanes);
+    for (int i = 0; i < copied; ++i) {
+      mbarrier_wait(stages_.full(at_.place), at_.parity);
+      at_.advance();
     }
+    if (lane_ == 0) mbarrier_arrive(stages_.empty(at_.place));
   }
 
   // After the last round: a turn was passed that nobody has taken.
@@ -314,7 +318,7 @@ __device__ __forceinline__ float find_greatest(float (&x)[kRowScores], int m, in
 }
 
 // Of both rows: the greatest number that at least m of the maxima that a quad holds are above. NaN
-// if there is none.
+// if there is none, or so many equal the last of them that the keys above would hardly fit.
 __device__ __forceinline__ void find_bounds(const float (&maxima)[kScores], int m, int lane,
                                             float (&bounds)[2]) {
 #pragma unroll
@@ -323,8 +327,12 @@ __device__ __forceinline__ void find_bounds(const float (&maxima)[kScores], int 
 #pragma unroll
     for (int i = 0; i < kRowScores; ++i) of_row[i] = maxima[i / 2 * 4 + row * 2 + i % 2];
     const float least = find_greatest(of_row, m, lane);
-    bounds[row] =
-        least > -__uint_as_float(kInfinityBits) ? next_below(least) : __uint_as_float(kNanBits);
+    uint32_t above = 0;
+#pragma unroll
+    for (int i = 0; i < kRowScores; ++i) above += maxima[i / 2 * 4 + row * 2 + i % 2] >= least;
+    const bool fits = 2 * quad_sum(above) <= static_cast<uint32_t>(m + kKeys);
+    bounds[row] = fits && least > -__uint_as_float(kInfinityBits) ? next_below(least)
+                                                                  : __uint_as_float(kNanBits);
   }
 }
 
@@ -406,9 +414,9 @@ class ListEnds {
 // Whether any thread that multiplies says so, now or before. All of them call it, and are done with
 // what came ahead of it.
 __device__ __forceinline__ bool is_left_over(uint32_t shared, bool says_so) {
-  if (says_so) store_shared_u32(shared + kOverflowOffset, 1);
+  if (says_so) store_shared_u32(Stages{shared}.overflow(), 1);
   named_barrier_sync(kFirstTurn + kGroups, kMultipliers);
-  return load_shared_u32(shared + kOverflowOffset) != 0;
+  return load_shared_u32(Stages{shared}.overflow()) != 0;
 }
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
