@@ -83,8 +83,9 @@ struct WorkerSteps {
 };
 
 // A stage is full once its warp has said how many bytes it has copied, or copied them itself, and
-// once it has unfolded the entries.
-constexpr int kFullArrivals = 2;
+// once each of the warp's lanes has unfolded its entries. (One lane could arrive for all; racecheck
+// only credits a thread with what it arrives for itself.)
+constexpr int kFullArrivals = 1 + kWarpSize;
 
 // ---- the warps that fill the ring
 
@@ -198,7 +199,7 @@ __device__ __forceinline__ void fill_ring(const Product& p, const CUtensorMap& d
       const uint64_t low_rows = __ballot_sync(kFullMask, finite[0]);
       const uint64_t high_rows = __ballot_sync(kFullMask, finite[1]);
       copy_finite_rows<scalar_t, kCols>(p, step, high_rows << 32 | low_rows, dense, lane);
-      if (lane == 0) mbarrier_arrive(full);
+      if (lane == 0) mbarrier_arrive(full);  // for the copies; its own are still to be released
     }
 
 #pragma unroll
@@ -222,8 +223,7 @@ __device__ __forceinline__ void fill_ring(const Product& p, const CUtensorMap& d
       }
     }
     fence_shared_writes();
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(full);
+    mbarrier_arrive(full);
 #pragma unroll 1
     for (int j = 0; j < kFillers; ++j) cursor.advance();
   }
