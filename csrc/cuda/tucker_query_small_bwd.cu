@@ -19,7 +19,7 @@ namespace {
 
 using namespace tucker_query_bwd;
 
-constexpr int kWideColumns = 72;
+constexpr int kWideColumns = 80;
 constexpr int kNarrowColumns = 32;
 
 constexpr int min_blocks(int token_tiles, int columns) {
@@ -28,24 +28,21 @@ constexpr int min_blocks(int token_tiles, int columns) {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-// Tensor-core operands of 16 rows of W or x by the columns of tiles 2 `pair` and 2 `pair` + 1,
-// which there may be only one of.
-template <typename scalar_t, typename T>
+// Tensor-core operands of 16 rows of W or x by the columns of tiles 2 `pair` and 2 `pair` + 1.
+template <typename T>
 __device__ __forceinline__ void load_tile_pair(uint32_t (&b)[4], const unsigned char* rows,
                                                int pair) {
   const int lane = threadIdx.x % kWarpSize;
-  const int row = lane % 16;
-  const bool single = pair * 2 + 1 == T::kColumnTiles;
-  const int tile = pair * 2 + (single ? 0 : lane / 16);
-  ldmatrix_x4_trans(b, shared_address(rows + row * T::kStride + tile * 16));
+  const int tile = pair * 2 + lane / 16;
+  ldmatrix_x4_trans(b, shared_address(rows + lane % 16 * T::kStride + tile * 16));
 }
 
 // The block's tile of grad_weight, the warps by turns 16 rows of it.
 template <typename scalar_t, typename T>
 __device__ __forceinline__ void store_grad_weight(const TuckerQueryBwdParams& p, const Plan& plan,
                                                   const Block& block) {
-  constexpr int kGroups = T::kColumnTiles / 4;  // of columns in the order of store_x
-  constexpr bool kRest = T::kColumnTiles % 4 != 0;
+  constexpr int kGroups = T::kColumnTiles / 4;      // of columns in the order of store_x
+  constexpr bool kRest = T::kColumnTiles % 4 != 0;  // of two tiles
   const int lane = threadIdx.x % kWarpSize;
   const int matrix = lane / 8;
   const int matrix_row = lane % 8;
@@ -62,11 +59,11 @@ __device__ __forceinline__ void store_grad_weight(const TuckerQueryBwdParams& p,
       const int row = item * 16 + matrix % 2 * 8;
       ldmatrix_x4_trans(a, shared_address(block.grad + token * plan.row_stride + row * 2));
 #pragma unroll
-      for (int pair = 0; pair < (T::kColumnTiles + 1) / 2; ++pair) {
+      for (int pair = 0; pair < T::kColumnTiles / 2; ++pair) {
         uint32_t b[4];
-        load_tile_pair<scalar_t, T>(b, block.x + step * 16 * T::kStride, pair);
+        load_tile_pair<T>(b, block.x + step * 16 * T::kStride, pair);
 #pragma unroll
-        for (int tile = 0; tile < 2 && pair * 2 + tile < T::kColumnTiles; ++tile) {
+        for (int tile = 0; tile < 2; ++tile) {
           mma_m16n8k16<scalar_t>(acc[pair * 2 + tile], a, b[tile * 2], b[tile * 2 + 1]);
         }
       }
@@ -88,23 +85,20 @@ __device__ __forceinline__ void store_grad_weight(const TuckerQueryBwdParams& p,
         if (column < columns) __stcg(reinterpret_cast<uint4*>(target + column), piece);
       }
       if constexpr (kRest) {
-        const int column = kGroups * kOrderColumns + lane % 4 * 2;
-        if (column < columns) {
-          __stcg(reinterpret_cast<uint32_t*>(target + column), packed(T::kColumnTiles - 1));
-        }
+        const int column = kGroups * kOrderColumns + lane % 4 * (kVector / 2);
+        const uint2 half = {packed(kGroups * 4), packed(kGroups * 4 + 1)};
+        if (column < columns) __stcg(reinterpret_cast<uint2*>(target + column), half);
       }
     }
   }
 }
 
-// g p / rms, summed over the tokens: a warp for each of the cluster's vectors, the last first,
-// which may have had fewer rows of grad_weight.
+// g p / rms, summed over the tokens: a warp for each of the cluster's vectors.
 template <typename scalar_t, typename T>
 __device__ __forceinline__ void add_gain_grad(const Block& block) {
   const int lane = threadIdx.x % kWarpSize;
 #pragma unroll 1
-  for (int i = kWarps - 1 - static_cast<int>(threadIdx.x) / kWarpSize; i < block.num_gain_vectors;
-       i += kWarps) {
+  for (int i = threadIdx.x / kWarpSize; i < block.num_gain_vectors; i += kWarps) {
     float sums[kVector] = {};
 #pragma unroll
     for (int first = 0; first < T::kTokens; first += kWarpSize) {
@@ -141,11 +135,11 @@ __device__ __forceinline__ void multiply(const Plan& plan, const Block& block,
     uint32_t a[4];
     ldmatrix_x4(a, shared_address(grads + step * 32));
 #pragma unroll
-    for (int pair = 0; pair < (T::kColumnTiles + 1) / 2; ++pair) {
+    for (int pair = 0; pair < T::kColumnTiles / 2; ++pair) {
       uint32_t b[4];
-      load_tile_pair<scalar_t, T>(b, block.weight + step * 16 * T::kStride, pair);
+      load_tile_pair<T>(b, block.weight + step * 16 * T::kStride, pair);
 #pragma unroll
-      for (int tile = 0; tile < 2 && pair * 2 + tile < T::kColumnTiles; ++tile) {
+      for (int tile = 0; tile < 2; ++tile) {
         mma_m16n8k16<scalar_t>(acc[pair * 2 + tile], a, b[tile * 2], b[tile * 2 + 1]);
       }
     }
@@ -339,8 +333,6 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kTokenTiles, kColumns))
   }
   cp_async_wait<1>();
   __syncthreads();  // dP and x are there
-  // What arrives last is used last. W is there before dP where that is given.
-  if (!T::kGradGiven && p.grad_weight != nullptr) store_grad_weight<scalar_t, T>(p, plan, block);
   add_gain_grad<scalar_t, T>(block);
   cp_async_wait<0>();
   __syncthreads();  // W is there
@@ -354,7 +346,8 @@ __global__ void __launch_bounds__(kThreads, min_blocks(kTokenTiles, kColumns))
   cluster_wait();
   send_gain_grad(plan, block);
   if (p.grad_x != nullptr) send_grad_x<T, kColumns>(plan, block);
-  if (T::kGradGiven && p.grad_weight != nullptr) store_grad_weight<scalar_t, T>(p, plan, block);
+  // While the sums are on their way: nobody else waits for this.
+  if (p.grad_weight != nullptr) store_grad_weight<scalar_t, T>(p, plan, block);
   if (received_bytes == 0) return;
   mbarrier_wait_cluster(block.received_barrier, 0);
   if (p.grad_x != nullptr) store_grad_x<scalar_t, kColumns>(p, plan, block);
@@ -503,7 +496,7 @@ bool fits(const TuckerQueryBwdParams& p) {
   return (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) && p.num_tokens >= 1 &&
          p.d_model >= 8 && p.d_model <= kMaxSize && p.d_model % 8 == 0 && p.key_dim >= 8 &&
          p.key_dim <= kMaxKeyDim && p.key_dim % 8 == 0 && p.num_segments >= 1 &&
-         p.num_segments <= kLargeCluster && p.num_tokens <= tucker_query_small_tokens(p) &&
+         p.num_segments <= kLargeCluster && p.num_tokens <= kTuckerQuerySmallTokens &&
          is_aligned(p.x) && is_aligned(p.weight) && is_aligned(p.projection) &&
          is_aligned(p.grad_query) && is_aligned(p.grad_x) && is_aligned(p.grad_weight);
 }

@@ -18,6 +18,7 @@ inline constexpr int kVector = 8;  // elements in 16 bytes
 inline constexpr int kMaxKeyDim = 1024;
 inline constexpr int kThreadGains = kMaxKeyDim / kThreads;
 inline constexpr int kOrderColumns = 32;  // of x, in an order of their own, see store_x
+inline constexpr int kOrderPieces = kOrderColumns / kVector;
 
 // kTokenTiles tiles of 8 tokens, kColumns columns of D.
 template <int kTokenTiles, int kColumns>
@@ -26,6 +27,8 @@ struct Traits {
   static constexpr int kLaneTokens = std::min(kTokens, kWarpSize);
   // dP of many tokens takes long, and every tile of columns needs it: a kernel ahead makes it.
   static constexpr bool kGradGiven = kTokenTiles > 4;
+  // Whole sectors of 32 bytes of every row, half of which cost the L2 cache more than all.
+  static_assert(kColumns % 16 == 0);
   static constexpr int kPieces = kColumns / kVector;  // of a row of W or x
   // Rows of W and x in shared memory: an odd number of 16-byte pieces, so that ldmatrix finds eight
   // of them in different banks.
@@ -36,9 +39,9 @@ struct Traits {
   static constexpr int kColumnTiles = kColumns / 8;
   static constexpr int kTokenParts = kTokens / 16;
   static constexpr int kRowParts = kWarps / kTokenParts;
-  // 8 more than a multiple of 32, so that the fragments of a warp are written without conflicts.
-  static constexpr int kPartialStride = kColumns % 32 == 0 ? kColumns + 8 : kColumns;
-  static_assert(kPartialStride % 32 == 8, "conflicts");
+  // 8 more or less than a multiple of 32: the fragments of a warp are written without conflicts.
+  static constexpr int kPartialStride = kColumns + 8;
+  static_assert(kPartialStride % 32 == 8 || kPartialStride % 32 == 24, "conflicts");
   static constexpr int kPartialTokens = kTokenTiles * kTokenTile;
   static constexpr int kPartialSize = kPartialTokens * kPartialStride;
 };
@@ -195,11 +198,10 @@ __device__ __forceinline__ void load_x(const TuckerQueryBwdParams& p, const Bloc
 }
 
 // A tensor-core product leaves the thread with two neighbouring columns of each tile of 8. Of 32
-// columns pair j of piece q stands at pair 4 j + q, so that it has a whole piece of four tiles. A
-// rest of 8 columns stands as it is.
+// columns pair j of piece q stands at pair 4 j + q, so that it has a whole piece of four tiles, and
+// of a rest of 16 pair j at pair j % 2 * 4 + j / 2: half a piece of two tiles.
 template <typename T>
 __device__ __forceinline__ void store_x(const Block& block, const uint4 (&pieces)[T::kThreadX]) {
-  constexpr int kOrderPieces = kOrderColumns / kVector;
   constexpr int kOrdered = T::kPieces / kOrderPieces * kOrderPieces;
 #pragma unroll
   for (int n = 0; n < T::kThreadX; ++n) {
@@ -209,7 +211,9 @@ __device__ __forceinline__ void store_x(const Block& block, const uint4 (&pieces
     if (token >= T::kTokens) continue;
     unsigned char* row = block.x + token * T::kStride;
     if (piece >= kOrdered) {
-      *reinterpret_cast<uint4*>(row + piece * 16) = pieces[n];
+      auto* halves = reinterpret_cast<uint2*>(row + kOrdered * 16) + (piece - kOrdered);
+      halves[0] = {pieces[n].x, pieces[n].z};
+      halves[2] = {pieces[n].y, pieces[n].w};
       continue;
     }
     auto* pairs = reinterpret_cast<uint32_t*>(row + piece / kOrderPieces * kOrderColumns * 2) +

@@ -52,6 +52,15 @@ __device__ __forceinline__ void copy_box_multicast(const CUtensorMap* map, uint3
       : "memory");
 }
 
+// A hint that the box at (x, y, z) will be wanted soon. Reads nothing as far as the order of memory
+// goes.
+__device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int x, int y, int z) {
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(
+                   reinterpret_cast<uint64_t>(map)),
+               "r"(x), "r"(y), "r"(z)
+               : "memory");
+}
+
 // ---- warpgroup matrix products -----------------------------------------------------------------
 
 // Describes a tile in shared memory whose rows are 64 two-byte elements of the reduced dimension,
@@ -105,6 +114,7 @@ __device__ __forceinline__ void wgmma_results(float (&d)[kCount]) {
 #define ULTRAMEM_REGS_32                                                                       \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
   "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define ULTRAMEM_REGS_36 ULTRAMEM_REGS_32 ", %32, %33, %34, %35"
 #define ULTRAMEM_REGS_64                                                                    \
   ULTRAMEM_REGS_32                                                                          \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
@@ -119,6 +129,17 @@ __device__ __forceinline__ void wgmma_results(float (&d)[kCount]) {
       "}, %32, %33, p, 1, 1, 0, 0;\n"                                                   \
       "}\n"                                                                             \
       : ULTRAMEM_FLOATS_32(d, 0)                                                        \
+      : "l"(a), "l"(b), "r"(accumulate))
+
+#define ULTRAMEM_WGMMA_72(d, a, b, accumulate, type)                                    \
+  asm volatile(                                                                         \
+      "{\n"                                                                             \
+      ".reg .pred p;\n"                                                                 \
+      "setp.ne.b32 p, %38, 0;\n"                                                        \
+      "wgmma.mma_async.sync.aligned.m64n72k16.f32." type "." type " {" ULTRAMEM_REGS_36 \
+      "}, %36, %37, p, 1, 1, 0, 0;\n"                                                   \
+      "}\n"                                                                             \
+      : ULTRAMEM_FLOATS_32(d, 0), ULTRAMEM_FLOATS_4(d, 32)                              \
       : "l"(a), "l"(b), "r"(accumulate))
 
 #define ULTRAMEM_WGMMA_128(d, a, b, accumulate, type)                                    \
@@ -138,10 +159,12 @@ __device__ __forceinline__ void wgmma_results(float (&d)[kCount]) {
 template <typename scalar_t, int kCount>
 __device__ __forceinline__ void wgmma_k16(float (&d)[kCount], uint64_t a, uint64_t b,
                                           int accumulate) {
-  static_assert(kCount == 32 || kCount == 64, "64 or 128 columns");
+  static_assert(kCount == 32 || kCount == 36 || kCount == 64, "64, 72 or 128 columns");
   constexpr bool kBFloat16 = sizeof(scalar_t) == 2 && !std::is_same<scalar_t, __half>::value;
   if constexpr (kCount == 32 && kBFloat16) ULTRAMEM_WGMMA_64(d, a, b, accumulate, "bf16");
   if constexpr (kCount == 32 && !kBFloat16) ULTRAMEM_WGMMA_64(d, a, b, accumulate, "f16");
+  if constexpr (kCount == 36 && kBFloat16) ULTRAMEM_WGMMA_72(d, a, b, accumulate, "bf16");
+  if constexpr (kCount == 36 && !kBFloat16) ULTRAMEM_WGMMA_72(d, a, b, accumulate, "f16");
   if constexpr (kCount == 64 && kBFloat16) ULTRAMEM_WGMMA_128(d, a, b, accumulate, "bf16");
   if constexpr (kCount == 64 && !kBFloat16) ULTRAMEM_WGMMA_128(d, a, b, accumulate, "f16");
 }

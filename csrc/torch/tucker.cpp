@@ -73,6 +73,17 @@ bool few_tokens_fwd(const OpContext& context, const Tensor& x, const Tensor& wei
   return true;
 }
 
+// The product alone, for few tokens where the norm is better off in a kernel of its own.
+bool few_tokens_project(const OpContext& context, const Tensor& x, const Tensor& weight,
+                        const Tensor& norm_weight, double eps, const Tensor& projection) {
+  if (!context.is_cuda() || !x.is_contiguous() || !weight.is_contiguous()) return false;
+  const auto params =
+      query_params<TuckerQueryParams>(context, x, weight, norm_weight, projection, eps);
+  if (!cuda::tucker_query_project_supported(params)) return false;
+  context.check(cuda::tucker_query_project(params, context.stream()));
+  return true;
+}
+
 // grad_x and grad_weight are empty where they are not wanted.
 bool few_tokens_bwd(const OpContext& context, const Tensor& grad_query, const Tensor& x,
                     const Tensor& weight, const Tensor& norm_weight, const Tensor& projection,
@@ -129,9 +140,12 @@ std::tuple<Tensor, Tensor> tucker_query(Tensor x, Tensor weight, Tensor norm_wei
   if (few_tokens_fwd(context, x, weight, norm_weight, eps, query, projection)) {
     return {query, projection};
   }
+  const bool projected = few_tokens_project(context, x, weight, norm_weight, eps, projection);
+#else
+  const bool projected = false;
 #endif
 
-  matmul(x, transpose(weight, 0, 1), projection);
+  if (!projected) matmul(x, transpose(weight, 0, 1), projection);
   auto params = norm_params<RmsNormParams>(context, projection, norm_weight, eps);
   params.y = query.mutable_data_ptr();
   context.check(ULTRAMEM_CALL(context, rms_norm_fwd, params));

@@ -125,6 +125,12 @@ FEW_TOKENS = [
     (64, 4096, 1, 1, 1024),
     (64, 8192, 1, 1, 24),  # wide: more of a cluster shares D
     (64, 24576, 1, 1, 8),  # too wide for shared memory
+    (1, 2048, 1, 2, 512),  # weights of more than 2^21 elements: the product has its own kernel
+    (17, 8200, 1, 1, 136),  # more columns a block than its shared memory holds
+    (30, 40000, 1, 1, 28),  # fewer rows than a tile
+    (40, 2072, 1, 2, 264),  # D ends within 64 columns
+    (64, 1032, 2, 2, 260),  # the backward the general way
+    (64, 2048, 1, 2, 512),
     (65, 768, 1, 2, 192),
 ]
 

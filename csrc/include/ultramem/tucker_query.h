@@ -12,8 +12,8 @@ namespace ultramem {
 inline namespace ULTRAMEM_API {
 
 inline constexpr int kTuckerQuerySmallTokens = 64;
-// Elements of the weight beyond which half as many tokens are few: a matrix product hides a norm
-// the better the longer it takes.
+// Elements of the weight beyond which the forward's norm is better off in a kernel of its own: the
+// longer the product takes, the more it matters that all multiprocessors have a part in it.
 inline constexpr int64_t kTuckerQuerySmallWeight = int64_t{1} << 21;
 
 // Rows of the weight, and segments of a query, are ordered side, head, query.
@@ -33,13 +33,6 @@ struct TuckerQueryParams {
   void* projection = nullptr;         // [T, 2 H Q Kd], what was normalised: for the backward
 };
 
-// How many tokens are few, for the kernels below.
-inline int64_t tucker_query_small_tokens(const TuckerQueryParams& params) {
-  const int64_t rows = params.num_segments * params.key_dim;
-  return rows * params.d_model > kTuckerQuerySmallWeight ? kTuckerQuerySmallTokens / 2
-                                                         : kTuckerQuerySmallTokens;
-}
-
 // Reads x, weight, norm_weight and projection of the forward; `query` is not read.
 struct TuckerQueryBwdParams : TuckerQueryParams {
   const void* grad_query = nullptr;  // [T, 2, H, Q, Kd]
@@ -53,12 +46,19 @@ struct TuckerQueryBwdParams : TuckerQueryParams {
 
 namespace cuda ULTRAMEM_PUBLIC {
 // One kernel that reads the weight once. Offered where `supported` says so on the current device:
-// compute capability 9.0, bfloat16 or float16, 1 to tucker_query_small_tokens(params) tokens,
-// 16-byte aligned rows, and shapes that fit shared memory.
+// compute capability 9.0, bfloat16 or float16, 1 to kTuckerQuerySmallTokens tokens, a weight of up
+// to kTuckerQuerySmallWeight elements, 16-byte aligned rows, and shapes that fit shared memory.
 // `supported` looks at sizes, dtypes and the alignment of the pointers, which must be set. Calls of
 // what is not supported return kInvalidArgument.
 bool tucker_query_small_fwd_supported(const TuckerQueryParams& params);
 Status tucker_query_small_fwd(const TuckerQueryParams& params, Stream stream);
+
+// projection = x W^T alone, for 1 to kTuckerQuerySmallTokens tokens and weights beyond that: the
+// norm is left to rms_norm. `query`, norm_weight and eps are not read. Offered where `supported`
+// says so on the current device: compute capability 9.0, bfloat16 or float16, an even number of
+// rows, which are 16-byte aligned.
+bool tucker_query_project_supported(const TuckerQueryParams& params);
+Status tucker_query_project(const TuckerQueryParams& params, Stream stream);
 
 // One kernel that reads the weight and writes its gradient once, with the norm's in one of its own
 // ahead of it for more than 32 tokens. Needs whole 16-byte vectors in key_dim as well, no more than
