@@ -82,41 +82,59 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     prefetch_to_l2(keys, min(static_cast<uint32_t>(num_keys) * key_dim * 2, kMaxPrefetchBytes));
   }
 #endif
-  wait_for_prerequisite_grid();
-  release_dependent_grid();
 
   // Rows of a stage: keys, then tokens. A thread copies one piece of every kThreads / 8-th row.
   // Rows that a matrix of 8 x 8 is made of have their pieces in different places: every other one
   // of keys, neighbours of tokens.
   constexpr int kPassRows = Traits::kThreads / kRowPieces;
-  constexpr int kRows = Traits::kKeys + Traits::kTokens;
+  constexpr int kKeyPasses = Traits::kKeys / kPassRows;
+  constexpr int kPasses = kKeyPasses + (Traits::kTokens + kPassRows - 1) / kPassRows;
+  static_assert(Traits::kKeys % kPassRows == 0, "a pass is of keys or of tokens");
   const uint32_t stages = shared_address(shared_bytes);
-  const int piece = thread % kRowPieces;
+  const uint32_t piece = threadIdx.x % kRowPieces;
+  const int pass_row = static_cast<int>(threadIdx.x / kRowPieces);
   const int query = p.num_queries == 1 ? 0 : rank;
-  const int64_t query_stride = int64_t{2} * p.num_heads * p.num_queries * key_dim;
-  const scalar_t* queries =
-      static_cast<const scalar_t*>(p.query) + first_token * query_stride +
-      ((int64_t{side} * p.num_heads + head) * p.num_queries + query) * key_dim;
-  const auto copy_chunk = [&](int chunk) {
-    const int column = chunk * kChunk + piece * 8;
-    const bool valid = column < key_dim;
-    const uint32_t stage = stages + chunk % kMaxStages * Traits::kStageBytes;
+  // All queries are below 2^24 elements, and so are the keys of a tile.
+  const int query_stride = 2 * p.num_heads * p.num_queries * key_dim;
+  const scalar_t* queries = static_cast<const scalar_t*>(p.query) +
+                            static_cast<int>(first_token) * query_stride +
+                            ((side * p.num_heads + head) * p.num_queries + query) * key_dim;
+  const scalar_t* from[kPasses];
+  uint32_t to[kPasses];
 #pragma unroll
-    for (int first = 0; first < kRows; first += kPassRows) {
-      const int row = first + thread / kRowPieces;
-      if (kRows % kPassRows != 0 && row >= kRows) break;
-      const bool is_key = row < Traits::kKeys;
-      const int token = row - Traits::kKeys;
-      const int swizzle = is_key ? row / 2 : token;
-      const scalar_t* from = is_key ? keys + int64_t{min(row, num_keys - 1)} * key_dim
-                                    : queries + min(token, num_tokens - 1) * query_stride;
-      cp_async_16(stage + row * kRowBytes + ((piece ^ swizzle) % kRowPieces) * 16,
-                  valid ? from + column : from, valid);
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const bool is_key = pass < kKeyPasses;
+    const int row = pass_row + (is_key ? pass : pass - kKeyPasses) * kPassRows;
+    from[pass] = (is_key ? keys + min(row, num_keys - 1) * key_dim
+                         : queries + min(row, num_tokens - 1) * query_stride) +
+                 piece * 8;
+    const uint32_t swizzle = static_cast<uint32_t>(is_key ? row / 2 : row);
+    to[pass] = stages + ((is_key ? 0 : Traits::kKeys) + row) * kRowBytes +
+               ((piece ^ swizzle) % kRowPieces) * 16;
+  }
+  // Nothing is read behind a row, wherever the address points: there are zeros.
+  const auto copy_chunk = [&](int chunk, int place) {
+    const bool valid = chunk * kChunk + static_cast<int>(piece) * 8 < key_dim;
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int last_row = (pass - kKeyPasses + 1) * kPassRows;
+      if (last_row > Traits::kTokens && pass_row + last_row - kPassRows >= Traits::kTokens) break;
+      cp_async_16(to[pass] + place * Traits::kStageBytes, from[pass] + chunk * kChunk, valid);
     }
   };
-#pragma unroll 1
+  // The addresses are there before the queries are.
+  uint32_t addresses = 0;
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const auto address = reinterpret_cast<uint64_t>(from[pass]);
+    addresses ^= static_cast<uint32_t>(address) ^ static_cast<uint32_t>(address >> 32) ^ to[pass];
+  }
+  wait_for_words(addresses, layout.num_chunks);
+  wait_for_prerequisite_grid();
+  release_dependent_grid();
+#pragma unroll
   for (int chunk = 0; chunk < kMaxStages; ++chunk) {
-    if (chunk < layout.num_chunks) copy_chunk(chunk);
+    if (chunk < layout.num_chunks) copy_chunk(chunk, chunk);
     cp_async_commit();
   }
 
@@ -149,7 +167,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
     if (chunk + kMaxStages < layout.num_chunks) {
       __syncthreads();
-      copy_chunk(chunk + kMaxStages);
+      copy_chunk(chunk + kMaxStages, chunk % kMaxStages);
     }
     cp_async_commit();
   }
@@ -158,18 +176,18 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   // for one more.
   const int key = key_warp * kTileKeys + lane / 4 * 2;
   if (first_key + key >= layout.score_stride) return;
-  float* to = layout.scores +
-              (((first_token * p.num_heads + head) * 2 + side) * p.tucker_rank + rank) *
-                  layout.score_stride +
-              first_key + key;
-  const int64_t token_floats = int64_t{2} * p.num_heads * p.tucker_rank * layout.score_stride;
+  // Scores take up to 2^23 floats (kTensorCoreSmallBytes).
+  const int token_floats = 2 * p.num_heads * p.tucker_rank * layout.score_stride;
+  float* out = layout.scores +
+               (static_cast<int>(first_token) * token_floats +
+                ((head * 2 + side) * p.tucker_rank + rank) * layout.score_stride + first_key + key);
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int token = (token_warp * kTiles + tile) * kTileTokens + lane % 4 * 2 + e;
       if (token < num_tokens) {
-        *reinterpret_cast<float2*>(to + token * token_floats) =
+        *reinterpret_cast<float2*>(out + token * token_floats) =
             float2{acc[tile][e], acc[tile][2 + e]};
       }
     }
