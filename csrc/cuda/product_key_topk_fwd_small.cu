@@ -138,31 +138,55 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     cp_async_commit();
   }
 
-  const int key_row = key_warp * kTileKeys + lane % 8 * 2 + lane / 8 % 2;
-  const int token_row = token_warp * kTiles * kTileTokens + lane % 8;
+  // Row i of a product is key 2 i of the tile, row 8 + i the next; behind the last there is room
+  // for one more. Scores take up to 2^23 floats (kTensorCoreSmallBytes). Where they go is there
+  // before the keys are.
+  const int key = key_warp * kTileKeys + lane / 4 * 2;
+  const bool has_key = first_key + key < layout.score_stride;
+  const int own_token = token_warp * kTiles * kTileTokens + lane % 4 * 2;
+  const int token_floats = 2 * p.num_heads * p.tucker_rank * layout.score_stride;
+  float* out = layout.scores +
+               ((static_cast<int>(first_token) + own_token) * token_floats +
+                ((head * 2 + side) * p.tucker_rank + rank) * layout.score_stride + first_key + key);
+  wait_for_words(reinterpret_cast<uintptr_t>(out), reinterpret_cast<uintptr_t>(out) >> 32);
+
+  const uint32_t lane_unsigned = static_cast<uint32_t>(lane);
+  const uint32_t key_row = key_warp * kTileKeys + lane_unsigned % 8 * 2 + lane_unsigned / 8 % 2;
+  const uint32_t token_row = token_warp * kTiles * kTileTokens + lane_unsigned % 8;
   float acc[kTiles][4] = {};
 #pragma unroll 1
   for (int chunk = 0; chunk < layout.num_chunks; ++chunk) {
     cp_async_wait<kMaxStages - 1>();
     __syncthreads();
     const uint32_t stage = stages + chunk % kMaxStages * Traits::kStageBytes;
+    constexpr int kSteps = kChunk / kStep;
+    // All is read before the first product: behind the last element of a row there are zeros.
+    uint32_t a[kSteps][2][4], b[kSteps][kTiles][4];
 #pragma unroll
-    for (int step = 0; step < kChunk / kStep; ++step) {
-      if (chunk * kChunk + step * kStep >= key_dim) break;
-      uint32_t a[2][4];
+    for (uint32_t step = 0; step < kSteps; ++step) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int at = (step * 4 + half * 2 + lane / 16) ^ key_row / 2;
-        ldmatrix_x4(a[half], stage + key_row * kRowBytes + at % kRowPieces * 16);
+      for (uint32_t half = 0; half < 2; ++half) {
+        const uint32_t at = (step * 4 + half * 2 + lane_unsigned / 16) ^ key_row / 2;
+        ldmatrix_x4(a[step][half], stage + key_row * kRowBytes + at % kRowPieces * 16);
       }
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        const int row = token_row + tile * kTileTokens;
-        const int at = (step * 4 + lane / 8) ^ row;
-        uint32_t b[4];
-        ldmatrix_x4(b, stage + (Traits::kKeys + row) * kRowBytes + at % kRowPieces * 16);
-        mma_m16n8k16<scalar_t>(acc[tile], a[0], b[0], b[1]);
-        mma_m16n8k16<scalar_t>(acc[tile], a[1], b[2], b[3]);
+      for (uint32_t tile = 0; tile < kTiles; ++tile) {
+        const uint32_t row = token_row + tile * kTileTokens;
+        const uint32_t at = (step * 4 + lane_unsigned / 8) ^ row;
+        ldmatrix_x4(b[step][tile],
+                    stage + (Traits::kKeys + row) * kRowBytes + at % kRowPieces * 16);
+      }
+    }
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      if (step > 0 && chunk * kChunk + step * kStep >= key_dim) break;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          mma_m16n8k16<scalar_t>(acc[tile], a[step][half], b[step][tile][2 * half],
+                                 b[step][tile][2 * half + 1]);
+        }
       }
     }
     if (chunk + kMaxStages < layout.num_chunks) {
@@ -172,22 +196,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     cp_async_commit();
   }
 
-  // Row i of a product is key 2 i of the tile, row 8 + i the next; behind the last there is room
-  // for one more.
-  const int key = key_warp * kTileKeys + lane / 4 * 2;
-  if (first_key + key >= layout.score_stride) return;
-  // Scores take up to 2^23 floats (kTensorCoreSmallBytes).
-  const int token_floats = 2 * p.num_heads * p.tucker_rank * layout.score_stride;
-  float* out = layout.scores +
-               (static_cast<int>(first_token) * token_floats +
-                ((head * 2 + side) * p.tucker_rank + rank) * layout.score_stride + first_key + key);
+  if (!has_key) return;
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int token = (token_warp * kTiles + tile) * kTileTokens + lane % 4 * 2 + e;
-      if (token < num_tokens) {
-        *reinterpret_cast<float2*>(out + token * token_floats) =
+      const int next = tile * kTileTokens + e;
+      if (own_token + next < num_tokens) {
+        *reinterpret_cast<float2*>(out + next * token_floats) =
             float2{acc[tile][e], acc[tile][2 + e]};
       }
     }
