@@ -127,6 +127,12 @@ struct Selection {
   uint32_t* num_compared;
 };
 
+// What find_best begins with; `thread` of the group's.
+__device__ __forceinline__ void clear(const Selection& selection, int thread, int group_threads) {
+  for (int i = thread; i < kBins; i += group_threads) selection.bins[i] = 0;
+  if (thread == 0) *selection.num_compared = 0;
+}
+
 // The bin that the m-th best key is in.
 struct Bin {
   uint32_t index;  // kBins where there are fewer keys
@@ -206,14 +212,12 @@ __device__ __forceinline__ uint32_t search_best(const OwnKeys<kSets>& own, uint3
   return above;
 }
 
-// Bits of those of the thread's keys that are among the best m.
+// Bits of those of the thread's keys that are among the best m. `selection` is clear: by the
+// threads of the group, without a barrier since.
 template <int kSets>
 __device__ __forceinline__ uint32_t find_best(const OwnKeys<kSets>& own, uint32_t m, int num_keys,
                                               const Selection& selection, int warp, int lane,
-                                              int group_threads, WarpGroup& group) {
-#pragma unroll 1
-  for (int i = warp * kWarpSize + lane; i < kBins; i += group_threads) selection.bins[i] = 0;
-  if (warp == 0 && lane == 0) *selection.num_compared = 0;
+                                              WarpGroup& group) {
   uint32_t highest = 0, lowest = 0xffffffffu;
 #pragma unroll
   for (int i = 0; i < own.kCount; ++i) {

@@ -227,54 +227,56 @@ __global__ void __launch_bounds__(kMaxSelectWarps* kWarpSize, 1)
   const int warp = thread / kWarpSize;
   const int lane = thread % kWarpSize;
   const auto num_warps = static_cast<int>(blockDim.x) / kWarpSize;
-  const int64_t row = blockIdx.x;
+  const uint32_t row = blockIdx.x;
   const auto num_keys = static_cast<int>(p.num_keys);
   const int m = p.axis_topk;
+  const int R = p.tucker_rank;
   WarpGroup group(slots, 0, warp, num_warps);
   const Selection selection(selection_bytes);
-  wait_for_prerequisite_grid();
-  release_dependent_grid();
-  float filter[kMaxTuckerRank] = {};
-#pragma unroll
-  for (int r = 0; r < kMaxTuckerRank; ++r) {
-    if (p.mode == ScoreMode::kAdditive) {
-      filter[r] = 1.0f;
-    } else if (r < p.tucker_rank) {
-      const auto* vector = static_cast<const float*>(row % 2 == 0 ? p.u : p.t);
-      filter[r] = vector[row / 2 % p.num_heads * p.tucker_rank + r];
-    }
-  }
-  const float* scores = all_scores + row * p.tucker_rank * stride;
+  // Scores take up to 2^23 floats (kTensorCoreSmallBytes).
+  const float* scores = all_scores + row * static_cast<uint32_t>(R * stride);
+  const uint32_t head = p.num_heads == 1 ? 0 : row / 2 % static_cast<uint32_t>(p.num_heads);
+  const auto* vector = static_cast<const float*>(row % 2 == 0 ? p.u : p.t) + head * R;
   OwnKeys<kSets> own;
   own.first = warp * kWarpSetKeys + lane * kSetKeys;
   own.stride = num_warps * kWarpSetKeys;
+  clear(selection, thread, static_cast<int>(blockDim.x));
+  wait_for_words(reinterpret_cast<uintptr_t>(scores), reinterpret_cast<uintptr_t>(vector),
+                 own.first, R, m);
+  wait_for_prerequisite_grid();
+  release_dependent_grid();
+  // All are on their way before the first is used.
+  float filter[kMaxTuckerRank];
+#pragma unroll
+  for (int r = 0; r < kMaxTuckerRank; ++r) {
+    filter[r] = 1.0f;
+    if (r < R && p.mode != ScoreMode::kAdditive) filter[r] = vector[r];
+  }
 #pragma unroll
   for (int set = 0; set < kSets; ++set) {
     const int key = own.first + set * own.stride;
-    float sums[kSetKeys] = {};
-    if (key < num_keys) {
+    const float* from = scores + min(key, stride - kSetKeys);
+    float of_ranks[kMaxTuckerRank][kSetKeys];
 #pragma unroll
-      for (int r = 0; r < kMaxTuckerRank; ++r) {
-        if (r >= p.tucker_rank) break;
-        float of_rank[kSetKeys];
-        load_floats<kSetKeys>(scores + r * stride + key, of_rank);
-#pragma unroll
-        for (int e = 0; e < kSetKeys; ++e) {
-          sums[e] =
-              r == 0 ? __fmul_rn(filter[0], of_rank[e]) : __fmaf_rn(filter[r], of_rank[e], sums[e]);
-        }
-      }
+    for (int r = 0; r < kMaxTuckerRank; ++r) {
+      // Whoever has no key reads the last.
+      if (r == 0 || r < R) load_floats<kSetKeys>(from + r * stride, of_ranks[r]);
     }
 #pragma unroll
     for (int e = 0; e < kSetKeys; ++e) {
-      own.ranks[set * kSetKeys + e] = key + e < num_keys ? sortable(sums[e]) : 0;
+      float sum = __fmul_rn(filter[0], of_ranks[0][e]);
+#pragma unroll
+      for (int r = 1; r < kMaxTuckerRank; ++r) {
+        if (r < R) sum = __fmaf_rn(filter[r], of_ranks[r][e], sum);
+      }
+      own.ranks[set * kSetKeys + e] = key + e < num_keys ? sortable(sum) : 0;
     }
   }
-  const uint32_t best = find_best(own, static_cast<uint32_t>(m), num_keys, selection, warp, lane,
-                                  static_cast<int>(blockDim.x), group);
+  const uint32_t best =
+      find_best(own, static_cast<uint32_t>(m), num_keys, selection, warp, lane, group);
   const Places<kSets> places(best, warp, lane, group);
   int32_t* ids = p.axis_indices + row * m;
-  float* kept_scores = static_cast<float*>(p.axis_scores) + row * p.tucker_rank * m;
+  float* kept_scores = static_cast<float*>(p.axis_scores) + row * (R * m);
 #pragma unroll
   for (int set = 0; set < kSets; ++set) {
     uint32_t place = places.first[set];
@@ -282,7 +284,7 @@ __global__ void __launch_bounds__(kMaxSelectWarps* kWarpSize, 1)
     for (uint32_t bits = best >> 4 * set & 0xfu; bits != 0; bits &= bits - 1) {
       const int key = own.key(set * kSetKeys) + __ffs(static_cast<int>(bits)) - 1;
       ids[place] = key;
-      for (int r = 0; r < p.tucker_rank; ++r) {
+      for (int r = 0; r < R; ++r) {
         kept_scores[r * m + place] = scores[r * stride + key];
       }
       ++place;
