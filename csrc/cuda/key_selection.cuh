@@ -4,6 +4,7 @@
 
 #include "block_topk.cuh"
 #include "common.cuh"
+#include "fast_math.cuh"
 #include "threshold_search.cuh"
 #include "warp_group.cuh"
 
@@ -17,15 +18,26 @@ inline constexpr int kBins = 256;
 inline constexpr int kLaneBins = kBins / kWarpSize;
 // Keys of one bin that are compared with each other; where there are more, a search cuts.
 inline constexpr int kMaxCompared = 64;
-// Of a group of warps: the histogram, the keys to compare, how many.
-inline constexpr int kSelectionBytes = kBins * 4 + kMaxCompared * 8 + 16;
+// Of a group of warps: the histogram with a bin of those that are no numbers, the keys to compare
+// and how many.
+inline constexpr int kBinBytes = kBins * 4 + 16;
+inline constexpr int kSelectionBytes = kBinBytes + kMaxCompared * 8 + 16;
 
 // The token's ranks of this thread's keys, NaN and what lies past the end as 0. Set i of warp w is
 // keys (i * W + w) * 128 and on, where there are W warps.
 template <int kSets>
 struct OwnKeys {
   __device__ __forceinline__ int key(int i) const {
+    if (kSets == 1) return first + i;
     return first + i / kSetKeys * stride + i % kSetKeys;
+  }
+
+  // Rank i, which stays in registers.
+  __device__ __forceinline__ uint32_t rank(int i) const {
+    uint32_t chosen = ranks[0];
+#pragma unroll
+    for (int j = 1; j < kCount; ++j) chosen = i == j ? ranks[j] : chosen;
+    return chosen;
   }
 
   static constexpr int kCount = kSets * kSetKeys;
@@ -85,13 +97,8 @@ class Places {
     uint32_t counts = 0;
 #pragma unroll
     for (int set = 0; set < kSets; ++set) counts |= __popc(bits >> 4 * set & 0xfu) << 8 * set;
-    uint32_t sum = counts;
-#pragma unroll
-    for (int delta = 1; delta < kWarpSize; delta *= 2) {
-      const uint32_t other = __shfl_up_sync(kFullMask, sum, delta);
-      if (lane >= delta) sum += other;
-    }
-    const uint32_t of_warp = group.exchange(__shfl_sync(kFullMask, sum, kWarpSize - 1), 0);
+    const auto sum = static_cast<uint32_t>(warp_scan_inclusive(static_cast<int>(counts)));
+    const uint32_t of_warp = group.exchange_last(sum, 0);
     const uint32_t before_lane = sum - counts;
     // Two sets each, in halves: 2048 at most.
     const uint32_t warps[2] = {of_warp & 0xff00ffu, of_warp >> 8 & 0xff00ffu};
@@ -115,23 +122,29 @@ class Places {
   uint32_t first[kSets];  // the place of the thread's first of a set
 };
 
-// What the warps of a group share of a token's selection.
+// What the warps of a group share of a token's selection. Its address is the same in all lanes, and
+// a register of its own: as the compiler has it it would be computed wherever it is used.
 struct Selection {
-  __device__ explicit Selection(unsigned char* shared)
-      : bins(reinterpret_cast<uint32_t*>(shared)),
-        compared(reinterpret_cast<uint64_t*>(shared + kBins * 4)),
-        num_compared(reinterpret_cast<uint32_t*>(shared + kBins * 4 + kMaxCompared * 8)) {}
+  __device__ __forceinline__ explicit Selection(unsigned char* shared) {
+    const uint32_t address = __shfl_sync(kFullMask, shared_address(shared), 0);
+    auto* own = static_cast<unsigned char*>(__cvta_shared_to_generic(address));
+    bins = reinterpret_cast<uint32_t*>(own);
+    compared = reinterpret_cast<uint64_t*>(own + kBinBytes);
+    num_compared = reinterpret_cast<uint32_t*>(own + kBinBytes + kMaxCompared * 8);
+  }
+
+  // What find_best begins with; `thread` of the group's.
+  __device__ __forceinline__ void clear(int thread, int group_threads) const {
+#pragma unroll 1
+    for (int i = thread; i < kSelectionBytes / 16; i += group_threads) {
+      reinterpret_cast<uint4*>(bins)[i] = uint4{0, 0, 0, 0};
+    }
+  }
 
   uint32_t* bins;  // how many keys; the best come first
   uint64_t* compared;
   uint32_t* num_compared;
 };
-
-// What find_best begins with; `thread` of the group's.
-__device__ __forceinline__ void clear(const Selection& selection, int thread, int group_threads) {
-  for (int i = thread; i < kBins; i += group_threads) selection.bins[i] = 0;
-  if (thread == 0) *selection.num_compared = 0;
-}
 
 // The bin that the m-th best key is in.
 struct Bin {
@@ -152,12 +165,8 @@ struct Bin {
     }
 #pragma unroll
     for (int i = 1; i < kLaneBins; ++i) until[i] += until[i - 1];
-    uint32_t sum = until[kLaneBins - 1];
-#pragma unroll
-    for (int delta = 1; delta < kWarpSize; delta *= 2) {
-      const uint32_t other = __shfl_up_sync(kFullMask, sum, delta);
-      if (lane >= delta) sum += other;
-    }
+    const auto sum =
+        static_cast<uint32_t>(warp_scan_inclusive(static_cast<int>(until[kLaneBins - 1])));
     const uint32_t reached = __ballot_sync(kFullMask, sum >= m);
     const uint32_t before = sum - until[kLaneBins - 1];
     uint32_t last = before, in_lane = 0, end = sum;
@@ -230,13 +239,13 @@ __device__ __forceinline__ uint32_t find_best(const OwnKeys<kSets>& own, uint32_
   // A bin never lies behind that of a lower rank, also where there is an infinity or no range at
   // all: what is not a number becomes 0 and the rest saturates.
   const float first = value_of(highest);
-  const float scale = __fdividef(static_cast<float>(kBins), first - value_of(lowest));
+  const float scale = static_cast<float>(kBins) * reciprocal_fast(first - value_of(lowest));
   uint32_t bins[own.kCount];
 #pragma unroll
   for (int i = 0; i < own.kCount; ++i) {
     bins[i] = min(__float2uint_rz((first - value_of(own.ranks[i])) * scale), kBins - 1u);
     if (own.ranks[i] == 0) bins[i] = kBins;
-    if (bins[i] < kBins) atomicAdd(selection.bins + bins[i], 1u);
+    atomicAdd(selection.bins + bins[i], 1u);
   }
   group.sync();
   const Bin bin(selection.bins, m, lane);
@@ -252,24 +261,30 @@ __device__ __forceinline__ uint32_t find_best(const OwnKeys<kSets>& own, uint32_
   const uint32_t num_taken = m - bin.above;
   if (bin.count == num_taken) return best | same;
 
-#pragma unroll
-  for (int i = 0; i < own.kCount; ++i) {
-    if ((same >> i & 1u) == 0) continue;
-    selection.compared[atomicAdd(selection.num_compared, 1u)] =
-        make_candidate(own.ranks[i], static_cast<uint32_t>(own.key(i)));
+  if (same != 0) {
+    uint32_t place = atomicAdd(selection.num_compared, static_cast<uint32_t>(__popc(same)));
+#pragma unroll 1
+    for (uint32_t bits = same; bits != 0; bits &= bits - 1) {
+      const int i = __ffs(static_cast<int>(bits)) - 1;
+      selection.compared[place++] = make_candidate(own.rank(i), static_cast<uint32_t>(own.key(i)));
+    }
   }
   group.sync();
-  if (same == 0) return best;
-#pragma unroll
-  for (int i = 0; i < own.kCount; ++i) {
-    if ((same >> i & 1u) == 0) continue;
-    const uint64_t candidate = make_candidate(own.ranks[i], static_cast<uint32_t>(own.key(i)));
+#pragma unroll 1
+  for (uint32_t bits = same; bits != 0; bits &= bits - 1) {
+    const int i = __ffs(static_cast<int>(bits)) - 1;
+    const uint64_t candidate = make_candidate(own.rank(i), static_cast<uint32_t>(own.key(i)));
     uint32_t place = 0;
-#pragma unroll 4
-    for (uint32_t other = 0; other < bin.count; ++other) {
-      place += selection.compared[other] > candidate;
+    // Behind the last there are zeros, below all.
+    static_assert(kMaxCompared % 4 == 0);
+#pragma unroll 1
+    for (uint32_t other = 0; other < bin.count; other += 4) {
+      const auto* two = reinterpret_cast<const ulonglong2*>(selection.compared + other);
+      const ulonglong2 first = two[0], last = two[1];
+      place += (first.x > candidate) + (first.y > candidate) + (last.x > candidate) +
+               (last.y > candidate);
     }
-    if (place < num_taken) best |= 1u << i;
+    if (place < num_taken) best |= bits & -bits;
   }
   return best;
 }

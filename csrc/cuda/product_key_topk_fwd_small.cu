@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(kMaxSelectWarps* kWarpSize, 1)
   OwnKeys<kSets> own;
   own.first = warp * kWarpSetKeys + lane * kSetKeys;
   own.stride = num_warps * kWarpSetKeys;
-  clear(selection, thread, static_cast<int>(blockDim.x));
+  selection.clear(thread, static_cast<int>(blockDim.x));
   wait_for_words(reinterpret_cast<uintptr_t>(scores), reinterpret_cast<uintptr_t>(vector),
                  own.first, R, m);
   wait_for_prerequisite_grid();

@@ -51,6 +51,15 @@ class WarpGroup {
     return lane_ < num_warps_ ? slots[lane_] : other;
   }
 
+  // The same of what a warp's last lane gives.
+  __device__ __forceinline__ uint32_t exchange_last(uint32_t x, uint32_t other) {
+    if (num_warps_ == 1) return exchange(__shfl_sync(kFullMask, x, kWarpSize - 1), other);
+    uint32_t* slots = next_slots();
+    if (lane_ == kWarpSize - 1) slots[warp_] = x;
+    sync();
+    return lane_ < num_warps_ ? slots[lane_] : other;
+  }
+
   // The least of all `lowest` and the greatest of all `highest`.
   __device__ __forceinline__ void extremes(uint32_t* lowest, uint32_t* highest) {
     *lowest = __reduce_min_sync(kFullMask, *lowest);
@@ -72,13 +81,8 @@ class WarpGroup {
 
   // The sum of x over all threads before this one.
   __device__ __forceinline__ uint32_t scan_exclusive(uint32_t x, uint32_t* total) {
-    uint32_t sum = x;
-#pragma unroll
-    for (int delta = 1; delta < kWarpSize; delta *= 2) {
-      const uint32_t other = __shfl_up_sync(kFullMask, sum, delta);
-      if (lane_ >= delta) sum += other;
-    }
-    const uint32_t sums = exchange(__shfl_sync(kFullMask, sum, kWarpSize - 1), 0);
+    const auto sum = static_cast<uint32_t>(warp_scan_inclusive(static_cast<int>(x)));
+    const uint32_t sums = exchange_last(sum, 0);
     *total = __reduce_add_sync(kFullMask, sums);
     return __reduce_add_sync(kFullMask, lane_ < warp_ ? sums : 0) + sum - x;
   }
