@@ -407,7 +407,15 @@ Status product_key_topk_fwd_grid(const ProductKeyTopkParams& params, Stream stre
   return launch_grid(params, stream, axis_stage(params) != AxisStage::kGeneric);
 }
 
+bool product_key_topk_fwd_joined(const ProductKeyTopkParams& params) {
+  return check_product_key_topk(params).ok() && params.num_tokens > 0 && token_applies(params);
+}
+
 Status product_key_topk_fwd(const ProductKeyTopkParams& params, Stream stream) {
+  if (product_key_topk_fwd_joined(params)) {
+    ULTRAMEM_RETURN_IF_ERROR(launch_small_scores(params, stream));
+    return launch_token(params, small_score_stride(params), stream);
+  }
   ULTRAMEM_RETURN_IF_ERROR(product_key_topk_fwd_axes(params, stream));
   return product_key_topk_fwd_grid(params, stream);
 }

@@ -64,6 +64,13 @@ Status launch_axis_resident(const ProductKeyTopkParams& params, Stream stream);
 bool axis_small_applies(const ProductKeyTopkParams& params);
 size_t axis_small_workspace(const ProductKeyTopkParams& params);
 Status launch_axis_small(const ProductKeyTopkParams& params, Stream stream);
+// Its first kernel alone: all scores, in the workspace, [T, H, 2, R, small_score_stride(params)].
+int small_score_stride(const ProductKeyTopkParams& params);
+Status launch_small_scores(const ProductKeyTopkParams& params, Stream stream);
+
+// The rest of both stages behind that, with a block for each token and head, where token_applies.
+bool token_applies(const ProductKeyTopkParams& params);
+Status launch_token(const ProductKeyTopkParams& params, int score_stride, Stream stream);
 
 // The best topk pairs of the kept keys: scores, indices and grid_positions. `overlapping`: what is
 // ahead in the stream is the axis stage of the same call, which lets this begin before it has

@@ -49,10 +49,6 @@ struct ScoreLayout {
   int num_chunks;
 };
 
-int score_stride(const ProductKeyTopkParams& p) {
-  return static_cast<int>(ceil_div(p.num_keys, kSetKeys)) * kSetKeys;
-}
-
 // Grid: tile of keys, then rank, then head and side (x); tile of tokens (y).
 template <typename scalar_t, typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
@@ -364,12 +360,11 @@ Status launch_scores_tiled(const ProductKeyTopkParams& p, const ScoreLayout& lay
 }
 
 template <int kSets>
-Status launch_select(const ProductKeyTopkParams& p, const ScoreLayout& layout, int warps,
-                     Stream stream) {
+Status launch_select(const ProductKeyTopkParams& p, int warps, Stream stream) {
   const dim3 blocks(static_cast<unsigned>(p.num_tokens * p.num_heads * 2));
   return launch_overlapping(product_key_topk_fwd_select_kernel<kSets>, blocks, warps * kWarpSize, 0,
-                            stream, p, static_cast<const float*>(layout.scores),
-                            layout.score_stride);
+                            stream, p, static_cast<const float*>(p.workspace),
+                            small_score_stride(p));
 }
 
 #define ULTRAMEM_REGISTER_SCORES(id, name, scalar_t, ...)                        \
@@ -404,25 +399,32 @@ bool axis_small_applies(const ProductKeyTopkParams& p) {
          product_key_topk_fwd_path(p, compute_capability()) == RetrievalPath::kTensorCoreSmall;
 }
 
+int small_score_stride(const ProductKeyTopkParams& p) {
+  return static_cast<int>(ceil_div(p.num_keys, kSetKeys)) * kSetKeys;
+}
+
 size_t axis_small_workspace(const ProductKeyTopkParams& p) {
-  return static_cast<size_t>(p.num_tokens) * p.num_heads * 2 * p.tucker_rank * score_stride(p) *
-         sizeof(float);
+  return static_cast<size_t>(p.num_tokens) * p.num_heads * 2 * p.tucker_rank *
+         small_score_stride(p) * sizeof(float);
+}
+
+Status launch_small_scores(const ProductKeyTopkParams& p, Stream stream) {
+  ScoreLayout layout{};
+  layout.scores = static_cast<float*>(p.workspace);
+  layout.score_stride = small_score_stride(p);
+  layout.num_chunks = static_cast<int>(ceil_div(p.key_dim, kChunk));
+  return p.dtype == DType::kFloat16 ? launch_scores_tiled<__half>(p, layout, stream)
+                                    : launch_scores_tiled<__nv_bfloat16>(p, layout, stream);
 }
 
 Status launch_axis_small(const ProductKeyTopkParams& p, Stream stream) {
-  ScoreLayout layout{};
-  layout.scores = static_cast<float*>(p.workspace);
-  layout.score_stride = score_stride(p);
-  layout.num_chunks = static_cast<int>(ceil_div(p.key_dim, kChunk));
-  ULTRAMEM_RETURN_IF_ERROR(p.dtype == DType::kFloat16
-                               ? launch_scores_tiled<__half>(p, layout, stream)
-                               : launch_scores_tiled<__nv_bfloat16>(p, layout, stream));
+  ULTRAMEM_RETURN_IF_ERROR(launch_small_scores(p, stream));
   int sets = 1;
   while (ceil_div(p.num_keys, sets * kWarpSetKeys) > kMaxSelectWarps) sets *= 2;
   const auto warps = static_cast<int>(ceil_div(p.num_keys, sets * kWarpSetKeys));
-  if (sets == 1) return launch_select<1>(p, layout, warps, stream);
-  if (sets == 2) return launch_select<2>(p, layout, warps, stream);
-  return launch_select<kMaxSets>(p, layout, warps, stream);
+  if (sets == 1) return launch_select<1>(p, warps, stream);
+  if (sets == 2) return launch_select<2>(p, warps, stream);
+  return launch_select<kMaxSets>(p, warps, stream);
 }
 
 }  // namespace ultramem::cuda

@@ -106,8 +106,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> product_key_topk(
   params.axis_indices = static_cast<int32_t*>(axis_indices.mutable_data_ptr());
   params.axis_scores = axis_scores.mutable_data_ptr();
 #if defined(ULTRAMEM_WITH_CUDA)
+  const bool joined = context.is_cuda() && cuda::product_key_topk_fwd_joined(params);
   // The workspace is given back before the outputs of the second half are allocated.
-  if (context.is_cuda()) {
+  if (context.is_cuda() && !joined) {
     Tensor workspace = context.workspace(cuda::product_key_topk_fwd_workspace(params));
     params.workspace = workspace.mutable_data_ptr();
     context.check(cuda::product_key_topk_fwd_axes(params, context.stream()));
@@ -122,7 +123,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> product_key_topk(
   params.grid_positions = static_cast<int16_t*>(grid_positions.mutable_data_ptr());
 #if defined(ULTRAMEM_WITH_CUDA)
   if (context.is_cuda()) {
-    context.check(cuda::product_key_topk_fwd_grid(params, context.stream()));
+    if (joined) {
+      Tensor workspace = context.workspace(cuda::product_key_topk_fwd_workspace(params));
+      params.workspace = workspace.mutable_data_ptr();
+      context.check(cuda::product_key_topk_fwd(params, context.stream()));
+    } else {
+      context.check(cuda::product_key_topk_fwd_grid(params, context.stream()));
+    }
     return {scores, indices, axis_indices, axis_scores, grid_positions};
   }
 #endif

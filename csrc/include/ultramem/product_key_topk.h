@@ -108,6 +108,9 @@ namespace cuda ULTRAMEM_PUBLIC {
 RetrievalPath product_key_topk_fwd_path(const ProductKeyTopkParams& params, int compute_capability,
                                         const char** reason = nullptr);
 size_t product_key_topk_fwd_workspace(const ProductKeyTopkParams& params);
+// Whether the forward of few tokens is faster as one call than by its halves below. Reads where
+// query and keys are, and what the current device is.
+bool product_key_topk_fwd_joined(const ProductKeyTopkParams& params);
 // Runs on the path above, with the compute capability of the current device.
 Status product_key_topk_fwd(const ProductKeyTopkParams& params, Stream stream);
 // Its two halves, one after the other on a stream. The first leaves axis_indices and axis_scores;
