@@ -21,9 +21,11 @@ namespace ultramem::cuda {
 namespace {
 
 constexpr int kPlanes = 2;
-constexpr int kMaxThreads = 1024;
-constexpr int kMaxSideWarps = WarpGroup::kMaxWarps;
-static_assert(2 * kMaxSideWarps * kWarpSize == kMaxThreads);
+// Half as many warps as with one set, where what all of them do whatever they hold is most of it.
+constexpr int kSets = 2;
+constexpr int kMaxSideWarps = 8;
+constexpr int kMaxThreads = 2 * kMaxSideWarps * kWarpSize;
+static_assert(BlockTraits<kMaxAxisTopk>::kThreads <= kMaxThreads);
 // Named barriers: of the sides, and of the threads that choose pairs.
 constexpr int kSideBarrier = 1;
 constexpr int kPairBarrier = 3;
@@ -46,7 +48,7 @@ struct TokenLayout {
         selections(grid.shared.take(2 * kSelectionBytes)),
         slots(grid.shared.take(2 * 4 * WarpGroup::kSlots)),
         spoilt(grid.shared.take(2 * 4)),
-        side_warps(static_cast<int>(ceil_div(p.num_keys, kWarpSetKeys))),
+        side_warps(static_cast<int>(ceil_div(p.num_keys, kSets * kWarpSetKeys))),
         score_stride(stride),
         bytes(grid.shared.bytes()) {}
 };
@@ -98,44 +100,58 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   }
   // Scores take up to 2^23 floats (kTensorCoreSmallBytes).
   const uint32_t row = blockIdx.x * 2 + side;
-  OwnKeys<1> own;
+  OwnKeys<kSets> own;
   own.first = side_warp * kWarpSetKeys + lane * kSetKeys;
-  own.stride = 0;
-  const float* scores = all_scores + row * static_cast<uint32_t>(R * layout.score_stride) +
-                        min(own.first, layout.score_stride - kSetKeys);
+  own.stride = side_warps * kWarpSetKeys;
+  const float* scores = all_scores + row * static_cast<uint32_t>(R * layout.score_stride);
+  // Whoever has no key reads the last.
+  const float* from[kSets];
+#pragma unroll
+  for (int set = 0; set < kSets; ++set) {
+    from[set] = scores + min(own.first + set * own.stride, layout.score_stride - kSetKeys);
+  }
   int32_t* axis_ids = p.axis_indices + row * m;
   auto* axis_scores = static_cast<float*>(p.axis_scores) + row * (R * m);
-  wait_for_words(reinterpret_cast<uintptr_t>(scores), reinterpret_cast<uintptr_t>(axis_ids),
-                 reinterpret_cast<uintptr_t>(axis_scores), __float_as_uint(filter[0]), num_keys);
+  wait_for_words(reinterpret_cast<uintptr_t>(from[0]), reinterpret_cast<uintptr_t>(from[1]),
+                 reinterpret_cast<uintptr_t>(axis_ids), reinterpret_cast<uintptr_t>(axis_scores),
+                 __float_as_uint(filter[0]), num_keys);
   wait_for_prerequisite_grid();
   release_dependent_grid();
 
   if (picks) {
-    float of_ranks[kPlanes][kSetKeys];
-    load_floats<kSetKeys>(scores, of_ranks[0]);
-    if (R > 1) load_floats<kSetKeys>(scores + layout.score_stride, of_ranks[1]);
+    float of_ranks[kPlanes][kSets][kSetKeys];
 #pragma unroll
-    for (int e = 0; e < kSetKeys; ++e) {
-      float sum = __fmul_rn(filter[0], of_ranks[0][e]);
-      if (R > 1) sum = __fmaf_rn(filter[1], of_ranks[1][e], sum);
-      own.ranks[e] = own.first + e < num_keys ? sortable(sum) : 0;
+    for (int set = 0; set < kSets; ++set) {
+      load_floats<kSetKeys>(from[set], of_ranks[0][set]);
+      if (R > 1) load_floats<kSetKeys>(from[set] + layout.score_stride, of_ranks[1][set]);
+    }
+#pragma unroll
+    for (int i = 0; i < own.kCount; ++i) {
+      const int set = i / kSetKeys, e = i % kSetKeys;
+      float sum = __fmul_rn(filter[0], of_ranks[0][set][e]);
+      if (R > 1) sum = __fmaf_rn(filter[1], of_ranks[1][set][e], sum);
+      own.ranks[i] = own.key(i) < num_keys ? sortable(sum) : 0;
     }
     const uint32_t best =
         find_best(own, static_cast<uint32_t>(m), num_keys, selection, side_warp, lane, group);
-    const Places<1> places(best, side_warp, lane, group);
-    int place = static_cast<int>(places.first[0]);
+    const Places<kSets> places(best, side_warp, lane, group);
 #pragma unroll 1
-    for (uint32_t bits = best; bits != 0; bits &= bits - 1, ++place) {
+    for (uint32_t bits = best; bits != 0; bits &= bits - 1) {
       const int i = __ffs(static_cast<int>(bits)) - 1;
-      float kept[kPlanes] = {of_ranks[0][0], 0.0f};
-      if (R > 1) kept[1] = of_ranks[1][0];
+      const bool in_first = i < kSetKeys;
+      const uint32_t before = best & ((1u << i) - 1) & (in_first ? 0xfu : 0xf0u);
+      const auto place =
+          static_cast<int>((in_first ? places.first[0] : places.first[1]) + __popc(before));
+      const int key = own.key(i);
+      float kept[kPlanes] = {of_ranks[0][0][0], 0.0f};
+      if (R > 1) kept[1] = of_ranks[1][0][0];
 #pragma unroll
-      for (int e = 1; e < kSetKeys; ++e) {
-        if (i == e) kept[0] = of_ranks[0][e];
-        if (i == e && R > 1) kept[1] = of_ranks[1][e];
+      for (int j = 1; j < own.kCount; ++j) {
+        if (i == j) kept[0] = of_ranks[0][j / kSetKeys][j % kSetKeys];
+        if (i == j && R > 1) kept[1] = of_ranks[1][j / kSetKeys][j % kSetKeys];
       }
       const float kept_scores[kPlanes] = {kept[0], kept[1]};
-      arrays.ids[side * kRows + place] = own.first + i;
+      arrays.ids[side * kRows + place] = key;
       float zero = 0.0f;
       if (side == 0) {
         if (token.additive()) kept[1] = 1.0f;
@@ -156,7 +172,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
         token.store_col(place, kept);
       }
       if (!(zero == 0.0f)) spoilt[side] = 1;
-      axis_ids[place] = own.first + i;
+      axis_ids[place] = key;
       axis_scores[place] = kept_scores[0];
       if (R > 1) axis_scores[m + place] = kept_scores[1];
     }
@@ -189,7 +205,7 @@ ULTRAMEM_REGISTER_KERNEL(token_128, "product_key_topk_fwd_token<128>", kMaxThrea
 }  // namespace
 
 bool token_applies(const ProductKeyTopkParams& p) {
-  return p.tucker_rank <= kPlanes && p.num_keys <= kMaxSideWarps * kWarpSetKeys &&
+  return p.tucker_rank <= kPlanes && p.num_keys <= kMaxSideWarps * kSets * kWarpSetKeys &&
          p.num_tokens * p.num_heads <= multiprocessors() && axis_small_applies(p);
 }
 
