@@ -247,6 +247,12 @@ class Token {
   __device__ __forceinline__ void write(const uint16_t* codes, const float* row_scores,
                                         const int32_t* ids, int thread,
                                         int num_threads = kWarpSize) const {
+    for (int k = thread; k < p_.topk; k += num_threads) write_pair(k, codes[k], row_scores, ids);
+  }
+
+  // Writes pair k of the topk.
+  __device__ __forceinline__ void write_pair(int k, int code, const float* row_scores,
+                                             const int32_t* ids) const {
     const int m = p_.axis_topk;
     const int R = p_.tucker_rank;
     const int C = p_.num_cores;
@@ -255,41 +261,39 @@ class Token {
     int16_t* positions = p_.grid_positions + first;
     float* scores = static_cast<float*>(p_.scores) + first * static_cast<uint32_t>(C);
     const bool two_scores = C == 2 && reinterpret_cast<uintptr_t>(p_.scores) % 8 == 0;
-    for (int k = thread; k < p_.topk; k += num_threads) {
-      const int row = code_row(codes[k]), col = code_col(codes[k]);
-      const auto row_id = static_cast<uint32_t>(ids[row]);
-      const auto col_id = static_cast<uint32_t>(ids[kMaxKeys + col]);
-      indices[k] =
-          static_cast<int64_t>(uint64_t{row_id} * static_cast<uint32_t>(p_.num_keys) + col_id);
-      positions[k] = static_cast<int16_t>(row * m + col);
-      float left[kPlanes], right[kPlanes];
-      load_floats<kPlanes>(row_scores + row * kPlanes, left);
-      load_col(col, right);
-      float* out = scores + k * C;
-      if (additive()) {
-        *out = left[0] + right[1];
-        continue;
-      }
-      float sums[kMaxNumCores];
-#pragma unroll
-      for (int c = 0; c < kMaxNumCores; ++c) {
-        if (c >= C) break;
-        float core[kPlanes][kPlanes];
-        load_core(c, core);
-        sums[c] = 0.0f;
-#pragma unroll
-        for (int s = 0; s < kPlanes; ++s) {
-          float row_sum = 0.0f;
-#pragma unroll
-          for (int r = 0; r < kPlanes; ++r) {
-            if (r == 0 || r < R) row_sum = fmaf(left[r], core[r][s], row_sum);
-          }
-          if (s == 0 || s < R) sums[c] = fmaf(row_sum, right[s], sums[c]);
-        }
-        if (!two_scores) out[c] = sums[c];
-      }
-      if (two_scores) *reinterpret_cast<float2*>(out) = make_float2(sums[0], sums[1]);
+    const int row = code_row(code), col = code_col(code);
+    const auto row_id = static_cast<uint32_t>(ids[row]);
+    const auto col_id = static_cast<uint32_t>(ids[kMaxKeys + col]);
+    indices[k] =
+        static_cast<int64_t>(uint64_t{row_id} * static_cast<uint32_t>(p_.num_keys) + col_id);
+    positions[k] = static_cast<int16_t>(row * m + col);
+    float left[kPlanes], right[kPlanes];
+    load_floats<kPlanes>(row_scores + row * kPlanes, left);
+    load_col(col, right);
+    float* out = scores + k * C;
+    if (additive()) {
+      *out = left[0] + right[1];
+      return;
     }
+    float sums[kMaxNumCores];
+#pragma unroll
+    for (int c = 0; c < kMaxNumCores; ++c) {
+      if (c >= C) break;
+      float core[kPlanes][kPlanes];
+      load_core(c, core);
+      sums[c] = 0.0f;
+#pragma unroll
+      for (int s = 0; s < kPlanes; ++s) {
+        float row_sum = 0.0f;
+#pragma unroll
+        for (int r = 0; r < kPlanes; ++r) {
+          if (r == 0 || r < R) row_sum = fmaf(left[r], core[r][s], row_sum);
+        }
+        if (s == 0 || s < R) sums[c] = fmaf(row_sum, right[s], sums[c]);
+      }
+      if (!two_scores) out[c] = sums[c];
+    }
+    if (two_scores) *reinterpret_cast<float2*>(out) = make_float2(sums[0], sums[1]);
   }
 
   float* rows;

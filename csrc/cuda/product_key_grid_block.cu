@@ -39,42 +39,31 @@ __global__ void __launch_bounds__(BlockTraits<kRows>::kThreads, 1)
   const float nan = __uint_as_float(kNanBits);
 
   const TokenView token(p, blockIdx.x, shared_bytes, layout.token, lane);
+  if (warp == 0) token.store_core(lane);
+  clear_pairs<kRows>(arrays, thread, BlockTraits<kRows>::kThreads);
   read_arguments(reinterpret_cast<uintptr_t>(p.axis_scores), layout.max_found);
   wait_for_prerequisite_grid();
   release_dependent_grid();
-  float zero = 0.0f;
   int32_t key_ids[2] = {0, 0};
   const int own_key = thread - kRows;  // of those threads that load no scores
   const bool has_ids = own_key >= 0 && own_key < kRows;
   if (has_ids) token.load_ids(0, own_key, key_ids);
-  float row[kPlanes];
   if (thread < kRows) {
-    float col[kPlanes];
+    float row[kPlanes], col[kPlanes];
     token.load_row_scores(0, thread, row);
     token.load_col_scores(0, thread, col);
-    add_zeros(col, &zero);
     if (thread >= m) col[0] = nan;
     token.store_col(thread, col);
     store_rounded<kPlanes>(row, arrays.row_scores + thread * kPlanes);
   }
-  if (warp == 0) token.store_core(lane);
   if (has_ids) {
 #pragma unroll
     for (int side = 0; side < 2; ++side) arrays.ids[side * kRows + own_key] = key_ids[side];
   }
   __syncthreads();
-  if (thread < kRows) {
-    if (!token.additive()) {
-      float cbar[kPlanes][kPlanes];
-      token.sum_cores(cbar);
-      token.fold(cbar, row);
-    }
-    add_zeros(row, &zero);
-    if (thread >= m) row[0] = nan;
-    token.store_row(thread, row);
-  }
-  const bool finite = __syncthreads_and(zero == 0.0f);
-  choose_pairs(token, arrays, finite, m, p.topk, layout.max_found, thread, block);
+  float cbar[kPlanes][kPlanes];
+  if (!token.additive()) token.sum_cores(cbar);
+  choose_pairs(token, arrays, cbar, m, p.topk, layout.max_found, thread, block);
 }
 
 template <int kPlanes, int kRows>

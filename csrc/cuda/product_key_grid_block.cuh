@@ -41,6 +41,7 @@ struct BlockLayout {
   int candidates;  // [max_found] uint64, where they are many
   int codes;       // [max_found] uint16, in the order of ranks
   int slots;       // of the WarpGroup
+  int spoilt;      // uint32, not zero: a factor is not finite
   int max_found;   // a power of two
   int64_t bytes;
 
@@ -56,6 +57,7 @@ struct BlockLayout {
     candidates = shared.take(int64_t{8} * max_found);
     codes = shared.take(int64_t{2} * max_found);
     slots = shared.take(4 * WarpGroup::kSlots);
+    spoilt = shared.take(4);
     bytes = shared.bytes();
   }
 };
@@ -70,7 +72,8 @@ struct BlockArrays {
         ranks(reinterpret_cast<uint32_t*>(shared + layout.ranks)),
         candidates(reinterpret_cast<uint64_t*>(shared + layout.candidates)),
         codes(reinterpret_cast<uint16_t*>(shared + layout.codes)),
-        slots(reinterpret_cast<uint32_t*>(shared + layout.slots)) {}
+        slots(reinterpret_cast<uint32_t*>(shared + layout.slots)),
+        spoilt(reinterpret_cast<uint32_t*>(shared + layout.spoilt)) {}
 
   float* row_scores;
   int32_t* ids;
@@ -79,22 +82,20 @@ struct BlockArrays {
   uint64_t* candidates;
   uint16_t* codes;
   uint32_t* slots;
+  uint32_t* spoilt;
 };
 
-// Sorts `count` pairs, of which those of equal rank are in the order of positions, into the codes
-// of the first topk.
-template <int kRows, typename RankOf>
-__device__ __forceinline__ void sort_pairs(const uint16_t* found, uint32_t* ranks,
-                                           uint64_t* candidates, uint32_t count, uint32_t topk,
-                                           uint16_t* codes, const WarpGroup& block,
-                                           RankOf rank_of) {
+// Writes the first topk of `count` pairs, of which those of equal rank are in the order of
+// positions. Their sortable ranks are in `ranks`; an entry that is nobody's lies below all.
+template <int kPlanes, int kRows>
+__device__ __forceinline__ void write_sorted(const Token<kPlanes, kRows>& token,
+                                             const BlockArrays& arrays, uint32_t count,
+                                             uint32_t topk, uint32_t thread,
+                                             const WarpGroup& block) {
   constexpr int kThreads = BlockTraits<kRows>::kThreads;
   constexpr uint32_t kMaxCounted = BlockTraits<kRows>::kMaxCounted;
-  const uint32_t thread = threadIdx.x;
+  const uint32_t* ranks = arrays.ranks;
   if (count <= kMaxCounted) {
-    // An entry that is nobody's lies below all.
-    if (thread < kMaxCounted) ranks[thread] = thread < count ? sortable(rank_of(found[thread])) : 0;
-    block.sync();
     const uint32_t entry = thread / 2;
     const uint32_t own_four = entry / 4;
     uint32_t place = 0;
@@ -116,40 +117,60 @@ __device__ __forceinline__ void sort_pairs(const uint16_t* found, uint32_t* rank
         place += own_four * 4 + i < entry && ranks[own_four * 4 + i] == own;
       }
     }
-    if (thread % 2 == 0 && entry < count && place < topk) codes[place] = found[entry];
-    block.sync();
+    if (thread % 2 == 0 && entry < count && place < topk) {
+      token.write_pair(static_cast<int>(place), arrays.found[entry], arrays.row_scores, arrays.ids);
+    }
     return;
   }
   const auto size = static_cast<uint32_t>(next_power_of_two(static_cast<int>(count)));
   for (uint32_t i = thread; i < size; i += kThreads) {
-    candidates[i] = i < count ? make_candidate(sortable(rank_of(found[i])), found[i]) : 0;
+    arrays.candidates[i] = i < count ? make_candidate(ranks[i], arrays.found[i]) : 0;
   }
   block.sync();
-  bitonic_sort_descending(candidates, static_cast<int>(size), static_cast<int>(thread), kThreads,
-                          [&] { block.sync(); });
+  bitonic_sort_descending(arrays.candidates, static_cast<int>(size), static_cast<int>(thread),
+                          kThreads, [&] { block.sync(); });
   for (uint32_t i = thread; i < topk; i += kThreads) {
-    codes[i] = static_cast<uint16_t>(candidate_position(candidates[i]));
+    arrays.codes[i] = static_cast<uint16_t>(candidate_position(arrays.candidates[i]));
   }
   block.sync();
+  token.write(arrays.codes, arrays.row_scores, arrays.ids, static_cast<int>(thread), kThreads);
 }
 
-// Chooses and writes the best topk pairs of the token's factors, which are in shared memory, as are
-// row_scores, ids and the cores. `thread` is one of the first kThreads of the block, whose group
-// `block` is; `finite`: every factor is.
+// What `choose_pairs` begins with, a barrier ahead of it.
+template <int kRows>
+__device__ __forceinline__ void clear_pairs(const BlockArrays& arrays, int thread,
+                                            int num_threads) {
+  for (int i = thread; i < BlockTraits<kRows>::kMaxCounted; i += num_threads) arrays.ranks[i] = 0;
+  if (thread == 0) *arrays.spoilt = 0;
+}
+
+// Chooses and writes the best topk pairs of the token, whose row_scores, ids and factors of columns
+// are in shared memory, as are the cores, of which cbar is the sum. `thread` is one of the first
+// kThreads of the block, whose group `block` is.
 template <int kPlanes, int kRows>
 __device__ __forceinline__ void choose_pairs(const Token<kPlanes, kRows>& token,
-                                             const BlockArrays& arrays, bool finite, int m,
+                                             const BlockArrays& arrays,
+                                             const float (&cbar)[kPlanes][kPlanes], int m,
                                              uint32_t topk, uint32_t max_found, int thread,
                                              WarpGroup& block) {
   constexpr int kCellCols = BlockTraits<kRows>::kCellCols;
-  constexpr int kThreads = BlockTraits<kRows>::kThreads;
   const float nan = __uint_as_float(kNanBits);
   const int own_row = thread / kRowCells;
   const int first_col = thread % kRowCells * kCellCols;
   float ranks[kCellCols];
   float cell_best = nan;
   float row[kPlanes];
-  token.load_row(own_row, row);
+  load_floats<kPlanes>(arrays.row_scores + own_row * kPlanes, row);
+  if (!token.additive()) token.fold(cbar, row);
+  float zero = 0.0f;
+  add_zeros(row, &zero);
+  if (thread < m) {
+    float col[kPlanes];
+    token.load_col(thread, col);
+    add_zeros(col, &zero);
+  }
+  if (!(zero == 0.0f)) *arrays.spoilt = 1;
+  if (own_row >= m) row[0] = nan;
 #pragma unroll
   for (int j = 0; j < kCellCols; j += kPacket) {
     float cols[kPacket][kPlanes];
@@ -168,27 +189,34 @@ __device__ __forceinline__ void choose_pairs(const Token<kPlanes, kRows>& token,
     return bits;
   };
   const auto lowest_of = [](float x) { return x == x ? sortable(x) : 0xffffffffu; };
+  const auto lowest_of_all = [&] {
+    float cell_worst = nan;
+#pragma unroll
+    for (int j = 0; j < kCellCols; ++j) cell_worst = fminf(cell_worst, ranks[j]);
+    return lowest_of(cell_worst);
+  };
   uint32_t highest = sortable(cell_best);
   uint32_t lowest, num_numbers = m * m;
-  float count_low;
-  if (finite && topk <= static_cast<uint32_t>(m)) {
-    // As in product_key_grid.cu: the best of each row are enough.
+  float count_low = num_numbers;
+  const bool of_rows = topk <= static_cast<uint32_t>(m);
+  if (of_rows) {
+    // As in product_key_grid.cu: where all is finite the best of each row are enough.
     float row_best = cell_best;
 #pragma unroll
     for (int delta = 1; delta < kRowCells; delta *= 2) {
       row_best = fmaxf(row_best, __shfl_xor_sync(kFullMask, row_best, delta));
     }
     lowest = lowest_of(row_best);
-    block.extremes(&lowest, &highest);
-    count_low = fmaxf(0.16f * num_numbers, static_cast<float>(max_found + 1));
   } else {
-    float cell_worst = nan;
-#pragma unroll
-    for (int j = 0; j < kCellCols; ++j) cell_worst = fminf(cell_worst, ranks[j]);
-    lowest = lowest_of(cell_worst);
-    block.extremes(&lowest, &highest);
-    if (!finite) num_numbers = block.sum(__popc(columns([](float x) { return x == x; })));
+    lowest = lowest_of_all();
+  }
+  block.extremes(&lowest, &highest);
+  if (*arrays.spoilt != 0) {
+    if (of_rows) lowest = block.lowest(lowest_of_all());
+    num_numbers = block.sum(__popc(columns([](float x) { return x == x; })));
     count_low = num_numbers;
+  } else if (of_rows) {
+    count_low = fmaxf(0.16f * num_numbers, static_cast<float>(max_found + 1));
   }
 
   const bool enough = num_numbers >= topk;  // or else every number is taken, and some NaN
@@ -216,7 +244,10 @@ __device__ __forceinline__ void choose_pairs(const Token<kPlanes, kRows>& token,
     uint32_t place = num_found + block.scan_exclusive(__popc(bits), &count);
     for (; bits != 0 && place < limit; bits &= bits - 1) {
       const int col = first_col + __ffs(static_cast<int>(bits)) - 1;
-      arrays.found[place++] = static_cast<uint16_t>(pair_code(own_row, col));
+      float factors[kPlanes];
+      token.load_col(col, factors);
+      arrays.found[place] = static_cast<uint16_t>(pair_code(own_row, col));
+      arrays.ranks[place++] = sortable(rank_value<kPlanes>(row, factors));
     }
     return min(num_found + count, limit);
   };
@@ -231,9 +262,7 @@ __device__ __forceinline__ void choose_pairs(const Token<kPlanes, kRows>& token,
     num_found = list(num_found, columns([tied](float rank) { return rank == tied; }), topk);
   }
   block.sync();
-  sort_pairs<kRows>(arrays.found, arrays.ranks, arrays.candidates, num_found, topk, arrays.codes,
-                    block, [&](int code) { return token.rank_of(code); });
-  token.write(arrays.codes, arrays.row_scores, arrays.ids, thread, kThreads);
+  write_sorted(token, arrays, num_found, topk, static_cast<uint32_t>(thread), block);
 }
 
 }  // namespace ultramem::cuda

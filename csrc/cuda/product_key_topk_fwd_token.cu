@@ -24,8 +24,13 @@ constexpr int kPlanes = 2;
 // Half as many warps as with one set, where what all of them do whatever they hold is most of it.
 constexpr int kSets = 2;
 constexpr int kMaxSideWarps = 8;
-constexpr int kMaxThreads = 2 * kMaxSideWarps * kWarpSize;
-static_assert(BlockTraits<kMaxAxisTopk>::kThreads <= kMaxThreads);
+// Warps that write what is kept while others choose pairs, at least.
+constexpr int kWriteWarps = 4;
+template <int kRows>
+constexpr int kMaxWarps = std::max(2 * kMaxSideWarps, BlockTraits<kRows>::kWarps + kWriteWarps);
+// Registers of many rows for so many threads that a block finds room beside one of scores.
+template <int kRows>
+constexpr int kBoundThreads = kRows > kSmallRows ? 1024 : kMaxWarps<kRows> * kWarpSize;
 // Named barriers: of the sides, and of the threads that choose pairs.
 constexpr int kSideBarrier = 1;
 constexpr int kPairBarrier = 3;
@@ -38,7 +43,6 @@ struct TokenLayout {
   BlockLayout<kPlanes, kRows> grid;
   int selections;  // [2], a side's each
   int slots;       // [2], of a side's WarpGroup
-  int spoilt;      // [2], of a side: not zero where a factor is not finite
   int side_warps;
   int score_stride;
   int64_t bytes;
@@ -47,14 +51,41 @@ struct TokenLayout {
       : grid(p),
         selections(grid.shared.take(2 * kSelectionBytes)),
         slots(grid.shared.take(2 * 4 * WarpGroup::kSlots)),
-        spoilt(grid.shared.take(2 * 4)),
         side_warps(static_cast<int>(ceil_div(p.num_keys, kSets * kWarpSetKeys))),
         score_stride(stride),
         bytes(grid.shared.bytes()) {}
 };
 
+// The kept keys and their scores, [2, m] and [2, R, m], by num_threads together.
 template <int kRows>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__device__ __forceinline__ void write_kept(const ProductKeyTopkParams& p,
+                                           const Token<kPlanes, kRows>& token,
+                                           const BlockArrays& arrays, int thread, int num_threads) {
+  const int m = p.axis_topk;
+  const int R = p.tucker_rank;
+  const uint32_t first = blockIdx.x * static_cast<uint32_t>(2 * m);
+  int32_t* axis_ids = p.axis_indices + first;
+  auto* axis_scores = static_cast<float*>(p.axis_scores) + first * R;
+#pragma unroll 1
+  for (int i = thread; i < 2 * m; i += num_threads) {
+    const int side = i >= m;
+    const int key = i - side * m;
+    axis_ids[i] = arrays.ids[side * kRows + key];
+    float kept[kPlanes];
+    if (side == 0) {
+      load_floats<kPlanes>(arrays.row_scores + key * kPlanes, kept);
+    } else {
+      token.load_col(key, kept);
+      if (token.additive()) kept[0] = kept[1];
+    }
+    float* to = axis_scores + (side * R * m + key);
+    to[0] = kept[0];
+    if (R > 1) to[m] = kept[1];
+  }
+}
+
+template <int kRows>
+__global__ void __launch_bounds__(kBoundThreads<kRows>, 1)
     product_key_topk_fwd_token_kernel(const __grid_constant__ ProductKeyTopkParams p,
                                       const __grid_constant__ TokenLayout<kRows> layout,
                                       const float* all_scores) {
@@ -76,17 +107,16 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   WarpGroup group(
       reinterpret_cast<uint32_t*>(shared_bytes + layout.slots) + side * WarpGroup::kSlots,
       kSideBarrier + side, side_warp, side_warps);
-  auto* spoilt = reinterpret_cast<uint32_t*>(shared_bytes + layout.spoilt);
 
   // The kernel ahead waits for all kernels before it: what is older than the scores may be read.
   const TokenView token(p, blockIdx.x, shared_bytes, layout.grid.token, lane);
   if (picks) selection.clear(side_warp * kWarpSize + lane, side_warps * kWarpSize);
   if (warp == 0) token.store_core(lane);
-  if (picks && side_warp == 0 && lane == 0) spoilt[side] = 0;
+  clear_pairs<kRows>(arrays, thread, static_cast<int>(blockDim.x));
   // No rank beyond the last kept keys is a number.
   for (int i = m + thread; i < kRows; i += static_cast<int>(blockDim.x)) {
     const float none[kPlanes] = {__uint_as_float(kNanBits), 0.0f};
-    token.store_row(i, none);
+    store_rounded<kPlanes>(none, arrays.row_scores + i * kPlanes);
     token.store_col(i, none);
   }
   const uint32_t head = p.num_heads == 1 ? 0 : blockIdx.x % static_cast<uint32_t>(p.num_heads);
@@ -110,10 +140,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   for (int set = 0; set < kSets; ++set) {
     from[set] = scores + min(own.first + set * own.stride, layout.score_stride - kSetKeys);
   }
-  int32_t* axis_ids = p.axis_indices + row * m;
-  auto* axis_scores = static_cast<float*>(p.axis_scores) + row * (R * m);
+  __syncthreads();  // the cores are there
+  float cbar[kPlanes][kPlanes];
+  if (!token.additive()) token.sum_cores(cbar);
   wait_for_words(reinterpret_cast<uintptr_t>(from[0]), reinterpret_cast<uintptr_t>(from[1]),
-                 reinterpret_cast<uintptr_t>(axis_ids), reinterpret_cast<uintptr_t>(axis_scores),
                  __float_as_uint(filter[0]), num_keys);
   wait_for_prerequisite_grid();
   release_dependent_grid();
@@ -132,55 +162,45 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       if (R > 1) sum = __fmaf_rn(filter[1], of_ranks[1][set][e], sum);
       own.ranks[i] = own.key(i) < num_keys ? sortable(sum) : 0;
     }
+    if (R == 1) {
+#pragma unroll
+      for (int i = 0; i < own.kCount; ++i) {
+        float& first = of_ranks[0][i / kSetKeys][i % kSetKeys];
+        float& second = of_ranks[1][i / kSetKeys][i % kSetKeys];
+        second = 0.0f;
+        if (!token.additive()) continue;
+        second = side == 0 ? 1.0f : first;
+        if (side == 1) first = 1.0f;
+      }
+    }
     const uint32_t best =
         find_best(own, static_cast<uint32_t>(m), num_keys, selection, side_warp, lane, group);
     const Places<kSets> places(best, side_warp, lane, group);
-#pragma unroll 1
-    for (uint32_t bits = best; bits != 0; bits &= bits - 1) {
-      const int i = __ffs(static_cast<int>(bits)) - 1;
-      const bool in_first = i < kSetKeys;
-      const uint32_t before = best & ((1u << i) - 1) & (in_first ? 0xfu : 0xf0u);
-      const auto place =
-          static_cast<int>((in_first ? places.first[0] : places.first[1]) + __popc(before));
-      const int key = own.key(i);
-      float kept[kPlanes] = {of_ranks[0][0][0], 0.0f};
-      if (R > 1) kept[1] = of_ranks[1][0][0];
+    int32_t* ids = arrays.ids + side * kRows;
+    float* kept = side == 0 ? arrays.row_scores : token.cols;
 #pragma unroll
-      for (int j = 1; j < own.kCount; ++j) {
-        if (i == j) kept[0] = of_ranks[0][j / kSetKeys][j % kSetKeys];
-        if (i == j && R > 1) kept[1] = of_ranks[1][j / kSetKeys][j % kSetKeys];
+    for (int set = 0; set < kSets; ++set) {
+      auto place = static_cast<int>(places.first[set]);
+#pragma unroll
+      for (int e = 0; e < kSetKeys; ++e) {
+        const int i = set * kSetKeys + e;
+        if ((best >> i & 1u) == 0) continue;
+        const int gap = side == 0 ? 0 : TokenView::col_place(place) - place * kPlanes;
+        const float scores_of_key[kPlanes] = {of_ranks[0][set][e], of_ranks[1][set][e]};
+        ids[place] = own.key(i);
+        store_rounded<kPlanes>(scores_of_key, kept + place * kPlanes + gap);
+        ++place;
       }
-      const float kept_scores[kPlanes] = {kept[0], kept[1]};
-      arrays.ids[side * kRows + place] = key;
-      float zero = 0.0f;
-      if (side == 0) {
-        if (token.additive()) kept[1] = 1.0f;
-        store_rounded<kPlanes>(kept, arrays.row_scores + place * kPlanes);
-        if (!token.additive()) {
-          float cbar[kPlanes][kPlanes];
-          token.sum_cores(cbar);
-          token.fold(cbar, kept);
-        }
-        add_zeros(kept, &zero);
-        token.store_row(place, kept);
-      } else {
-        if (token.additive()) {
-          kept[1] = kept[0];
-          kept[0] = 1.0f;
-        }
-        add_zeros(kept, &zero);
-        token.store_col(place, kept);
-      }
-      if (!(zero == 0.0f)) spoilt[side] = 1;
-      axis_ids[place] = key;
-      axis_scores[place] = kept_scores[0];
-      if (R > 1) axis_scores[m + place] = kept_scores[1];
     }
   }
   __syncthreads();
-  if (warp >= kPairWarps) return;
+  if (warp >= kPairWarps) {
+    write_kept(p, token, arrays, thread - kPairWarps * kWarpSize,
+               static_cast<int>(blockDim.x) - kPairWarps * kWarpSize);
+    return;
+  }
   WarpGroup block(arrays.slots, kPairBarrier, warp, kPairWarps);
-  choose_pairs(token, arrays, (spoilt[0] | spoilt[1]) == 0, m, static_cast<uint32_t>(p.topk),
+  choose_pairs(token, arrays, cbar, m, static_cast<uint32_t>(p.topk),
                static_cast<uint32_t>(layout.grid.max_found), thread, block);
 }
 
@@ -191,15 +211,17 @@ Status launch(const ProductKeyTopkParams& p, int score_stride, Stream stream) {
   const int64_t bytes =
       kLoneBytes <= max_shared_bytes() ? std::max(layout.bytes, kLoneBytes) : layout.bytes;
   ULTRAMEM_RETURN_IF_ERROR(allow_shared_memory(kernel, bytes));
-  const int warps = std::max(2 * layout.side_warps, BlockTraits<kRows>::kWarps);
+  const int warps = std::max(2 * layout.side_warps, BlockTraits<kRows>::kWarps + kWriteWarps);
   const dim3 blocks(static_cast<unsigned>(p.num_tokens * p.num_heads));
   return launch_overlapping(kernel, blocks, warps * kWarpSize, bytes, stream, p, layout,
                             static_cast<const float*>(p.workspace));
 }
 
-ULTRAMEM_REGISTER_KERNEL(token_32, "product_key_topk_fwd_token<32>", kMaxThreads,
+ULTRAMEM_REGISTER_KERNEL(token_32, "product_key_topk_fwd_token<32>",
+                         kMaxWarps<kSmallRows>* kWarpSize,
                          product_key_topk_fwd_token_kernel<kSmallRows>);
-ULTRAMEM_REGISTER_KERNEL(token_128, "product_key_topk_fwd_token<128>", kMaxThreads,
+ULTRAMEM_REGISTER_KERNEL(token_128, "product_key_topk_fwd_token<128>",
+                         kMaxWarps<kMaxAxisTopk>* kWarpSize,
                          product_key_topk_fwd_token_kernel<kMaxAxisTopk>);
 
 }  // namespace
