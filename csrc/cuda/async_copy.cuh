@@ -277,6 +277,15 @@ __device__ __forceinline__ void read_arguments(Words... words) {
   wait_for_words(words...);
 }
 
+// Has multiprocessors give this kernel as much shared memory as there is, at the expense of the L1
+// cache, however little its blocks take: kernels that ask for it find a multiprocessor as the one
+// ahead has left it, and need not wait until that is empty to divide its memory anew.
+template <typename Kernel>
+Status prefer_shared_memory(Kernel* kernel) {
+  return to_status(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                        cudaSharedmemCarveoutMaxShared));
+}
+
 // Launches a kernel that calls `wait_for_prerequisite_grid` before it needs anything of the kernel
 // ahead of it, so that it may begin before that one has ended. All its threads have to call it:
 // what follows takes the end of this kernel for the end of both.
