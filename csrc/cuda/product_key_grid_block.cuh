@@ -198,6 +198,7 @@ __device__ __forceinline__ void choose_pairs(const Token<kPlanes, kRows>& token,
   uint32_t highest = sortable(cell_best);
   uint32_t lowest, num_numbers = m * m;
   float count_low = num_numbers;
+  bool count_is_guess = false;
   const bool of_rows = topk <= static_cast<uint32_t>(m);
   if (of_rows) {
     // As in product_key_grid.cu: where all is finite the best of each row are enough.
@@ -217,6 +218,7 @@ __device__ __forceinline__ void choose_pairs(const Token<kPlanes, kRows>& token,
     count_low = num_numbers;
   } else if (of_rows) {
     count_low = fmaxf(0.16f * num_numbers, static_cast<float>(max_found + 1));
+    count_is_guess = true;
   }
 
   const bool enough = num_numbers >= topk;  // or else every number is taken, and some NaN
@@ -231,11 +233,29 @@ __device__ __forceinline__ void choose_pairs(const Token<kPlanes, kRows>& token,
       search.high = block.highest(sortable(next.most())) + 1;
       if (!search.open(max_found)) break;
     }
-    const CutSearch::Cut guess = search.guess_cut(wanted, step);
-    uint32_t counts[2] = {0, 0};
+    if constexpr (kRows <= kSmallRows) {
+      CutSearch::Cut cuts[CutSearch::kCuts];
+      search.spread_cuts(wanted, step, count_is_guess, cuts);
+      uint32_t counts[CutSearch::kCuts] = {};
 #pragma unroll
-    for (int j = 0; j < kCellCols; ++j) counts[j % 2] += is_above(ranks[j], guess.below);
-    search.take(guess.rank, block.sum(counts[0] + counts[1]), topk);
+      for (int j = 0; j < kCellCols; ++j) {
+#pragma unroll
+        for (int i = 0; i < CutSearch::kCuts; ++i) counts[i] += is_above(ranks[j], cuts[i].below);
+      }
+      static_assert(CutSearch::kCuts == 4 && kSmallRows * kSmallRows < 1 << 16);
+      uint32_t sums[2] = {counts[0] | counts[1] << 16, counts[2] | counts[3] << 16};
+      block.sums(sums);
+#pragma unroll
+      for (int i = 0; i < CutSearch::kCuts; ++i) {
+        search.take_too(cuts[i].rank, sums[i / 2] >> 16 * (i % 2) & 0xffffu, topk);
+      }
+    } else {
+      const CutSearch::Cut guess = search.guess_cut(wanted, step);
+      uint32_t counts[2] = {0, 0};
+#pragma unroll
+      for (int j = 0; j < kCellCols; ++j) counts[j % 2] += is_above(ranks[j], guess.below);
+      search.take(guess.rank, block.sum(counts[0] + counts[1]), topk);
+    }
   }
 
   const bool ties = enough && search.ties(max_found);

@@ -30,6 +30,24 @@ class WarpGroup {
   __device__ __forceinline__ uint32_t sum(uint32_t x) {
     return __reduce_add_sync(kFullMask, exchange(__reduce_add_sync(kFullMask, x), 0));
   }
+  // Of two numbers each.
+  __device__ __forceinline__ void sums(uint32_t (&x)[2]) {
+    x[0] = __reduce_add_sync(kFullMask, x[0]);
+    x[1] = __reduce_add_sync(kFullMask, x[1]);
+    if (num_warps_ == 1) {
+      __syncwarp();
+      return;
+    }
+    uint32_t* slots = next_slots();
+    if (lane_ == 0) {
+      slots[warp_] = x[0];
+      slots[kMaxWarps + warp_] = x[1];
+    }
+    sync();
+    const bool valid = lane_ < num_warps_;
+    x[0] = __reduce_add_sync(kFullMask, valid ? slots[lane_] : 0u);
+    x[1] = __reduce_add_sync(kFullMask, valid ? slots[kMaxWarps + lane_] : 0u);
+  }
   __device__ __forceinline__ uint32_t highest(uint32_t x) {
     return __reduce_max_sync(kFullMask, exchange(__reduce_max_sync(kFullMask, x), 0));
   }
