@@ -250,7 +250,7 @@ __device__ __forceinline__ void choose_pairs(const Token<kPlanes, kRows>& token,
         search.take_too(cuts[i].rank, sums[i / 2] >> 16 * (i % 2) & 0xffffu, topk);
       }
     } else {
-      const CutSearch::Cut guess = search.guess_cut(wanted, step);
+      const CutSearch::Cut guess = search.guess_cut(wanted, step, step > 0 ? 0.25f : 0.0f);
       uint32_t counts[2] = {0, 0};
 #pragma unroll
       for (int j = 0; j < kCellCols; ++j) counts[j % 2] += is_above(ranks[j], guess.below);

@@ -109,14 +109,16 @@ struct CutSearch {
   __device__ __forceinline__ uint32_t guess(float wanted, int step) const {
     return guess_cut(wanted, step).rank;
   }
-  __device__ __forceinline__ Cut guess_cut(float wanted, int step) const {
+  // `even` of 1 makes it the middle: between guesses where the slowest search counts.
+  __device__ __forceinline__ Cut guess_cut(float wanted, int step, float even = 0.0f) const {
     if (step < kGuesses) {
       const float above = log2_fast(fmaxf(static_cast<float>(count_high), 0.5f));
       const float below = log2_fast(count_low);
       const float share = (below - log2_fast(wanted)) * reciprocal_fast(below - above);
       const float first = value_of(low), last = value_of(high);
       // Not -0, which is not below a +0.
-      const float value = fmaf(last - first, fminf(fmaxf(share, 0.02f), 0.98f), first) + 0.0f;
+      const float clamped = fminf(fmaxf(share, 0.02f), 0.98f);
+      const float value = fmaf(last - first, fmaf(0.5f - clamped, even, clamped), first) + 0.0f;
       const uint32_t rank = sortable_number(value) + 1;  // of NaN it lies outside
       if (rank > low && rank < high) return {rank, value};
     }
