@@ -4,7 +4,8 @@
 // Two kernels. In the first a block multiplies a tile of keys with a tile of tokens: small tiles,
 // so that all multiprocessors read keys, and what a block reads is on its way all at once. In the
 // second a block looks after a token's side: its threads hold the ranks of the keys in registers
-// and cut them to the best m (key_selection.cuh).
+// and cut them to the best m (key_selection.cuh). Of very few tokens a kernel that goes on with
+// the pairs takes its place (product_key_topk_fwd_token.cu).
 //
 // A score is the same sum over Kd whatever the key's place and the number of tokens.
 #include <algorithm>
