@@ -218,13 +218,16 @@ __device__ __forceinline__ IdCut cut_list(const ProductKeyTopkParams& p,
     ranks[e] = 0;
     ids[e] = kNoId;
     if (i < capacity) {
-      float of_key[kPlanes];
+      float (&of_key)[kPlanes] = held[kHolds ? e : 0];
       ids[e] = load_candidate(candidates, place + i, of_key);
-      ranks[e] = sortable(rank_value<kPlanes>(filter, of_key));
-      if constexpr (kHolds) {
+      if constexpr (!kHolds) ranks[e] = sortable(rank_value<kPlanes>(filter, of_key));
+    }
+  }
+  if constexpr (kHolds) {
+    // After all have been asked for: behind a branch each, one would be waited for after the other.
 #pragma unroll
-        for (int r = 0; r < kPlanes; ++r) held[e][r] = of_key[r];
-      }
+    for (int e = 0; e < kMaxListEntries; ++e) {
+      if (ids[e] != kNoId) ranks[e] = sortable(rank_value<kPlanes>(filter, held[e]));
     }
   }
   const IdCut cut = find_cut(ranks, ids, capacity, static_cast<uint32_t>(p.axis_topk),
