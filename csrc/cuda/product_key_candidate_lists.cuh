@@ -154,10 +154,11 @@ __device__ __forceinline__ uint32_t count_above(const __nv_bfloat162 (&maxima)[k
 
 // Of both rows: a number that at least `least` of the maxima that a quad holds are above, and not
 // many more if one is soon found; minus infinity if none is. The ranks that were rounded to these
-// maxima are above it as well: rounding keeps order, and the number is one of bfloat16.
+// maxima are above it as well: rounding keeps order, and the number is one of bfloat16. With it the
+// logarithm of how many are above, or of how many there are if none was found.
 template <int kColumns>
 __device__ __forceinline__ void find_bounds(const Maxima<kColumns>& maxima, uint32_t least,
-                                            float (&bounds)[kRows]) {
+                                            float (&bounds)[kRows], float (&log_above)[kRows]) {
   constexpr int kMaxSteps = 8;
   // Of normal maxima, where between extremes an eighth to a half of them are above.
   constexpr float kFirstShare = 0.65f;
@@ -215,6 +216,14 @@ __device__ __forceinline__ void find_bounds(const Maxima<kColumns>& maxima, uint
     }
     if (!__any_sync(kFullMask, any)) break;
   }
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) log_above[row] = log_low[row];
+}
+template <int kColumns>
+__device__ __forceinline__ void find_bounds(const Maxima<kColumns>& maxima, uint32_t least,
+                                            float (&bounds)[kRows]) {
+  float log_above[kRows];
+  find_bounds<kColumns>(maxima, least, bounds, log_above);
 }
 
 // A warp's lists of 16 tokens: of each, the one of that number.

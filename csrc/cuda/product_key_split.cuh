@@ -53,7 +53,8 @@ struct Shared {
   static constexpr int kSlotStride = kWarps * kPlanes * kPartBytes;
   static constexpr int kStates = kPartsBegin + kSlots * kSlotStride;
   static constexpr int kBounds = kStates + kTokens * kStateBytes;
-  static constexpr int kBytes = kBounds + kTokens * static_cast<int>(sizeof(float));
+  static constexpr int kLeast = kBounds + kTokens * static_cast<int>(sizeof(float));
+  static constexpr int kBytes = kLeast + kTokens * static_cast<int>(sizeof(float));
   static_assert(kBytes <= 232448, "more than a block of sm_90 has");
   static constexpr int kBarrierStride = kWarps * 8;  // from slot to slot
 
@@ -61,7 +62,7 @@ struct Shared {
 
   // Barriers: a stage is filled; it was multiplied; some columns of the queries are there; a part
   // is there for a warp that selects; the last part of one that multiplies was read, in both
-  // blocks; the other block's bounds of a warp's tokens are there.
+  // blocks; what the other block says of a warp's tokens is there.
   __device__ __forceinline__ uint32_t full(int stage) const { return base + 8 * stage; }
   __device__ __forceinline__ uint32_t empty(int stage) const { return full(kStages + stage); }
   __device__ __forceinline__ uint32_t queries_there(int box) const {
@@ -82,13 +83,14 @@ struct Shared {
   __device__ __forceinline__ uint32_t queries(int box) const {
     return base + kQueries + box * kQueryBoxBytes;
   }
-  // Of a warp's tokens: states, and bounds of the other block.
+  // Of a warp's tokens: states, and the other block's bounds and least ranks.
   __device__ __forceinline__ uint32_t states(int warp) const {
     return base + kStates + warp * kWarpTokens * kStateBytes;
   }
   __device__ __forceinline__ uint32_t bounds(int warp) const {
     return base + kBounds + warp * kWarpTokens * 4;
   }
+  static constexpr int kBoundsToLeast = kLeast - kBounds;
   // Scores of the block's own rank, then of the other.
   __device__ __forceinline__ uint32_t part(int slot, int warp, int of_other) const {
     return base + kPartsBegin + slot * kSlotStride + (warp * kPlanes + of_other) * kPartBytes;
@@ -197,12 +199,13 @@ class Selector {
     exist_ =
         (lane_ / 4 < num_tokens ? kRowBits : 0) | (lane_ / 4 + 8 < num_tokens ? kRowBits << 2 : 0);
     counts_ = 0;
-    was_cut_ = false;
+    cut_states_ = 0;
     if (lane_ < kWarpTokens) store_shared_u32(states_ + lane_ * kStateBytes, 0x7fffffff);
     __syncwarp();
 
     const int first_own = block_ * kOwnKeys;
     const auto num_keys = static_cast<int>(p_.num_keys);
+    bool crowded[kRows];
     {
       Maxima<kColumns> maxima;
 #pragma unroll
@@ -218,14 +221,33 @@ class Selector {
         if (key + kKeys >= first_keys) break;
         take_tile_maxima<1>(key + kKeys, num_keys, maxima);
       }
-      find_bounds<kColumns>(maxima, (p_.axis_topk + 1) / 2, least_);
+      const int least = (p_.axis_topk + 1) / 2;
+      float log_above[kRows];
+      find_bounds<kColumns>(maxima, least, least_, log_above);
+      // Lists would hardly have room where half as many again are above.
+      const float log_many = log2_fast(1.5f * static_cast<float>(least) + 4.0f);
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        crowded[row] = (exist_ & kRowBits << 2 * row) != 0 && log_above[row] > log_many;
+      }
     }
-    exchange_bounds(work & 1);
+    const bool are_crowded = exchange_bounds(crowded, work & 1);
+    const bool meets = are_crowded && num_keys > kLastMeeting * kKeys;
+    int end = first_own + (meets ? kFirstMeeting * kKeys : num_keys);
+    bool met = false;  // to some end for all tokens of the warp
+    int key = first_own;
 #pragma unroll 1
-    for (int key = first_own; key - first_own < num_keys; key += kKeys) {
-      add<0>(key, num_keys);
-      add<1>(key + kPartKeys, num_keys);
-      ++tile_;
+    while (true) {
+#pragma unroll 1
+      for (; key < end; key += kKeys) {
+        add<0>(key, num_keys);
+        add<1>(key + kPartKeys, num_keys);
+        ++tile_;
+      }
+      if (key >= first_own + num_keys) break;
+      const bool is_first = key < kLastMeeting * kKeys;
+      met = meet(met, (work & 1) ^ (is_first ? 1 : 0));
+      end = first_own + (is_first ? kLastMeeting * kKeys : num_keys);
     }
     if (lane_ % 4 == 0) {
       int32_t* counts = candidates_.counts + int64_t{kBlocks} * (first_row_ + lane_ / 4) + block_;
@@ -236,6 +258,10 @@ class Selector {
 
  private:
   static constexpr int kSlots = num_slots(kBoxes);
+  // Before the tiles of these numbers. The first comes no sooner than a part that only follows when
+  // this block has read what the other sent last, the other after as much; there are two, so that
+  // barriers have the same parity in each work.
+  static constexpr int kFirstMeeting = kSlots, kLastMeeting = kFirstMeeting + 2;
   // Score i of a part has bit i; those of the first row of a thread are these.
   static constexpr uint32_t kRowBits = 0x3333u;
   static_assert(kPartScores == 16 && kRows == 2 && score_of(1, 0) == 2 && score_of(0, 2) == 4);
@@ -349,24 +375,91 @@ class Selector {
     }
   }
 
-  __device__ __forceinline__ void exchange_bounds(uint32_t parity) {
+  // Of both rows, a number of this block for one of the other, to the same place there.
+  __device__ __forceinline__ void exchange(uint32_t place, uint32_t parity,
+                                           const uint32_t (&own)[kRows],
+                                           uint32_t (&others)[kRows]) const {
     if (lane_ % 4 == 0) {
       const uint32_t other_block = block_ ^ 1;
-      const uint32_t to = address_in_block(other_bounds_ + lane_ / 4 * 4, other_block);
+      const uint32_t to = address_in_block(place + lane_ / 4 * 4, other_block);
       const uint32_t barrier = address_in_block(bounds_there(), other_block);
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
-        store_async(to + 8 * row * sizeof(float), least_[row], barrier);
+        store_async(to + 8 * row * sizeof(float), __uint_as_float(own[row]), barrier);
       }
     }
     mbarrier_wait_cluster(bounds_there(), parity);
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      const uint32_t bound = load_shared_u32(other_bounds_ + (lane_ / 4 + 8 * row) * 4);
-      least_[row] = fminf(least_[row], __uint_as_float(bound));
+      others[row] = load_shared_u32(place + (lane_ / 4 + 8 * row) * 4);
     }
-    // The next ones come long after all lanes have read these.
+    __syncwarp();
     if (lane_ == 0) expect_bounds();
+  }
+
+  // The lesser of both blocks' bounds. Returns whether one of them says of any of the warp's tokens
+  // that it is crowded: many more maxima than asked for are above, as where many are equal.
+  __device__ __forceinline__ bool exchange_bounds(const bool (&crowded)[kRows], uint32_t parity) {
+    // The last bit of bounds, which are numbers of bfloat16, is free.
+    uint32_t own[kRows], others[kRows];
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      own[row] = __float_as_uint(least_[row]) | static_cast<uint32_t>(crowded[row]);
+    }
+    exchange(other_bounds_, parity, own, others);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      least_[row] = fminf(least_[row], __uint_as_float(others[row] & ~1u));
+    }
+    return __any_sync(kFullMask, ((own[0] | own[1] | others[0] | others[1]) & 1) != 0);
+  }
+
+  // Between two tiles. Where each block's list of a token has m/2 keys, m keys are not below the
+  // least rank in both, and later ones must be above it: of many equal keys lists take few more.
+  // Returns whether the bounds of all tokens rose, which need not be looked at again.
+  __device__ __forceinline__ bool meet(bool met, uint32_t parity) {
+    __syncwarp();  // what other lanes have written
+    uint32_t own[kRows], others[kRows];
+#pragma unroll 1  // seldom needed: little code
+    for (int row = 0; row < kRows; ++row) {
+      (row == 0 ? own[0] : own[1]) = met ? 0 : least_in_list(row);
+    }
+    exchange(other_bounds_ + Shared<kBoxes>::kBoundsToLeast, parity, own, others);
+    bool rise = true;
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const uint32_t rank = min(own[row], others[row]);
+      rise &= rank != 0;
+      if (rank != 0) least_[row] = fmaxf(least_[row], least_rank(rank + 1));
+    }
+    return __all_sync(kFullMask, rise);
+  }
+
+  // As a sortable rank; 0 where the list has fewer than m/2 keys or a NaN.
+  __device__ __forceinline__ uint32_t least_in_list(int row) const {
+    constexpr int kBatch = 8;
+    const auto num = static_cast<int>(count(row));
+    const int first_place = row == 0 ? first_place_[0] : first_place_[1];
+    uint32_t least = 0;
+    if (2 * num >= p_.axis_topk) {
+      least = 0xffffffffu;
+#pragma unroll 1
+      for (int first = lane_ % 4; first < num; first += 4 * kBatch) {
+        float scores[kBatch][kPlanes];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          load_candidate(candidates_, int64_t{first_place + min(first + 4 * i, num - 1)},
+                         scores[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          least = min(least, sortable(rank_value<kPlanes>(filter_, scores[i])));
+        }
+      }
+    }
+    __syncwarp();
+    least = min(least, __shfl_xor_sync(kFullMask, least, 1));
+    return min(least, __shfl_xor_sync(kFullMask, least, 2));
   }
 
   // Bits of the scores of a part whose rank is not below the bounds.
@@ -394,10 +487,10 @@ class Selector {
   // Adds the keys of a part to the lists.
   template <int kPart>
   __device__ __forceinline__ void add(int first_key, int num_keys) {
-    if (was_cut_) {
+    if (cut_states_ != 0) {
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
-        const uint32_t state = states_ + (lane_ / 4 + 8 * row) * kStateBytes;
+        const uint32_t state = cut_states_ + 8 * row * kStateBytes;
         const float later = __uint_as_float(load_shared_u32(state + 4));
         if (first_key >= static_cast<int>(load_shared_u32(state))) {
           least_[row] = fmaxf(least_[row], later);
@@ -505,7 +598,7 @@ class Selector {
         store_shared_u32(states_ + token * kStateBytes + 4, __float_as_uint(later));
       }
     }
-    was_cut_ = true;
+    cut_states_ = states_ + lane_ / 4 * kStateBytes;
     __syncwarp();
   }
 
@@ -521,7 +614,7 @@ class Selector {
   int block_;       // this one's number in the cluster
   int first_row_, lane_;
   int first_place_[kRows];  // of lists
-  bool was_cut_;            // one of the warp's lists
+  uint32_t cut_states_;     // of this lane's first row, or 0 before a list of the warp is cut
   int tile_ = 0;            // of all rounds so far
   uint32_t counts_;         // what is in the lists of both rows, in halves of a word
 };

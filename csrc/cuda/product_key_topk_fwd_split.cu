@@ -12,7 +12,9 @@
 // different keys, so the lesser of both numbers bounds the m-th best key from below. In the second
 // round the keys that are not below go to the block's list of the token. A list that is full is cut
 // down to its best m, and bounds from then on, too: every order of scores comes out right, and only
-// contrived ones are slower, and tokens whose scores are NaN.
+// contrived ones are slower, and tokens whose scores are NaN. Where so many maxima are above the
+// number that lists would hardly have room, as with equal scores, blocks compare their lists after
+// the first tiles: the least rank in both lists of m/2 keys bounds what comes later.
 #include <algorithm>
 #include <cmath>
 

@@ -255,6 +255,38 @@ def test_sorted_scores(device: str, order: str, mode: str, num_keys: int, axis_t
     check_exact(query, keys, core, topk=axis_topk, axis_topk=axis_topk, mode=mode)
 
 
+@pytest.mark.parametrize(
+    ("num_keys", "axis_topk"), [(384, 128), (385, 1), (513, 33), (1056, 127), (1056, 128)]
+)
+@pytest.mark.parametrize("key_dim", [256, 512])
+def test_axes_of_few_values(device: str, key_dim: int, num_keys: int, axis_topk: int) -> None:
+    """Long keys, and tokens side by side whose scores are equal, few numbers, or rise late: more
+    equal keys at the threshold than there is room for."""
+    data = Data(num_keys + axis_topk, device)
+    index = torch.arange(num_keys, device=device)
+    kinds = [torch.ones_like(index), *(data.integers(k, num_keys) for k in (2, 3, 4, 8))]
+    kinds += [index // 128, -(index // 64), (index >= num_keys - 40).long(), index % 128 // 64]
+    keys = torch.zeros(1, 2, 2, num_keys, key_dim, device=device)
+    keys[..., : len(kinds)] = torch.stack(kinds, -1)
+    tokens = 20 if device == "cpu" else 1100
+    kind = data.integers(len(kinds), tokens, 2)
+    kind[tokens // 2 :] = 0  # whole tiles of tokens whose scores are equal
+    query = torch.zeros(tokens, 2, 1, 2, key_dim, device=device)
+    query.scatter_(-1, kind[:, :, None, None, None].expand(-1, -1, 1, 2, 1), 1.0)
+    query *= torch.where(torch.arange(tokens, device=device) % 5 == 0, -1, 1)[
+        :, None, None, None, None
+    ]
+    core = integers(data, 1, 1, 2, 2, dtype=torch.float32, high=2)
+    check_exact(
+        query.bfloat16(),
+        keys.bfloat16(),
+        core,
+        topk=axis_topk,
+        axis_topk=axis_topk,
+        mode="tucker",
+    )
+
+
 @pytest.mark.parametrize("mode", ["tucker", "additive"])
 @pytest.mark.parametrize("special", [0.0, math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("distinct", [1, 3, 50])
