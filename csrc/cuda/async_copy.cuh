@@ -277,21 +277,18 @@ __device__ __forceinline__ void read_arguments(Words... words) {
   wait_for_words(words...);
 }
 
-// Has multiprocessors give this kernel as much shared memory as there is, at the expense of the L1
-// cache, however little its blocks take: kernels that ask for it find a multiprocessor as the one
-// ahead has left it, and need not wait until that is empty to divide its memory anew.
-template <typename Kernel>
-Status prefer_shared_memory(Kernel* kernel) {
-  return to_status(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                        cudaSharedmemCarveoutMaxShared));
-}
-
 // Launches a kernel that calls `wait_for_prerequisite_grid` before it needs anything of the kernel
 // ahead of it, so that it may begin before that one has ended. All its threads have to call it:
 // what follows takes the end of this kernel for the end of both.
+//
+// `carveout` is what it prefers of a multiprocessor's memory as shared memory, in percent. A kernel
+// that prefers another division than the one ahead finds no room until a multiprocessor is empty.
 template <typename... Arguments>
-Status launch_overlapping(void (*kernel)(Arguments...), dim3 grid, int block_threads,
-                          int64_t shared_bytes, Stream stream, const Arguments&... arguments) {
+Status launch_with_carveout(int carveout, void (*kernel)(Arguments...), dim3 grid,
+                            int block_threads, int64_t shared_bytes, Stream stream,
+                            const Arguments&... arguments) {
+  ULTRAMEM_CUDA_RETURN_IF_ERROR(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, carveout));
   cudaFuncAttributes attributes{};
   ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaFuncGetAttributes(&attributes, kernel));
   cudaLaunchAttribute overlap{};
@@ -307,6 +304,15 @@ Status launch_overlapping(void (*kernel)(Arguments...), dim3 grid, int block_thr
   config.numAttrs = attributes.ptxVersion >= 90 ? 1 : 0;
   ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaLaunchKernelEx(&config, kernel, arguments...));
   return launch_status();
+}
+
+// With the division that all such kernels prefer unless they say otherwise: as much shared memory
+// as there is, however little their blocks take.
+template <typename... Arguments>
+Status launch_overlapping(void (*kernel)(Arguments...), dim3 grid, int block_threads,
+                          int64_t shared_bytes, Stream stream, const Arguments&... arguments) {
+  return launch_with_carveout(cudaSharedmemCarveoutMaxShared, kernel, grid, block_threads,
+                              shared_bytes, stream, arguments...);
 }
 
 }  // namespace ultramem::cuda

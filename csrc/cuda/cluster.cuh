@@ -151,6 +151,8 @@ template <typename... Arguments>
 Status launch_overlapping_clusters(void (*kernel)(Arguments...), dim3 grid, int cluster_blocks,
                                    int block_threads, int shared_bytes, Stream stream,
                                    const Arguments&... arguments) {
+  ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
+      kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
   return launch_clusters_as(true, kernel, grid, cluster_blocks, block_threads, shared_bytes, stream,
                             arguments...);
 }

@@ -78,7 +78,6 @@ Status launch(const ProductKeyTopkParams& p, Stream stream, bool overlapping) {
         static_cast<int>(blocks.x) <= multiprocessors() && kLoneBytes <= max_shared_bytes();
     const int64_t bytes = std::max(layout.bytes, alone ? kLoneBytes : 0);
     ULTRAMEM_RETURN_IF_ERROR(allow_shared_memory(kernel, bytes));
-    ULTRAMEM_RETURN_IF_ERROR(prefer_shared_memory(kernel));
     return launch_overlapping(kernel, blocks, kThreads, bytes, stream, p, layout);
   }
   kernel<<<blocks, kThreads, layout.bytes, stream>>>(p, layout);

@@ -314,7 +314,6 @@ Status launch_scores(const ProductKeyTopkParams& p, ScoreLayout layout, Stream s
   const auto kernel = product_key_topk_fwd_scores_kernel<scalar_t, Traits>;
   const int64_t bytes = shared_bytes<Traits>(layout);
   ULTRAMEM_RETURN_IF_ERROR(allow_shared_memory(kernel, bytes));
-  ULTRAMEM_RETURN_IF_ERROR(prefer_shared_memory(kernel));
   return launch_overlapping(kernel, blocks, Traits::kThreads, bytes, stream, p, layout);
 }
 
@@ -364,7 +363,6 @@ Status launch_scores_tiled(const ProductKeyTopkParams& p, const ScoreLayout& lay
 template <int kSets>
 Status launch_select(const ProductKeyTopkParams& p, int warps, Stream stream) {
   const dim3 blocks(static_cast<unsigned>(p.num_tokens * p.num_heads * 2));
-  ULTRAMEM_RETURN_IF_ERROR(prefer_shared_memory(product_key_topk_fwd_select_kernel<kSets>));
   return launch_overlapping(product_key_topk_fwd_select_kernel<kSets>, blocks, warps * kWarpSize, 0,
                             stream, p, static_cast<const float*>(p.workspace),
                             small_score_stride(p));

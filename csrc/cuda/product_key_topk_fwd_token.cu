@@ -211,7 +211,6 @@ Status launch(const ProductKeyTopkParams& p, int score_stride, Stream stream) {
   const int64_t bytes =
       kLoneBytes <= max_shared_bytes() ? std::max(layout.bytes, kLoneBytes) : layout.bytes;
   ULTRAMEM_RETURN_IF_ERROR(allow_shared_memory(kernel, bytes));
-  ULTRAMEM_RETURN_IF_ERROR(prefer_shared_memory(kernel));
   const int warps = std::max(2 * layout.side_warps, BlockTraits<kRows>::kWarps + kWriteWarps);
   const dim3 blocks(static_cast<unsigned>(p.num_tokens * p.num_heads));
   return launch_overlapping(kernel, blocks, warps * kWarpSize, bytes, stream, p, layout,

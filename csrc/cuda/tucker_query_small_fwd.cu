@@ -512,8 +512,6 @@ template <typename scalar_t, int kTokenTiles>
 Status launch(const TuckerQueryParams& p, const Plan& plan, Stream stream) {
   const auto num_blocks =
       static_cast<unsigned>(p.num_segments * plan.token_groups * plan.cluster_blocks);
-  ULTRAMEM_RETURN_IF_ERROR(
-      prefer_shared_memory(tucker_query_small_fwd_kernel<scalar_t, kTokenTiles>));
   return launch_overlapping_clusters(tucker_query_small_fwd_kernel<scalar_t, kTokenTiles>,
                                      num_blocks, plan.cluster_blocks, kThreads, plan.shared_bytes,
                                      stream, p, plan);

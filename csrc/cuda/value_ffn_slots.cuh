@@ -593,10 +593,11 @@ Status launch_slots(void (*kernel)(Params, SlotArguments), const Params& params,
   // Rows pass through shared memory alone: the more of it, the more blocks. With fewer of them,
   // registers are left for others.
   constexpr int kRoomyCarveout = 65;  // percent
-  ULTRAMEM_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
-      kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-      leaves_room && launch.num_warps == 1 ? kRoomyCarveout
-                                           : static_cast<int>(cudaSharedmemCarveoutMaxShared)));
+  const int carveout = leaves_room && launch.num_warps == 1
+                           ? kRoomyCarveout
+                           : static_cast<int>(cudaSharedmemCarveoutMaxShared);
+  ULTRAMEM_CUDA_RETURN_IF_ERROR(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, carveout));
   ULTRAMEM_CUDA_RETURN_IF_ERROR(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_limit));
   const dim3 grid(static_cast<unsigned>(num_tokens * launch.arguments.token_blocks));
@@ -612,8 +613,8 @@ Status launch_slots(void (*kernel)(Params, SlotArguments), const Params& params,
                               launch.arguments);
   }
   if (overlapping) {
-    return launch_overlapping(kernel, grid, threads, launch.shared_bytes, stream, params,
-                              launch.arguments);
+    return launch_with_carveout(carveout, kernel, grid, threads, launch.shared_bytes, stream,
+                                params, launch.arguments);
   }
   kernel<<<grid, threads, static_cast<size_t>(launch.shared_bytes), stream>>>(params,
                                                                               launch.arguments);
