@@ -333,6 +333,8 @@ def additive_keys(kind: str, data: Data, heads: int, num_keys: int) -> Tensor:
         keys = torch.where(side.to(keys.device) == 1, large.to(keys), 4 * keys)
     elif kind == "all magnitudes":
         keys = torch.ldexp(keys, data.integers(60, *shape) - 30)
+    elif kind == "subnormal":
+        keys = integers(data, *shape, dtype=torch.float32, high=1000) * 2.0**-149
     elif kind == "overflow":
         keys = 3e38 * keys.clamp(-1, 1)
     elif kind in ("nan", "inf"):
@@ -346,7 +348,7 @@ def additive_keys(kind: str, data: Data, heads: int, num_keys: int) -> Tensor:
     "kind",
     [
         *("normal", "ties", "all equal", "signed zeros", "ties by rounding", "all magnitudes"),
-        *("overflow", "nan", "inf"),
+        *("subnormal", "overflow", "nan", "inf"),
     ],
 )
 @pytest.mark.parametrize(
@@ -382,7 +384,9 @@ def test_additive_grid_of_many_tokens(device: str, num_keys: int, topk: int, kin
     )
 
 
-@pytest.mark.parametrize("kind", ["uniform", "equal singular values", "any filter", "no filter"])
+@pytest.mark.parametrize(
+    "kind", ["uniform", "equal singular values", "any filter", "no filter", "subnormal"]
+)
 @pytest.mark.parametrize("tucker_rank", [1, 2, 3, 4])
 @pytest.mark.parametrize(
     ("num_keys", "topk"), [(32, 32), (33, 33), (64, 64), (128, 7), (128, 128), (128, 768)]
@@ -400,6 +404,8 @@ def test_tucker_grid_of_many_tokens(
         data.integers(2, tokens, 2, heads, tucker_rank, 1),
     )
     core = data.integers(17, cores, heads, tucker_rank, tucker_rank) / 16.0
+    if kind == "subnormal":
+        keys = keys * 2.0**-68  # pairs are multiples of 2^-148
     if kind == "equal singular values":
         core = torch.eye(tucker_rank).expand(cores, heads, -1, -1).to(core).contiguous()
     u = t = None
