@@ -277,14 +277,18 @@ def test_axes_of_few_values(device: str, key_dim: int, num_keys: int, axis_topk:
         :, None, None, None, None
     ]
     core = integers(data, 1, 1, 2, 2, dtype=torch.float32, high=2)
-    check_exact(
-        query.bfloat16(),
-        keys.bfloat16(),
-        core,
-        topk=axis_topk,
-        axis_topk=axis_topk,
-        mode="tucker",
+    query, keys = query.bfloat16(), keys.bfloat16()
+    check_exact(query, keys, core, topk=axis_topk, axis_topk=axis_topk, mode="tucker")
+    if device == "cpu":
+        return
+    # So many tiles of tokens that clusters take up one after the other.
+    times = 7
+    once, often = (
+        ops.product_key_topk(of, keys, core, topk=axis_topk, axis_topk=axis_topk)
+        for of in (query, query.repeat(times, 1, 1, 1, 1))
     )
+    for expected, repeated in zip(once, often, strict=True):
+        assert torch.equal(repeated, torch.cat([expected] * times))
 
 
 @pytest.mark.parametrize("mode", ["tucker", "additive"])
