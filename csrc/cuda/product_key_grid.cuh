@@ -28,8 +28,6 @@ __device__ __forceinline__ uint32_t warp_lowest(float x) {
   return __reduce_min_sync(kFullMask, x == x ? sortable(x) : 0xffffffffu);
 }
 
-inline constexpr uint32_t kLowestNumber = 0x007fffffu;  // the sortable rank of -inf
-
 // Adds zeros to `zero`, and NaN where a factor is not finite: of finite factors no rank is NaN.
 template <int kPlanes>
 __device__ __forceinline__ void add_zeros(const float (&factors)[kPlanes], float* zero) {

@@ -7,6 +7,7 @@
 namespace ultramem::cuda {
 
 inline constexpr uint32_t kNanBits = 0x7fffffffu;
+inline constexpr uint32_t kLowestNumber = 0x007fffffu;  // the sortable rank of -inf
 
 // A float of that sortable rank. Between -0 and +0, which are equal, lies a rank that no float has;
 // it stands for +0, and so does the float.
@@ -129,7 +130,8 @@ struct CutSearch {
   // Cuts that are counted at once, while the search is open: the slowest of many searches takes two
   // steps where it took five. Those of the first step have 3.2, 1.6, 0.8 and 0.4 times as many at
   // or above them as are wanted, by the line through the logarithms, which many sets fall below;
-  // where count_low is a guess the first is `low` itself. Later ones lie evenly in between.
+  // where count_low is a guess the first is `low` itself, unless that is -inf, which nothing lies
+  // below for numbers to be above. Later ones lie evenly in between.
   static constexpr int kCuts = 4;
   __device__ __forceinline__ void spread_cuts(float wanted, int step, bool count_is_guess,
                                               Cut (&cuts)[kCuts]) const {
@@ -137,6 +139,7 @@ struct CutSearch {
     const float log_low = log2_fast(count_low);
     const float log_share = log_low - log2_fast(wanted) - 1.678f;
     const float scale = reciprocal_fast(log_low + 1.0f);
+    const bool begins_at_low = step == 0 && count_is_guess && low > kLowestNumber;
 #pragma unroll
     for (int i = 0; i < kCuts; ++i) {
       const float share =
@@ -145,7 +148,7 @@ struct CutSearch {
       // Not -0, which is not below a +0.
       float value = fmaf(last - first, share, first) + 0.0f;
       uint32_t rank = sortable_number(value) + 1;  // of NaN it lies outside
-      const bool is_low = i == 0 && step == 0 && count_is_guess;
+      const bool is_low = i == 0 && begins_at_low;
       if (is_low || !(step < kGuesses && rank > low && rank < high)) {
         rank = low + (is_low ? 0u : max((high - low) / (kCuts + 1) * (i + 1), 1u));
         value = threshold_at(rank - 1);

@@ -316,6 +316,24 @@ def test_grid_of_few_values(
         check_exact(query, keys, core, topk=topk, axis_topk=axis_topk, mode=mode)
 
 
+@pytest.mark.parametrize("mode", ["tucker", "additive"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("num_keys", "topk"), [(20, 6), (32, 32), (30, 1)])
+def test_pairs_below_all_numbers(
+    device: str, num_keys: int, topk: int, dtype: torch.dtype, mode: str
+) -> None:
+    """Finite keys whose pairs float32 rounds to -inf, but for those of one row behind many."""
+    rows = [2.0**70 if mode == "tucker" else -1.5 * 2.0**127] * num_keys
+    rows[-3] = 1.0 if mode == "tucker" else 0.0
+    scale = 2.0**60 if mode == "tucker" else 2.0**121
+    cols = [-scale * (64 + j) for j in range(num_keys)]
+    query, keys = from_axis_scores(rows, cols, device, dtype)
+    # Keys of eight elements, for tensor cores.
+    query, keys = (torch.nn.functional.pad(tensor, (0, 7)) for tensor in (query, keys))
+    core = unit_core(device) if mode == "tucker" else None
+    check_exact(query, keys, core, topk=topk, axis_topk=num_keys, mode=mode)
+
+
 def tokens_of_many_grids(device: str) -> int:
     """On the CPU, which takes grids one by one, more than it scores without packing the keys."""
     return 9 if device == "cpu" else 65
