@@ -113,11 +113,13 @@ __global__ void __launch_bounds__(kBoundThreads<kRows>, 1)
   if (picks) selection.clear(side_warp * kWarpSize + lane, side_warps * kWarpSize);
   if (warp == 0) token.store_core(lane);
   clear_pairs<kRows>(arrays, thread, static_cast<int>(blockDim.x));
-  // No rank beyond the last kept keys is a number.
+  // No rank beyond the last kept column is a number. Rows there are zeros, until choose_pairs has
+  // seen whether all factors are finite.
   for (int i = m + thread; i < kRows; i += static_cast<int>(blockDim.x)) {
-    const float none[kPlanes] = {__uint_as_float(kNanBits), 0.0f};
-    store_rounded<kPlanes>(none, arrays.row_scores + i * kPlanes);
-    token.store_col(i, none);
+    const float row[kPlanes] = {};
+    const float col[kPlanes] = {__uint_as_float(kNanBits), 0.0f};
+    store_rounded<kPlanes>(row, arrays.row_scores + i * kPlanes);
+    token.store_col(i, col);
   }
   const uint32_t head = p.num_heads == 1 ? 0 : blockIdx.x % static_cast<uint32_t>(p.num_heads);
   float filter[kPlanes] = {1.0f, 1.0f};
