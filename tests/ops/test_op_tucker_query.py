@@ -172,9 +172,12 @@ def test_dtype_of_the_gain(
     assert torch.equal(grad_gain, expected_grad_gain.to(gain_dtype))
 
 
-def kernels_of(tokens: int) -> list[str]:
+LARGE_KEY_DIM = 704  # with D = 768 and four segments: a weight of more than 2^21 elements
+
+
+def kernels_of(tokens: int, key_dim: int = 192) -> list[str]:
     """Names of what the GPU runs for a forward and backward, the gain in x's dtype."""
-    x, weight, gain = make_leaves(Data(10, "cuda"), tokens, torch.bfloat16)
+    x, weight, gain = make_leaves(Data(10, "cuda"), tokens, torch.bfloat16, key_dim)
     leaves = [x, weight, gain.detach().to(torch.bfloat16).requires_grad_()]
     upstream = torch.ones_like(ops.tucker_query(*leaves))
     torch.cuda.synchronize()
@@ -196,6 +199,15 @@ def test_no_kernels_beside_ours(tokens: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_large_weights_have_a_product_of_their_own(tokens: int) -> None:
+    kernels = kernels_of(tokens, LARGE_KEY_DIM)
+    assert sum("tucker_query_project" in name for name in kernels) == 1, kernels
+    assert sum("rms_norm" in name for name in kernels) == 1, kernels
+    assert all("tucker_query" in name or "rms_norm" in name for name in kernels), kernels
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [65, 1000])
 def test_no_kernels_beside_norms_and_products(tokens: int) -> None:
     """Above that, three of the norm; the products are a library's, torch itself adds nothing."""
@@ -210,26 +222,30 @@ def forward_backward(inputs: list[Tensor]) -> list[Tensor]:
     return [query, *torch.autograd.grad(query, inputs, upstream.to(query.dtype).view_as(query))]
 
 
-def make_leaves(data: Data, tokens: int, dtype: torch.dtype) -> list[Tensor]:
-    weight = data.normal(2 * 2 * 192, 768, dtype=dtype, scale=768**-0.5)
-    leaves = [data.normal(tokens, 768, dtype=dtype), weight, data.gains(192)]
+def make_leaves(data: Data, tokens: int, dtype: torch.dtype, key_dim: int = 192) -> list[Tensor]:
+    weight = data.normal(2 * 2 * key_dim, 768, dtype=dtype, scale=768**-0.5)
+    leaves = [data.normal(tokens, 768, dtype=dtype), weight, data.gains(key_dim)]
     return [tensor.requires_grad_() for tensor in leaves]
 
 
+@pytest.mark.parametrize("key_dim", [192, LARGE_KEY_DIM])
 @pytest.mark.parametrize("tokens", [1, 13, 64, 300])
-def test_same_in_every_run(device_dtype: tuple[str, torch.dtype], tokens: int) -> None:
+def test_same_in_every_run(
+    device_dtype: tuple[str, torch.dtype], tokens: int, key_dim: int
+) -> None:
     device, dtype = device_dtype
-    leaves = make_leaves(Data(6, device), tokens, dtype)
+    leaves = make_leaves(Data(6, device), tokens, dtype, key_dim)
     first = forward_backward(leaves)
     for _ in range(3):
         for a, b in zip(forward_backward(leaves), first, strict=True):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("key_dim", [192, LARGE_KEY_DIM])
 @pytest.mark.parametrize("tokens", [2, 8, 40])
-def test_tokens_do_not_depend_on_each_other(device: str, tokens: int) -> None:
+def test_tokens_do_not_depend_on_each_other(device: str, tokens: int, key_dim: int) -> None:
     """A token's query is bit for bit what it is when others, or NaN, stand beside it."""
-    x, weight, gain = make_leaves(Data(7, device), tokens, torch.bfloat16)
+    x, weight, gain = make_leaves(Data(7, device), tokens, torch.bfloat16, key_dim)
     query = ops.tucker_query(x, weight, gain)
     spoiled = x.detach().clone()
     spoiled[1::2] = torch.nan
@@ -237,10 +253,11 @@ def test_tokens_do_not_depend_on_each_other(device: str, tokens: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("key_dim", [192, LARGE_KEY_DIM])
 @pytest.mark.parametrize("tokens", [1, 16, 64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_graph_of_few_tokens(dtype: torch.dtype, tokens: int) -> None:
-    leaves = make_leaves(Data(8, "cuda"), tokens, dtype)
+def test_graph_of_few_tokens(dtype: torch.dtype, tokens: int, key_dim: int) -> None:
+    leaves = make_leaves(Data(8, "cuda"), tokens, dtype, key_dim)
     # Copies: what is captured must not meet the graph of a run on another stream.
     expected = [tensor.detach().clone() for tensor in forward_backward(leaves)]
     stream = torch.cuda.Stream()

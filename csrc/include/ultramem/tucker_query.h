@@ -53,16 +53,16 @@ namespace cuda ULTRAMEM_PUBLIC {
 bool tucker_query_small_fwd_supported(const TuckerQueryParams& params);
 Status tucker_query_small_fwd(const TuckerQueryParams& params, Stream stream);
 
-// projection = x W^T alone, for 1 to kTuckerQuerySmallTokens tokens and weights beyond that: the
-// norm is left to rms_norm. `query`, norm_weight and eps are not read. Offered where `supported`
-// says so on the current device: compute capability 9.0, bfloat16 or float16, an even number of
-// rows, which are 16-byte aligned.
+// projection = x W^T alone, for 1 to kTuckerQuerySmallTokens tokens; the norm is left to rms_norm.
+// Made for weights beyond kTuckerQuerySmallWeight, offered for smaller ones, too, where `supported`
+// says so on the current device: compute capability 9.0, bfloat16 or float16, 16-byte aligned rows,
+// an even number of those of the weight. `query`, norm_weight and eps are not read.
 bool tucker_query_project_supported(const TuckerQueryParams& params);
 Status tucker_query_project(const TuckerQueryParams& params, Stream stream);
 
 // One kernel that reads the weight and writes its gradient once, with the norm's in one of its own
-// ahead of it for more than 32 tokens. Needs whole 16-byte vectors in key_dim as well, no more than
-// 1024 of it, and at most 16 segments.
+// ahead of it for more than 32 tokens. Offered as the forward is, for weights of any size; needs
+// whole 16-byte vectors in key_dim as well, no more than 1024 of it, and at most 16 segments.
 bool tucker_query_small_bwd_supported(const TuckerQueryBwdParams& params);
 size_t tucker_query_small_bwd_workspace(const TuckerQueryBwdParams& params);
 Status tucker_query_small_bwd(const TuckerQueryBwdParams& params, Stream stream);
