@@ -536,9 +536,8 @@ bool fits(const TuckerQueryParams& p) {
   return (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) && p.num_tokens >= 1 &&
          p.d_model >= 8 && p.d_model <= kMaxSize && p.d_model % 8 == 0 && p.key_dim >= 1 &&
          p.key_dim <= kMaxKeyDim && p.num_segments >= 1 && p.num_segments <= kMaxSize &&
-         p.num_tokens <= kTuckerQuerySmallTokens &&
-         p.num_segments * p.key_dim * p.d_model <= kTuckerQuerySmallWeight && is_aligned(p.x) &&
-         is_aligned(p.weight) && is_aligned(p.query) && is_aligned(p.projection);
+         p.num_tokens <= kTuckerQuerySmallTokens && is_aligned(p.x) && is_aligned(p.weight) &&
+         is_aligned(p.query) && is_aligned(p.projection);
 }
 
 ULTRAMEM_REGISTER_KERNEL(fwd_8_bf16, "tucker_query_small_fwd<bf16, 8 tokens>", kThreads,

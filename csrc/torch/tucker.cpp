@@ -137,10 +137,14 @@ std::tuple<Tensor, Tensor> tucker_query(Tensor x, Tensor weight, Tensor norm_wei
       {shape.num_tokens, 2, shape.num_heads, shape.num_queries, shape.key_dim}, x.scalar_type());
   Tensor projection = context.empty({shape.num_tokens, weight.size(0)}, x.scalar_type());
 #if defined(ULTRAMEM_WITH_CUDA)
-  if (few_tokens_fwd(context, x, weight, norm_weight, eps, query, projection)) {
+  const auto project = [&] {
+    return few_tokens_project(context, x, weight, norm_weight, eps, projection);
+  };
+  bool projected = weight.numel() > kTuckerQuerySmallWeight && project();
+  if (!projected && few_tokens_fwd(context, x, weight, norm_weight, eps, query, projection)) {
     return {query, projection};
   }
-  const bool projected = few_tokens_project(context, x, weight, norm_weight, eps, projection);
+  projected = projected || project();
 #else
   const bool projected = false;
 #endif

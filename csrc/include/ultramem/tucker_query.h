@@ -12,8 +12,9 @@ namespace ultramem {
 inline namespace ULTRAMEM_API {
 
 inline constexpr int kTuckerQuerySmallTokens = 64;
-// Elements of the weight beyond which the forward's norm is better off in a kernel of its own: the
-// longer the product takes, the more it matters that all multiprocessors have a part in it.
+// Elements of the weight beyond which the forward is faster as tucker_query_project and rms_norm,
+// where that is offered, than as one kernel: the longer the product takes, the more it matters that
+// all multiprocessors have a part in it.
 inline constexpr int64_t kTuckerQuerySmallWeight = int64_t{1} << 21;
 
 // Rows of the weight, and segments of a query, are ordered side, head, query.
@@ -46,23 +47,23 @@ struct TuckerQueryBwdParams : TuckerQueryParams {
 
 namespace cuda ULTRAMEM_PUBLIC {
 // One kernel that reads the weight once. Offered where `supported` says so on the current device:
-// compute capability 9.0, bfloat16 or float16, 1 to kTuckerQuerySmallTokens tokens, a weight of up
-// to kTuckerQuerySmallWeight elements, 16-byte aligned rows, and shapes that fit shared memory.
+// compute capability 9.0, bfloat16 or float16, 1 to kTuckerQuerySmallTokens tokens, 16-byte aligned
+// rows, and shapes that fit shared memory.
 // `supported` looks at sizes, dtypes and the alignment of the pointers, which must be set. Calls of
 // what is not supported return kInvalidArgument.
 bool tucker_query_small_fwd_supported(const TuckerQueryParams& params);
 Status tucker_query_small_fwd(const TuckerQueryParams& params, Stream stream);
 
 // projection = x W^T alone, for 1 to kTuckerQuerySmallTokens tokens; the norm is left to rms_norm.
-// Made for weights beyond kTuckerQuerySmallWeight, offered for smaller ones, too, where `supported`
-// says so on the current device: compute capability 9.0, bfloat16 or float16, 16-byte aligned rows,
-// an even number of those of the weight. `query`, norm_weight and eps are not read.
+// Offered where `supported` says so on the current device: compute capability 9.0 and a library with
+// code for sm_90a, bfloat16 or float16, 16-byte aligned rows, an even number of those of the weight.
+// `query`, norm_weight and eps are not read.
 bool tucker_query_project_supported(const TuckerQueryParams& params);
 Status tucker_query_project(const TuckerQueryParams& params, Stream stream);
 
 // One kernel that reads the weight and writes its gradient once, with the norm's in one of its own
-// ahead of it for more than 32 tokens. Offered as the forward is, for weights of any size; needs
-// whole 16-byte vectors in key_dim as well, no more than 1024 of it, and at most 16 segments.
+// ahead of it for more than 32 tokens. Offered as the forward is; needs whole 16-byte vectors in
+// key_dim as well, no more than 1024 of it, and at most 16 segments.
 bool tucker_query_small_bwd_supported(const TuckerQueryBwdParams& params);
 size_t tucker_query_small_bwd_workspace(const TuckerQueryBwdParams& params);
 Status tucker_query_small_bwd(const TuckerQueryBwdParams& params, Stream stream);
