@@ -186,6 +186,7 @@ __global__ void __launch_bounds__(kThreads, kPlanes == 2 ? 7 : 5)
                              reinterpret_cast<float*>(keys), codes, &lowest, &highest);
   }
   if (num_found == 0) {
+    __syncwarp();  // all have read what guesses left, where maxima are stored now
     num_found = list_chunks(token, finite, m, topk, max_found, lane, stored_maxima, chunks, codes,
                             &lowest, &highest);
   }
