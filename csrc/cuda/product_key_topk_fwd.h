@@ -67,6 +67,10 @@ Status launch_axis_small(const ProductKeyTopkParams& params, Stream stream);
 // Its first kernel alone: all scores, in the workspace, [T, H, 2, R, small_score_stride(params)].
 int small_score_stride(const ProductKeyTopkParams& params);
 Status launch_small_scores(const ProductKeyTopkParams& params, Stream stream);
+// The same on the tensor cores of sm_90a, of what that takes where small_scores_wgmma_applies. In
+// builds with that code only.
+bool small_scores_wgmma_applies(const ProductKeyTopkParams& params);
+Status launch_small_scores_wgmma(const ProductKeyTopkParams& params, Stream stream);
 
 // The rest of both stages behind that, with a block for each token and head, where token_applies.
 bool token_applies(const ProductKeyTopkParams& params);

@@ -7,7 +7,9 @@
 // and cut them to the best m (key_selection.cuh). Of very few tokens a kernel that goes on with
 // the pairs takes its place (product_key_topk_fwd_token.cu).
 //
-// A score is the same sum over Kd whatever the key's place and the number of tokens.
+// A score is the same sum over Kd whatever the key's place and the number of tokens, to the last
+// bit in product_key_topk_fwd_small_wgmma.cu, too, which takes the place of the first kernel on
+// sm_90a for long keys.
 #include <algorithm>
 
 #include "async_copy.cuh"
@@ -410,6 +412,9 @@ size_t axis_small_workspace(const ProductKeyTopkParams& p) {
 }
 
 Status launch_small_scores(const ProductKeyTopkParams& p, Stream stream) {
+#if defined(ULTRAMEM_WITH_SM90A)
+  if (small_scores_wgmma_applies(p)) return launch_small_scores_wgmma(p, stream);
+#endif
   ScoreLayout layout{};
   layout.scores = static_cast<float*>(p.workspace);
   layout.score_stride = small_score_stride(p);

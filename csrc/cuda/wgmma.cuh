@@ -111,6 +111,9 @@ __device__ __forceinline__ void wgmma_results(float (&d)[kCount]) {
   ULTRAMEM_FLOATS_4(d, i), ULTRAMEM_FLOATS_4(d, i + 4), ULTRAMEM_FLOATS_4(d, i + 8), \
       ULTRAMEM_FLOATS_4(d, i + 12)
 #define ULTRAMEM_FLOATS_32(d, i) ULTRAMEM_FLOATS_16(d, i), ULTRAMEM_FLOATS_16(d, i + 16)
+#define ULTRAMEM_REGS_24                                                                       \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
+  "%20, %21, %22, %23"
 #define ULTRAMEM_REGS_32                                                                       \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
   "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -119,6 +122,17 @@ __device__ __forceinline__ void wgmma_results(float (&d)[kCount]) {
   ULTRAMEM_REGS_32                                                                          \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
   "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+#define ULTRAMEM_WGMMA_48(d, a, b, accumulate, type)                                    \
+  asm volatile(                                                                         \
+      "{\n"                                                                             \
+      ".reg .pred p;\n"                                                                 \
+      "setp.ne.b32 p, %26, 0;\n"                                                        \
+      "wgmma.mma_async.sync.aligned.m64n48k16.f32." type "." type " {" ULTRAMEM_REGS_24 \
+      "}, %24, %25, p, 1, 1, 0, 0;\n"                                                   \
+      "}\n"                                                                             \
+      : ULTRAMEM_FLOATS_16(d, 0), ULTRAMEM_FLOATS_4(d, 16), ULTRAMEM_FLOATS_4(d, 20)    \
+      : "l"(a), "l"(b), "r"(accumulate))
 
 #define ULTRAMEM_WGMMA_64(d, a, b, accumulate, type)                                    \
   asm volatile(                                                                         \
@@ -159,8 +173,11 @@ __device__ __forceinline__ void wgmma_results(float (&d)[kCount]) {
 template <typename scalar_t, int kCount>
 __device__ __forceinline__ void wgmma_k16(float (&d)[kCount], uint64_t a, uint64_t b,
                                           int accumulate) {
-  static_assert(kCount == 32 || kCount == 36 || kCount == 64, "64, 72 or 128 columns");
+  static_assert(kCount == 24 || kCount == 32 || kCount == 36 || kCount == 64,
+                "48, 64, 72 or 128 columns");
   constexpr bool kBFloat16 = sizeof(scalar_t) == 2 && !std::is_same<scalar_t, __half>::value;
+  if constexpr (kCount == 24 && kBFloat16) ULTRAMEM_WGMMA_48(d, a, b, accumulate, "bf16");
+  if constexpr (kCount == 24 && !kBFloat16) ULTRAMEM_WGMMA_48(d, a, b, accumulate, "f16");
   if constexpr (kCount == 32 && kBFloat16) ULTRAMEM_WGMMA_64(d, a, b, accumulate, "bf16");
   if constexpr (kCount == 32 && !kBFloat16) ULTRAMEM_WGMMA_64(d, a, b, accumulate, "f16");
   if constexpr (kCount == 36 && kBFloat16) ULTRAMEM_WGMMA_72(d, a, b, accumulate, "bf16");
