@@ -9,7 +9,7 @@
 //
 // A score is the same sum over Kd whatever the key's place and the number of tokens, to the last
 // bit in product_key_topk_fwd_small_wgmma.cu, too, which takes the place of the first kernel on
-// sm_90a for long keys.
+// sm_90a for long keys and more than a few tokens.
 #include <algorithm>
 
 #include "async_copy.cuh"

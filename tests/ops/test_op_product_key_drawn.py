@@ -9,6 +9,7 @@ by index.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from typing import Any, NamedTuple
@@ -510,8 +511,12 @@ def test_drawn_configurations_of_many_keys(batch: int) -> None:
 def test_a_token_is_the_same_in_any_company(batch: int) -> None:
     """Bit by bit, among up to 256 tokens, as long as the same kernels take them."""
     major, minor = torch.cuda.get_device_capability()
-    for seed in range(batch * BATCH // 2, (batch + 1) * BATCH // 2):
-        config = draw_few_tokens(seed)._replace(kind="normal")
+    seeds = range(batch * BATCH // 2, (batch + 1) * BATCH // 2)
+    long_keys = (draw_long_keys(seed) for seed in seeds)
+    # Those of more tokens become cases of the kernel for up to 64.
+    long_keys = (c if c.tokens <= 256 else c._replace(tokens=64) for c in long_keys)
+    for drawn in itertools.chain(map(draw_few_tokens, seeds), long_keys):
+        config = drawn._replace(kind="normal")
         inputs = make_inputs(config, "cuda")
 
         def results(first: int, last: int) -> tuple[Tensor, Tensor]:
@@ -593,14 +598,16 @@ def test_what_is_drawn_of_few_tokens() -> None:
 
 
 def test_what_is_drawn_of_long_keys() -> None:
-    configs = [draw_long_keys(seed) for seed in range(2 * BATCH)]
+    configs = [draw_long_keys(seed) for seed in range(3 * BATCH)]
     assert {config.kind for config in configs} == set(KINDS)
     assert {config.rank for config in configs} == {1, 2, 3, 4}
     assert {config.cores for config in configs} == {0, 1, 2, 3, 4}
-    turns = {math.ceil(2 * c.rank * c.num_keys * c.tokens / (64 * 128 * 132)) for c in configs}
+    many = [config for config in configs if config.tokens > 64]
+    turns = {math.ceil(2 * c.rank * c.num_keys * c.tokens / (64 * 128 * 132)) for c in many}
     assert {1, 2, 3, 4} <= turns
+    assert len(configs) - len(many) >= 60
     for config in configs:
-        assert 64 < config.tokens <= 1024
+        assert 17 <= config.tokens <= 1024
         assert config.key_dim > 256
         assert config.key_dim % 8 == 0
         assert 1 <= config.axis_topk <= config.num_keys

@@ -23,9 +23,9 @@ enum class ScoreMode : int32_t { kTucker = 0, kAdditive = 1 };
 enum class RetrievalPath : int32_t {
   kGeneric = 0,          // scores by FMAs in float32: every shape, and exact for float32 inputs
   kTensorCore90 = 1,     // scores by the tensor cores of compute capability 9.0
-  kTensorCoreSmall = 2,  // for few tokens, by those that 8.0 and every later one has: all scores of
-                         // a call are kept, in the L2 cache as a rule
-  kTensorCore80 = 3,     // by the same for many tokens
+  kTensorCoreSmall = 2,  // for few tokens, by those of 8.0 and later, long keys on 9.0 by its own:
+                         // all scores of a call are kept, in the L2 cache as a rule
+  kTensorCore80 = 3,     // for many tokens, by those of 8.0 and later
 };
 
 // What all but kGeneric take, of bfloat16 and float16; query and keys at addresses that are
