@@ -41,8 +41,9 @@ static_assert(shared_bytes(kTensorCoreMaxKeyDim / kColumns) <= 232448,
 constexpr int kStarts = 8;  // chunks of queries that clusters begin with, at most
 
 // Where this kernel is used. Of shorter keys neither kernel is bound by what the cache delivers.
-constexpr int64_t kLeastTokens = 17;
+constexpr int64_t kLeastTokens = 33;
 constexpr int64_t kLeastKeyDim = 256 + 1;
+constexpr int64_t kMostKeyDim = 512;
 
 struct ScoreTiles {
   float* scores;  // [T, planes, stride]
@@ -239,7 +240,7 @@ ULTRAMEM_REGISTER_KERNEL(scores_wgmma_f16, "product_key_topk_fwd_scores_wgmma<fp
 
 bool small_scores_wgmma_applies(const ProductKeyTopkParams& p) {
   return sm90a_available() && p.num_tokens >= kLeastTokens && p.num_tokens <= kTokens &&
-         p.key_dim >= kLeastKeyDim;
+         p.key_dim >= kLeastKeyDim && p.key_dim <= kMostKeyDim;
 }
 
 Status launch_small_scores_wgmma(const ProductKeyTopkParams& p, Stream stream) {
