@@ -55,9 +55,9 @@ bool tucker_query_small_fwd_supported(const TuckerQueryParams& params);
 Status tucker_query_small_fwd(const TuckerQueryParams& params, Stream stream);
 
 // projection = x W^T alone, for 1 to kTuckerQuerySmallTokens tokens; the norm is left to rms_norm.
-// Offered where `supported` says so on the current device: compute capability 9.0 and a library with
-// code for sm_90a, bfloat16 or float16, 16-byte aligned rows, an even number of those of the weight.
-// `query`, norm_weight and eps are not read.
+// Offered where `supported` says so on the current device: compute capability 9.0 and a library
+// with code for sm_90a, bfloat16 or float16, 16-byte aligned rows, an even number of those of the
+// weight. `query`, norm_weight and eps are not read.
 bool tucker_query_project_supported(const TuckerQueryParams& params);
 Status tucker_query_project(const TuckerQueryParams& params, Stream stream);
 
