@@ -192,13 +192,7 @@ __device__ __forceinline__ void multiply_tile(const Layout& layout, const Shared
     for (int box = 0; box < num_boxes; ++box) {
       mbarrier_wait(shared.full(at.place), at.parity);
       const uint64_t key_tile = tile_descriptor(shared.stage(at.place));
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < kBoxColumns / 16; ++k) {
-        // 32 bytes along the rows, in units of 16.
-        wgmma_k16<scalar_t>(scores[r], query_tile + 2 * k, key_tile + 2 * k, box + k > 0);
-      }
-      wgmma_commit();
+      multiply_boxes<scalar_t>(scores[r], query_tile, key_tile, box > 0);
       if (last >= 0) {
         wgmma_wait<1>();
         release(last);

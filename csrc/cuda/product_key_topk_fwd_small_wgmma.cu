@@ -34,16 +34,15 @@ static_assert(kQueryBytes % kAlignment == 0 && kChunkBytes % kAlignment == 0);
 constexpr int kMultiplierWarps = kTokens / 16;
 constexpr int kThreads = (kMultiplierWarps + 1) * kWarpSize;
 constexpr int kSums = kTokens * kKeys / (kMultiplierWarps * kWarpSize);  // of a thread
-constexpr int shared_bytes(int num_chunks) { return num_chunks * (kChunkBytes + 8); }
-static_assert(shared_bytes(kTensorCoreMaxKeyDim / kColumns) <= 232448,
-              "more than a block of sm_90 has");
-
 constexpr int kStarts = 8;  // chunks of queries that clusters begin with, at most
 
-// Where this kernel is used. Of shorter keys neither kernel is bound by what the cache delivers.
+// Where this kernel is used. Of shorter keys neither kernel is bound by what the cache delivers; of
+// longer ones few blocks would find room.
 constexpr int64_t kLeastTokens = 33;
 constexpr int64_t kLeastKeyDim = 256 + 1;
 constexpr int64_t kMostKeyDim = 512;
+constexpr int shared_bytes(int num_chunks) { return num_chunks * (kChunkBytes + 8); }
+static_assert(shared_bytes(kMostKeyDim / kColumns) <= 232448, "more than a block of sm_90 has");
 
 struct ScoreTiles {
   float* scores;  // [T, planes, stride]
@@ -116,14 +115,8 @@ __device__ __forceinline__ void multiply(const Block& block, float (&sums)[kSums
 #pragma unroll 1
   for (int chunk = 0; chunk < block.num_chunks; ++chunk) {
     mbarrier_wait(block.full(chunk), 0);
-    const uint64_t queries = tile_descriptor(block.queries(chunk));
-    const uint64_t keys = tile_descriptor(block.keys(chunk));
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < kColumns / 16; ++k) {
-      wgmma_k16<scalar_t>(sums, queries + 2 * k, keys + 2 * k, 1);  // 32 bytes, in units of 16
-    }
-    wgmma_commit();
+    multiply_boxes<scalar_t>(sums, tile_descriptor(block.queries(chunk)),
+                             tile_descriptor(block.keys(chunk)), true);
   }
 }
 

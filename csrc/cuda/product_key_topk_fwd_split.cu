@@ -167,14 +167,8 @@ __device__ __forceinline__ void multiply_all(const Shared<kBoxes>& shared, int n
         }
         mbarrier_wait(shared.full(stage), kTurns == 2 ? turn : tile & 1);
         const uint64_t query_tile = queries + (turn * kStages + stage) * (kQueryBoxBytes / 16);
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < kBoxColumns / 16; ++k) {
-          // 32 bytes along the rows, in units of 16.
-          wgmma_k16<scalar_t>(sums, query_tile + 2 * k, keys + stage * (kStageBytes / 16) + 2 * k,
-                              turn + stage + k > 0);
-        }
-        wgmma_commit();
+        multiply_boxes<scalar_t>(sums, query_tile, keys + stage * (kStageBytes / 16),
+                                 turn + stage > 0);
         if (turn + stage > 0) {
           wgmma_wait<1>();
           release((stage + kStages - 1) % kStages);

@@ -234,13 +234,7 @@ __device__ __forceinline__ void multiply_tiles(const ProductKeyTopkParams& p,
         const uint32_t from = shared.stage(stage.place);
         const uint64_t query_tile = tile_descriptor(from + group * kGroupTokens * kRowBytes);
         const uint64_t key_tile = tile_descriptor(from + T::kQueryBytes);
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < kDepth / 16; ++k) {
-          // 32 bytes along the rows, in units of 16.
-          wgmma_k16<scalar_t>(acc[r], query_tile + 2 * k, key_tile + 2 * k, step + k > 0);
-        }
-        wgmma_commit();
+        multiply_boxes<scalar_t>(acc[r], query_tile, key_tile, step > 0);
         refill();
         // Before the next begins: the copies that can follow are worth more than the overlap.
         wgmma_wait<0>();

@@ -80,14 +80,8 @@ struct Block {
 template <typename scalar_t>
 __device__ __forceinline__ void multiply_stage(const Block& block, int step, float (&sums)[kSums]) {
   mbarrier_wait(block.full(step), Block::parity(step));
-  const uint64_t x = tile_descriptor(block.x(step));
-  const uint64_t weight = tile_descriptor(block.weight(step));
-  wgmma_fence();
-#pragma unroll
-  for (int k = 0; k < kColumns / 16; ++k) {
-    wgmma_k16<scalar_t>(sums, x + 2 * k, weight + 2 * k, 1);  // 32 bytes, in units of 16
-  }
-  wgmma_commit();
+  multiply_boxes<scalar_t>(sums, tile_descriptor(block.x(step)),
+                           tile_descriptor(block.weight(step)), true);
 }
 
 template <typename scalar_t>

@@ -186,6 +186,19 @@ __device__ __forceinline__ void wgmma_k16(float (&d)[kCount], uint64_t a, uint64
   if constexpr (kCount == 64 && !kBFloat16) ULTRAMEM_WGMMA_128(d, a, b, accumulate, "f16");
 }
 
+// Begins the same over the 64 columns of two boxes, described by tile_descriptor, as one group; d
+// is overwritten unless `accumulate`.
+template <typename scalar_t, int kCount>
+__device__ __forceinline__ void multiply_boxes(float (&d)[kCount], uint64_t a, uint64_t b,
+                                               bool accumulate) {
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    wgmma_k16<scalar_t>(d, a + 2 * k, b + 2 * k, accumulate || k > 0);  // 32 bytes, by 16
+  }
+  wgmma_commit();
+}
+
 #define ULTRAMEM_WGMMA_REGISTERS_64(d, a, b, accumulate, type)                          \
   asm volatile(                                                                         \
       "{\n"                                                                             \
