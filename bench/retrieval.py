@@ -41,7 +41,7 @@ BENCH = Bench(
         "adversarial": Section(
             "the forward under sorted, equal and repeated scores",
             cases.adversarial_rows,
-            own=(SHAPES["S"], SHAPES["M"]),
+            own=(SHAPES["S"], SHAPES["B"], SHAPES["M"]),
         ),
     },
     repeats=25,

@@ -226,6 +226,21 @@ __device__ __forceinline__ void find_bounds(const Maxima<kColumns>& maxima, uint
   find_bounds<kColumns>(maxima, least, bounds, log_above);
 }
 
+// Of bits of a thread's scores of its rows: how many the lanes of the quad before this one have,
+// and all of it, in halves of a word for either row.
+struct QuadCounts {
+  uint32_t before, all;
+
+  __device__ __forceinline__ QuadCounts(uint32_t first_row, uint32_t second_row, int lane) {
+    const uint32_t own = __popc(first_row) | __popc(second_row) << 16;
+    const uint32_t others[3] = {__shfl_xor_sync(kFullMask, own, 1),
+                                __shfl_xor_sync(kFullMask, own, 2),
+                                __shfl_xor_sync(kFullMask, own, 3)};
+    before = (lane % 2 != 0 ? others[0] : 0) + (lane % 4 >= 2 ? others[1] + others[2] : 0);
+    all = own + others[0] + others[1] + others[2];
+  }
+};
+
 // A warp's lists of 16 tokens: of each, the one of that number.
 template <int kPlanes, int kKeys, int kLists>
 class Lists {
@@ -257,19 +272,18 @@ class Lists {
     uint32_t passes[kRows] = {exist[0], exist[1]};
     pass(scores, least, passes);
     while (true) {
-      uint32_t before, all;
-      count_quads(passes, before, all);
-      if (__any_sync(kFullMask, (all & 0xffffu) > room(0) || all >> 16 > room(1))) {
+      QuadCounts counts(passes[0], passes[1], lane_);
+      if (__any_sync(kFullMask, (counts.all & 0xffffu) > room(0) || counts.all >> 16 > room(1))) {
         flush();
         const bool full[kRows] = {passes[0] != 0 && count(0) == capacity(),
                                   passes[1] != 0 && count(1) == capacity()};
         if (__any_sync(kFullMask, full[0] || full[1])) {
           cut_lists(full, least);
           pass(scores, least, passes);
-          count_quads(passes, before, all);
+          counts = QuadCounts(passes[0], passes[1], lane_);
         }
       }
-      stage(scores, first_key, before, all, passes);
+      stage(scores, first_key, counts, passes);
       if (!__any_sync(kFullMask, (passes[0] | passes[1]) != 0)) break;
     }
   }
@@ -307,20 +321,6 @@ class Lists {
     }
   }
 
-  // How many bits the lanes of the quad before this one have, and all of it: of both rows at once,
-  // in halves of a word.
-  __device__ __forceinline__ void count_quads(const uint32_t (&passes)[kRows], uint32_t& before,
-                                              uint32_t& all) const {
-    const uint32_t own = __popc(passes[0]) | __popc(passes[1]) << 16;
-    uint32_t upto = own;
-    uint32_t other = __shfl_up_sync(kFullMask, upto, 1, 4);
-    upto += lane_ % 4 >= 1 ? other : 0;
-    other = __shfl_up_sync(kFullMask, upto, 2, 4);
-    upto += lane_ % 4 >= 2 ? other : 0;
-    all = __shfl_sync(kFullMask, upto, 3, 4);
-    before = upto - own;
-  }
-
   __device__ __forceinline__ uint32_t count(int row) const {
     return counts_of_rows_ >> 16 * row & 0xffffu;
   }
@@ -337,9 +337,10 @@ class Lists {
   }
 
   // Stages as many as there is room for of a tile's keys that `passes` has bits for, and clears
-  // those. See count_quads for the others.
+  // those.
   __device__ __forceinline__ void stage(const Scores<kPlanes, kKeys>& scores, int first_key,
-                                        uint32_t before, uint32_t all, uint32_t (&passes)[kRows]) {
+                                        const QuadCounts& counts, uint32_t (&passes)[kRows]) {
+    const uint32_t before = counts.before, all = counts.all;
     uint32_t taken[kRows] = {passes[0], passes[1]};
     const uint32_t first = staged_counts_ + before;
     const uint32_t rooms[kRows] = {room(0), room(1)};

@@ -55,23 +55,22 @@ struct Candidates {
   }
 };
 
-// Room of each list for its share of what is above the bound, of scores in random order, with many
-// standard deviations to spare; and for more than the m that are left when it is cut. A list has
-// the keys of every kLists-th tile, and of each of its `columns` a maximum, of one key in
-// `sampled`.
+// Room of each list for its share of what is above the bound, of scores in random order, with some
+// standard deviations and `spare` keys more; and for more than the m that are left when it is cut.
+// A list has the keys of every kLists-th tile, and of each of its `columns` a maximum, of one key
+// in `sampled`. Lists begin at lines of memory.
 template <int kLists, bool kRecords>
-void set_capacities(const ProductKeyTopkParams& p, int columns, int tile_keys,
-                    Candidates<kLists, kRecords>* candidates, double sampled = 1) {
-  constexpr int kSpare = 32;
-  static_assert(kMaxAxisTopk + kSpare <= kMaxListEntries * kWarpSize);
+void set_capacities(const ProductKeyTopkParams& p, int columns, int tile_keys, double deviations,
+                    int spare, Candidates<kLists, kRecords>* candidates, double sampled = 1) {
+  constexpr int kLeastSpare = 32, kLine = 8;
+  constexpr int kMost = kMaxListEntries * kWarpSize;
+  static_assert(kMaxAxisTopk + kLeastSpare <= kMost && kMost % kLine == 0);
   const double m = p.axis_topk;
   const double share = -columns * std::log1p(-m / (kLists * columns + 1)) * sampled;
-  const double room = std::max(share + 8 * std::sqrt(share) + 8, m + kSpare);
+  const double room = std::max(share + deviations * std::sqrt(share) + spare, m + kLeastSpare);
   const double most = ceil_div(p.num_keys, tile_keys * kLists) * tile_keys;
-  for (int32_t& capacity : candidates->capacities) {
-    capacity = static_cast<int32_t>(
-        std::min({room, most, static_cast<double>(kMaxListEntries * kWarpSize)}));
-  }
+  const auto lines = static_cast<int32_t>(std::ceil(std::min(room, most) / kLine));
+  for (int32_t& capacity : candidates->capacities) capacity = std::min(lines * kLine, kMost);
 }
 
 // Of a chunk's candidates, whose capacities and tokens are known. Places them in the workspace if

@@ -197,8 +197,8 @@ ULTRAMEM_REGISTER_PICK(1, 6, 3, 2, false);
 ULTRAMEM_REGISTER_PICK(1, 12, 7, 2, false);
 ULTRAMEM_REGISTER_PICK(2, 6, 3, 2, false);
 ULTRAMEM_REGISTER_PICK(2, 12, 7, 2, false);
-ULTRAMEM_REGISTER_PICK(2, 6, 3, 2, true);
-ULTRAMEM_REGISTER_PICK(2, 12, 7, 2, true);
+ULTRAMEM_REGISTER_PICK(2, 8, 5, 2, true);
+ULTRAMEM_REGISTER_PICK(2, 12, 8, 2, true);
 ULTRAMEM_REGISTER_PICK(1, 8, 3, 4, false);
 ULTRAMEM_REGISTER_PICK(1, 20, 10, 4, false);
 ULTRAMEM_REGISTER_PICK(2, 8, 3, 4, false);
@@ -209,21 +209,25 @@ ULTRAMEM_REGISTER_PICK(4, 8, 3, 4, false);
 ULTRAMEM_REGISTER_PICK(4, 20, 10, 4, false);
 
 // Entries of a lane: enough for all lists, but rather few where that will do.
-template <int kLists>
+template <int kLists, bool kRecords>
 struct PickEntries;
 template <>
-struct PickEntries<2> {
+struct PickEntries<2, true> {
+  static constexpr int kSome = 8, kFewOfSome = 5, kMost = 12, kFewOfMost = 8;
+};
+template <>
+struct PickEntries<2, false> {
   static constexpr int kSome = 6, kFewOfSome = 3, kMost = 12, kFewOfMost = 7;
 };
 template <>
-struct PickEntries<4> {
+struct PickEntries<4, false> {
   static constexpr int kSome = 8, kFewOfSome = 3, kMost = 20, kFewOfMost = 10;
 };
 
 template <int kPlanes, int kLists, bool kRecords>
 Status launch(const ProductKeyTopkParams& p, const Candidates<kLists, kRecords>& candidates,
               int64_t first_token, Stream stream) {
-  using Counts = PickEntries<kLists>;
+  using Counts = PickEntries<kLists, kRecords>;
   if (candidates.capacity() > Counts::kMost * kWarpSize) {
     return Status::invalid_argument("product_key_topk: more candidates than are picked from");
   }

@@ -7,20 +7,22 @@
 // rank. Warps that multiply do nothing else: they pass scores on, a part at a time, to warps that
 // select, of their own block and of the other.
 //
-// Keys pass twice. In the first round each block keeps, for every token and column of two of its
-// tiles, the maximum rank: m/2 of them above some number, and as many of the other block's, are m
-// different keys, so the lesser of both numbers bounds the m-th best key from below. In the second
-// round the keys that are not below go to the block's list of the token. A list that is full is cut
-// down to its best m, and bounds from then on, too: every order of scores comes out right, and only
-// contrived ones are slower, and tokens whose scores are NaN. Where so many maxima are above the
-// number that lists would hardly have room, as with equal scores, blocks compare their lists after
-// the first tiles: the least rank in both lists of m/2 keys bounds what comes later.
+// Keys pass twice, at first some of them. In the first round each block keeps, for every token and
+// column of two of its tiles, the maximum rank: m/2 of them above some number, and as many of the
+// other block's, are m different keys, so the lesser of both numbers bounds the m-th best key from
+// below. In the second round the keys that are not below go to the block's list of the token. A
+// list that is full is cut down to its best m, and bounds from then on, too: every order of scores
+// comes out right, and only contrived ones are slower, and tokens whose scores are NaN. Where so
+// many maxima are above the number that lists would hardly have room, as with equal scores, blocks
+// compare their lists after the first tiles: the least rank in both lists of m/2 keys bounds what
+// comes later.
 #include <algorithm>
 #include <cmath>
 
 #include "kernel_registry.h"
 #include "product_key_axis_launch.h"
 #include "product_key_split.cuh"
+#include "product_key_split_selector.cuh"
 #include "product_key_topk_fwd.h"
 #include "wgmma.cuh"
 
@@ -40,23 +42,27 @@ __host__ __device__ constexpr int selector_registers(int boxes) {
 }
 constexpr int kCopierRegisters = 32;
 
-// Tiles of keys of the two rounds, and what there is to do in a chunk of so many tokens. Part of
-// the keys bound less well, but few keys above the bounds cost less than keys that are multiplied
-// twice.
+// What there is to do in a chunk of so many tokens. Part of the keys bound less well, but few keys
+// above the bounds cost less than keys that are multiplied twice.
 struct Plan {
-  int first;
-  int second;
+  Rounds rounds;
   int tiles;  // of tokens
   int works;
 
   Plan(const ProductKeyTopkParams& p, int64_t num_tokens) {
-    // The more are kept, the more there would be above a bound by few: half of the keys up to 40,
-    // nine tenths at 128.
-    const float share = 0.5f + 0.4f * static_cast<float>(std::max(p.axis_topk - 40, 0)) / 88.0f;
-    second = static_cast<int>(ceil_div(p.num_keys, kKeys));
+    // The more are kept, the more there would be above a bound by few: nine tenths of the keys at
+    // 128, up to 32 few, unless they are short and multiplied faster than they are selected from.
+    const float fewest = p.key_dim > kFewBoxes * kBoxColumns ? 1.0f / 3.0f : 0.5f;
+    const float share =
+        fewest + (0.9f - fewest) * static_cast<float>(std::max(p.axis_topk - 32, 0)) / 96.0f;
+    rounds.second = static_cast<int>(ceil_div(p.num_keys, kKeys));
     // Maxima are of the columns of two tiles.
-    first = std::max(static_cast<int>(std::lround(share * static_cast<float>(second))),
-                     std::min(second, 2));
+    rounds.first =
+        std::max(static_cast<int>(std::lround(share * static_cast<float>(rounds.second))),
+                 std::min(rounds.second, 2));
+    // Whole ones, if there are so many.
+    const auto whole = static_cast<int>(p.num_keys / kKeys);
+    rounds.sampled = rounds.first <= whole ? whole : rounds.second;
     tiles = static_cast<int>(ceil_div(num_tokens, kTokens));
     works = 2 * p.num_heads * tiles;
   }
@@ -106,8 +112,8 @@ __device__ __forceinline__ void copy_all(const ProductKeyTopkParams& p, const Pl
                     first_token, query_plane);
     };
 #pragma unroll 1
-    for (int tile = 0; tile < plan.first + plan.second; ++tile) {
-      const int key = (tile < plan.first ? tile : tile - plan.first) * kKeys;
+    for (int tile = 0; tile < plan.rounds.tiles(); ++tile) {
+      const int key = plan.rounds.tile(tile) * kKeys;
 #pragma unroll 1
       for (int box = 0; box < kBoxes; ++box) {
         mbarrier_wait(shared.empty(at.place), at.parity ^ 1);
@@ -259,13 +265,13 @@ __global__ void __launch_bounds__(kThreads, 1)
           work.first_chunk_token(plan.tiles) + (warp_number() - kWarps) * kWarpTokens;
       const int64_t left = p.num_tokens - first_chunk_token - chunk_token;
       selector.run(work.number, work.head_side(plan.tiles), chunk_token,
-                   static_cast<int>(min(int64_t{kTokens}, left)), plan.first * kKeys);
+                   static_cast<int>(min(int64_t{kTokens}, left)), plan.rounds);
     }
   } else {
     take_registers<multiplier_registers(kBoxes)>();
     Work work{0};
     while (work.index() < plan.works) ++work.number;
-    multiply_all<scalar_t>(shared, work.number, plan.first + plan.second, warp_number(), lane);
+    multiply_all<scalar_t>(shared, work.number, plan.rounds.tiles(), warp_number(), lane);
   }
   __syncwarp();
   // No block may leave while the other still sends to it or arrives at its barriers.
@@ -282,7 +288,7 @@ ULTRAMEM_REGISTER_KERNEL(fp16_4, "product_key_topk_fwd_split<fp16, 4>", kThreads
 ULTRAMEM_REGISTER_KERNEL(fp16_8, "product_key_topk_fwd_split<fp16, 8>", kThreads,
                          product_key_topk_fwd_split_kernel<__half, kManyBoxes>);
 
-constexpr size_t kMaxWorkspace = 96 << 20;
+constexpr size_t kMaxWorkspace = 136 << 20;
 
 int clusters_at_once() { return std::max(multiprocessors() / kBlocks, 1); }
 
@@ -295,8 +301,9 @@ struct Workspace {
   // the last.
   explicit Workspace(const ProductKeyTopkParams& p) {
     const Plan plan(p, p.num_tokens);
-    set_capacities(p, kColumns, kOwnKeys, &candidates,
-                   static_cast<double>(plan.second) / plan.first);
+    // A part's keys are added without a look at the room where all of them would find it.
+    set_capacities(p, kColumns, kOwnKeys, 5, kPartKeys + 8, &candidates,
+                   static_cast<double>(plan.rounds.second) / plan.rounds.first);
     const int64_t tiles = ceil_div(p.num_tokens, kTokens);
     place(p, tiles);
     if (bytes <= kMaxWorkspace) return;

@@ -131,7 +131,7 @@ def test_sections_and_shapes_that_are_asked_for() -> None:
     )
     assert arguments.sections == ["table", "sweep"]
     assert names("query", arguments) == ["M"]
-    assert names("adversarial", arguments) == ["S", "M"]
+    assert names("adversarial", arguments) == ["S", "B", "M"]
     arguments = command.parse_bench(retrieval.BENCH, ["--smoke"])
     assert all(names(section, arguments) == ["smoke"] for section in SECTIONS)
     for wrong in (["--section", "all"], ["--repeats", "1"], ["--shape", "cpu"]):

@@ -1,0 +1,520 @@
+// The warps of product_key_topk_fwd_split.cu that select: they bound the best keys of their tokens,
+// and write those that are not below to lists in memory.
+#pragma once
+
+#include "product_key_split.cuh"
+
+namespace ultramem::cuda::split {
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// A warp that selects: 16 tokens, of which a thread has scores as in candidate_lists.
+template <int kBoxes>
+class Selector {
+ public:
+  __device__ Selector(const ProductKeyTopkParams& p, const Shared<kBoxes>& shared,
+                      const Candidates<kBlocks, true>& candidates, int warp, int lane)
+      : p_(p),
+        candidates_(candidates),
+        states_(shared.states(warp)),
+        other_bounds_(shared.bounds(warp)),
+        there_(shared.part_there(0, warp)),
+        block_(static_cast<int>(cluster_rank())),
+        lane_(lane) {
+#pragma unroll
+    for (int r = 0; r < kPlanes; ++r) {
+      scores_[r] = shared.part(0, warp, r ^ block_) + lane * 16;
+    }
+    if (lane == 0) {
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) expect(slot);
+      expect_bounds();
+    }
+  }
+
+  // Both rounds. Of the warp's tokens, which begin there in the chunk, there are `num_tokens`.
+  __device__ __forceinline__ void run(int work, int head_side, int first_chunk_token,
+                                      int num_tokens, const Rounds& rounds) {
+    first_row_ = static_cast<int>(candidates_.row(head_side, first_chunk_token));
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) first_place_[row] = list(lane_ / 4 + 8 * row);
+    const auto* vector = static_cast<const float*>(head_side % 2 == 0 ? p_.u : p_.t);
+#pragma unroll
+    for (int r = 0; r < kPlanes; ++r) filter_[r] = vector[head_side / 2 * kPlanes + r];
+    exist_ =
+        (lane_ / 4 < num_tokens ? kRowBits : 0) | (lane_ / 4 + 8 < num_tokens ? kRowBits << 2 : 0);
+    counts_ = 0;
+    cut_states_ = 0;
+    if (lane_ < kWarpTokens) store_shared_u32(states_ + lane_ * kStateBytes, 0x7fffffff);
+    __syncwarp();
+
+    const int first_own = block_ * kOwnKeys;
+    const auto num_keys = static_cast<int>(p_.num_keys);
+    bool crowded[kRows];
+    {
+      Maxima<kColumns> maxima;
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+        for (int i = 0; i < num_row_scores(kColumns) / 2; ++i) {
+          maxima[row][i] = __float2bfloat162_rn(minus_infinity());
+        }
+      }
+#pragma unroll 1
+      for (int i = 0; i < rounds.first; i += 2) {
+        take_tile_maxima<0>(first_own + rounds.tile(i) * kKeys, num_keys, maxima);
+        if (i + 1 == rounds.first) break;
+        take_tile_maxima<1>(first_own + rounds.tile(i + 1) * kKeys, num_keys, maxima);
+      }
+      const int least = (p_.axis_topk + 1) / 2;
+      float log_above[kRows];
+      find_bounds<kColumns>(maxima, least, least_, log_above);
+      // Lists would hardly have room where half as many again are above.
+      const float log_many = log2_fast(1.5f * static_cast<float>(least) + 4.0f);
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        crowded[row] = (exist_ & kRowBits << 2 * row) != 0 && log_above[row] > log_many;
+      }
+    }
+    const bool are_crowded = exchange_bounds(crowded, work & 1);
+    const bool meets = are_crowded && num_keys > kLastMeeting * kKeys;
+    int end = first_own + (meets ? kFirstMeeting * kKeys : num_keys);
+    bool met = false;  // to some end for all tokens of the warp
+    int key = first_own;
+#pragma unroll 1
+    while (true) {
+#pragma unroll 1
+      for (; key < end; key += kKeys) {
+        add<0>(key, num_keys);
+        add<1>(key + kPartKeys, num_keys);
+        ++tile_;
+      }
+      if (key >= first_own + num_keys) break;
+      const bool is_first = key < kLastMeeting * kKeys;
+      met = meet(met, (work & 1) ^ (is_first ? 1 : 0));
+      end = first_own + (is_first ? kLastMeeting * kKeys : num_keys);
+    }
+    if (lane_ % 4 == 0) {
+      int32_t* counts = candidates_.counts + int64_t{kBlocks} * (first_row_ + lane_ / 4) + block_;
+      counts[0] = counts_ & 0xffffu;
+      counts[8 * kBlocks] = counts_ >> 16;
+    }
+  }
+
+ private:
+  static constexpr int kSlots = num_slots(kBoxes);
+  // Before the tiles of these numbers. The first comes no sooner than a part that only follows when
+  // this block has read what the other sent last, the other after as much; there are two, so that
+  // barriers have the same parity in each work.
+  static constexpr int kFirstMeeting = kSlots, kLastMeeting = kFirstMeeting + 2;
+  // Score i of a part has bit i; those of the first row of a thread are these.
+  static constexpr uint32_t kRowBits = 0x3333u;
+  static_assert(kPartScores == 16 && kRows == 2 && score_of(1, 0) == 2 && score_of(0, 2) == 4);
+  // Of score i.
+  __device__ __forceinline__ static int column(int i, int lane) {
+    return i / 4 * 8 + lane % 4 * 2 + i % 2;
+  }
+
+  __device__ __forceinline__ void expect(int slot) const {
+    mbarrier_expect_bytes(there_ + slot * Shared<kBoxes>::kBarrierStride, kPartBytes);
+  }
+
+  // The barriers of a warp have the same distances as those of all (Shared).
+  __device__ __forceinline__ uint32_t bounds_there() const {
+    return there_ + 2 * kSlots * Shared<kBoxes>::kBarrierStride;
+  }
+  __device__ __forceinline__ void expect_bounds() const {
+    mbarrier_expect_bytes(bounds_there(), kWarpTokens * sizeof(float));
+  }
+
+  template <int kPart>
+  __device__ __forceinline__ void wait() const {
+    using PartTurn = Turn<kSlots, kPart>;
+    mbarrier_wait_cluster(there_ + PartTurn::kSlot * Shared<kBoxes>::kBarrierStride,
+                          PartTurn::parity(tile_));
+  }
+
+  // After the part was read, by loads that are complete.
+  template <int kPart>
+  __device__ __forceinline__ void release() const {
+    constexpr int kSlot = Turn<kSlots, kPart>::kSlot;
+    const uint32_t read = there_ + (kSlots + kSlot) * Shared<kBoxes>::kBarrierStride;
+    mbarrier_arrive(read);
+    __syncwarp();
+    if (lane_ == 0) {
+      expect(kSlot);
+      mbarrier_arrive_in_block(address_in_block(read, block_ ^ 1));
+    }
+  }
+
+  using PartScores = float[kPlanes][kPartScores];
+  // Scores i to i + 3.
+  template <int kPart>
+  __device__ __forceinline__ void load_scores(int i, PartScores& scores) const {
+#pragma unroll
+    for (int r = 0; r < kPlanes; ++r) {
+      float four[4];
+      load_shared_floats(scores_[r] + Turn<kSlots, kPart>::kSlot * Shared<kBoxes>::kSlotStride +
+                             i / 4 * kPacketStride,
+                         four);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) scores[r][i + j] = four[j];
+    }
+  }
+  __device__ __forceinline__ float rank(const PartScores& scores, int i) const {
+    const float of_key[kPlanes] = {scores[0][i], scores[1][i]};
+    return rank_value<kPlanes>(filter_, of_key);
+  }
+
+  // Bits of the scores of a part that begins with this key.
+  __device__ __forceinline__ uint32_t existing(int first_key, int num_keys) const {
+    uint32_t exist = exist_;
+    if (first_key + kPartKeys > num_keys) {
+#pragma unroll
+      for (int i = 0; i < kPartScores; ++i) {
+        if (first_key + column(i, lane_) >= num_keys) exist &= ~(1u << i);
+      }
+    }
+    return exist;
+  }
+
+  // To the kHalf-th half of the columns.
+  template <int kHalf>
+  __device__ __forceinline__ void take_tile_maxima(int first_key, int num_keys,
+                                                   Maxima<kColumns>& maxima) {
+    take_maxima<kParts * kHalf, 0>(first_key, num_keys, maxima);
+    take_maxima<kParts * kHalf + 1, 1>(first_key + kPartKeys, num_keys, maxima);
+    ++tile_;
+  }
+
+  // To the kSet-th quarter of the columns.
+  template <int kSet, int kPart>
+  __device__ __forceinline__ void take_maxima(int first_key, int num_keys,
+                                              Maxima<kColumns>& maxima) const {
+    wait<kPart>();
+    float ranks[kPartScores];
+    {
+      PartScores scores;
+#pragma unroll
+      for (int i = 0; i < kPartScores; i += 4) {
+        load_scores<kPart>(i, scores);
+#pragma unroll
+        for (int j = i; j < i + 4; ++j) ranks[j] = rank(scores, j);
+      }
+    }
+    wait_for_words(__float_as_uint(ranks[0]), __float_as_uint(ranks[4]), __float_as_uint(ranks[8]),
+                   __float_as_uint(ranks[12]));
+    release<kPart>();
+    if (first_key + kPartKeys > num_keys) {
+      const uint32_t exist = existing(first_key, num_keys);
+#pragma unroll
+      for (int i = 0; i < kPartScores; ++i) {
+        if ((exist >> i & 1) == 0) ranks[i] = minus_infinity();
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kPartScores; i += 2) {
+      // Of a NaN and a number, the number.
+      __nv_bfloat162& both = maxima[i / 2 % 2][kSet * kPartScores / 4 + i / 4];
+      both = __hmax2(both, __floats2bfloat162_rn(ranks[i], ranks[i + 1]));
+    }
+  }
+
+  // Of both rows, a number of this block for one of the other, to the same place there.
+  __device__ __forceinline__ void exchange(uint32_t place, uint32_t parity,
+                                           const uint32_t (&own)[kRows],
+                                           uint32_t (&others)[kRows]) const {
+    if (lane_ % 4 == 0) {
+      const uint32_t other_block = block_ ^ 1;
+      const uint32_t to = address_in_block(place + lane_ / 4 * 4, other_block);
+      const uint32_t barrier = address_in_block(bounds_there(), other_block);
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        store_async(to + 8 * row * sizeof(float), __uint_as_float(own[row]), barrier);
+      }
+    }
+    mbarrier_wait_cluster(bounds_there(), parity);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      others[row] = load_shared_u32(place + (lane_ / 4 + 8 * row) * 4);
+    }
+    __syncwarp();
+    if (lane_ == 0) expect_bounds();
+  }
+
+  // The lesser of both blocks' bounds. Returns whether one of them says of any of the warp's tokens
+  // that it is crowded: many more maxima than asked for are above, as where many are equal.
+  __device__ __forceinline__ bool exchange_bounds(const bool (&crowded)[kRows], uint32_t parity) {
+    // The last bit of bounds, which are numbers of bfloat16, is free.
+    uint32_t own[kRows], others[kRows];
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      own[row] = __float_as_uint(least_[row]) | static_cast<uint32_t>(crowded[row]);
+    }
+    exchange(other_bounds_, parity, own, others);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      least_[row] = fminf(least_[row], __uint_as_float(others[row] & ~1u));
+    }
+    return __any_sync(kFullMask, ((own[0] | own[1] | others[0] | others[1]) & 1) != 0);
+  }
+
+  // Between two tiles. Where each block's list of a token has m/2 keys, m keys are not below the
+  // least rank in both, and later ones must be above it: of many equal keys lists take few more.
+  // Returns whether the bounds of all tokens rose, which need not be looked at again.
+  __device__ __forceinline__ bool meet(bool met, uint32_t parity) {
+    __syncwarp();  // what other lanes have written
+    uint32_t own[kRows], others[kRows];
+#pragma unroll 1  // seldom needed: little code
+    for (int row = 0; row < kRows; ++row) {
+      (row == 0 ? own[0] : own[1]) = met ? 0 : least_in_list(row);
+    }
+    exchange(other_bounds_ + Shared<kBoxes>::kBoundsToLeast, parity, own, others);
+    bool rise = true;
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const uint32_t rank = min(own[row], others[row]);
+      rise &= rank != 0;
+      if (rank != 0) least_[row] = fmaxf(least_[row], least_rank(rank + 1));
+    }
+    return __all_sync(kFullMask, rise);
+  }
+
+  // As a sortable rank; 0 where the list has fewer than m/2 keys or a NaN.
+  __device__ __forceinline__ uint32_t least_in_list(int row) const {
+    constexpr int kBatch = 8;
+    const auto num = static_cast<int>(count(row));
+    const int first_place = row == 0 ? first_place_[0] : first_place_[1];
+    uint32_t least = 0;
+    if (2 * num >= p_.axis_topk) {
+      least = 0xffffffffu;
+#pragma unroll 1
+      for (int first = lane_ % 4; first < num; first += 4 * kBatch) {
+        float scores[kBatch][kPlanes];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          load_candidate(candidates_, int64_t{first_place + min(first + 4 * i, num - 1)},
+                         scores[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          least = min(least, sortable(rank_value<kPlanes>(filter_, scores[i])));
+        }
+      }
+    }
+    __syncwarp();
+    least = min(least, __shfl_xor_sync(kFullMask, least, 1));
+    return min(least, __shfl_xor_sync(kFullMask, least, 2));
+  }
+
+  // Of a part.
+  template <int kPart>
+  __device__ __forceinline__ void load_all(PartScores& scores) const {
+#pragma unroll
+    for (int i = 0; i < kPartScores; i += 4) load_scores<kPart>(i, scores);
+  }
+
+  // Bits of the scores of a part whose rank is not below the bounds.
+  __device__ __forceinline__ uint32_t passing(const PartScores& scores) const {
+    // The sign of what a rank is above the bound; NaN, which has none, is not below.
+    uint32_t below = 0;
+#pragma unroll
+    for (int i = kPartScores - 1; i >= 0; --i) {
+      below = __funnelshift_l(__float_as_uint(rank(scores, i) - least_[i / 2 % 2]), below, 1);
+    }
+    return ~below;
+  }
+
+  __device__ __forceinline__ int capacity() const { return candidates_.capacities[0]; }
+  __device__ __forceinline__ uint32_t count(int row) const { return counts_ >> 16 * row & 0xffffu; }
+  // Where the list of a token of the warp begins.
+  __device__ __forceinline__ int list(int warp_token) const {
+    return (first_row_ + warp_token) * candidates_.capacity() + candidates_.before(block_);
+  }
+
+  __device__ __forceinline__ static uint32_t bits(float x) { return __float_as_uint(x); }
+
+  // Adds the keys of a part to the lists.
+  template <int kPart>
+  __device__ __forceinline__ void add(int first_key, int num_keys) {
+    if (cut_states_ != 0) {
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        const uint32_t state = cut_states_ + 8 * row * kStateBytes;
+        const float later = __uint_as_float(load_shared_u32(state + 4));
+        if (first_key >= static_cast<int>(load_shared_u32(state))) {
+          least_[row] = fmaxf(least_[row], later);
+        }
+      }
+    }
+    const uint32_t exist = existing(first_key, num_keys);
+    const uint32_t most = max(count(0), count(1));
+    const bool fits = __all_sync(kFullMask, most + kPartKeys <= static_cast<uint32_t>(capacity()));
+    wait<kPart>();
+    if (!fits) {
+      add_slowly<kPart>(first_key, exist);
+      return;
+    }
+    PartScores scores;
+    load_all<kPart>(scores);
+    wait_for_words(bits(scores[0][0]), bits(scores[1][0]), bits(scores[0][4]), bits(scores[1][4]),
+                   bits(scores[0][8]), bits(scores[1][8]), bits(scores[0][12]),
+                   bits(scores[1][12]));
+    release<kPart>();
+    const uint32_t taken = exist & passing(scores);
+    const QuadCounts counts(taken & kRowBits, taken & kRowBits << 2, lane_);
+    write(taken, counts_ + counts.before, first_key, scores);
+    counts_ += counts.all;
+  }
+
+  // The same where lists may have to be cut.
+  template <int kPart>
+  __device__ __forceinline__ void add_slowly(int first_key, uint32_t left) {
+    while (true) {
+      {
+        PartScores scores;
+        load_all<kPart>(scores);
+        left &= passing(scores);
+      }
+      uint32_t taken = left;
+      QuadCounts counts(taken & kRowBits, taken & kRowBits << 2, lane_);
+      const uint32_t room[kRows] = {capacity() - count(0), capacity() - count(1)};
+      const bool fits =
+          __all_sync(kFullMask, (counts.all & 0xffffu) <= room[0] && counts.all >> 16 <= room[1]);
+      if (!fits) {
+#pragma unroll
+        for (int row = 0; row < kRows; ++row) {
+          const int own_room =
+              static_cast<int>(room[row]) - static_cast<int>(counts.before >> 16 * row & 0xffffu);
+          uint32_t of_row = taken & kRowBits << 2 * row;
+          for (int over = __popc(of_row) - max(own_room, 0); over > 0; --over) {
+            of_row &= ~(0x80000000u >> __clz(of_row));
+          }
+          taken = (taken & ~(kRowBits << 2 * row)) | of_row;
+        }
+        counts.all = min(counts.all & 0xffffu, room[0]) | min(counts.all >> 16, room[1]) << 16;
+      }
+      write_slowly<kPart>(taken, counts_ + counts.before, first_key);
+      counts_ += counts.all;
+      if (fits) break;
+      left &= ~taken;
+      cut_lists(left);
+    }
+    release<kPart>();
+  }
+
+  // Writes keys of a part to the lists, the first of each row to this place of the list. A store
+  // for every score, in which few lanes take part, takes no longer than to look for these, and the
+  // part can be another's by then.
+  __device__ __forceinline__ void write(uint32_t taken, uint32_t places, int first_key,
+                                        const PartScores& scores) const {
+    auto* const records = reinterpret_cast<float4*>(candidates_.scores);
+    uint32_t to[kRows] = {first_place_[0] + (places & 0xffffu), first_place_[1] + (places >> 16)};
+    const auto first_id = static_cast<uint32_t>(first_key + column(0, lane_));
+    const uint64_t policy = keep_policy();
+#pragma unroll
+    for (int i = 0; i < kPartScores; ++i) {
+      uint32_t& place = to[i / 2 % 2];
+      // With a predicate: a branch around each would cost more.
+      asm volatile(
+          "{\n"
+          ".reg .pred p;\n"
+          ".reg .b32 unused;\n"
+          "setp.ne.u32 p, %2, 0;\n"
+          "@p st.global.L2::cache_hint.v4.b32 [%1], {%3, %4, %5, unused}, %6;\n"
+          "@p add.u32 %0, %0, 1;\n"
+          "}\n"
+          : "+r"(place)
+          : "l"(records + place), "r"(taken & 1u << i), "r"(bits(scores[0][i])),
+            "r"(bits(scores[1][i])), "r"(first_id + column(i, 0)), "l"(policy)
+          : "memory");
+    }
+  }
+
+  // The same, from shared memory.
+  template <int kPart>
+  __device__ __forceinline__ void write_slowly(uint32_t taken, uint32_t places,
+                                               int first_key) const {
+    constexpr int kBatch = 4;  // of a lane, which seldom has more
+    do {
+      int place[kBatch];
+      uint32_t ids[kBatch];
+      float scores[kBatch][kPlanes];
+      bool exists[kBatch];
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        exists[k] = taken != 0;
+        const int i = (__ffs(static_cast<int>(taken)) - 1) & (kPartScores - 1);
+        taken &= taken - 1;
+        // By an address, for registers have none.
+        const int at = Turn<kSlots, kPart>::kSlot * Shared<kBoxes>::kSlotStride +
+                       i / 4 * kPacketStride + i % 4 * static_cast<int>(sizeof(float));
+#pragma unroll
+        for (int r = 0; r < kPlanes; ++r) {
+          scores[k][r] = __uint_as_float(load_shared_u32(scores_[r] + at));
+        }
+        ids[k] = static_cast<uint32_t>(first_key + column(i, lane_));
+        const bool lower = (i & 2) != 0;
+        place[k] = (lower ? first_place_[1] : first_place_[0]) +
+                   static_cast<int>(lower ? places >> 16 : places & 0xffffu);
+        places += lower ? 0x10000u : 1u;
+      }
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        if (exists[k]) store_candidate(candidates_, int64_t{place[k]}, scores[k], ids[k]);
+      }
+    } while (__any_sync(kFullMask, taken != 0));
+  }
+
+  // Cuts the lists, which are full, of rows of which a lane has keys left down to their best m.
+  __device__ __forceinline__ void cut_lists(uint32_t left) {
+    uint32_t quads = ((left & kRowBits) != 0 ? 1u : 0u) | ((left & kRowBits << 2) != 0 ? 2u : 0u);
+    quads |= __shfl_xor_sync(kFullMask, quads, 1);
+    quads |= __shfl_xor_sync(kFullMask, quads, 2);
+    __syncwarp();  // what other lanes have written
+    const auto m = static_cast<uint32_t>(p_.axis_topk);
+#pragma unroll 1
+    for (int token = 0; token < kWarpTokens; ++token) {
+      const int row = token / 8;
+      if ((__shfl_sync(kFullMask, quads, token % 8 * 4) >> row & 1) == 0) continue;
+      const IdCut cut = cut_list(p_, candidates_, int64_t{list(token)}, capacity(), filter_, lane_);
+      if (lane_ / 4 != token % 8) continue;
+      const float rank = least_rank(cut.rank);
+      if (row == 0) {
+        least_[0] = fmaxf(least_[0], rank);
+        counts_ = (counts_ & 0xffff0000u) | m;
+      } else {
+        least_[1] = fmaxf(least_[1], rank);
+        counts_ = (counts_ & 0xffffu) | m << 16;
+      }
+      if (lane_ % 4 == 0) {
+        // Of equal rank, keys of higher ids than those that were kept have lost.
+        const float later = cut.rank == 0 ? rank : least_rank(cut.rank + 1);
+        store_shared_u32(states_ + token * kStateBytes, cut.last_tie + 1);
+        store_shared_u32(states_ + token * kStateBytes + 4, __float_as_uint(later));
+      }
+    }
+    cut_states_ = states_ + lane_ / 4 * kStateBytes;
+    __syncwarp();
+  }
+
+  const ProductKeyTopkParams& p_;
+  const Candidates<kBlocks, true>& candidates_;
+  uint32_t states_;           // of the warp's tokens
+  uint32_t other_bounds_;     // of these as well
+  uint32_t there_;            // the barrier of the first slot
+  uint32_t scores_[kPlanes];  // of a part in the first slot, this lane's
+  float filter_[kPlanes];
+  float least_[kRows];
+  uint32_t exist_;  // bits of rows with a token
+  int block_;       // this one's number in the cluster
+  int first_row_, lane_;
+  uint32_t first_place_[kRows];  // of lists
+  uint32_t cut_states_;          // of this lane's first row, or 0 before a list of the warp is cut
+  int tile_ = 0;                 // of all rounds so far
+  uint32_t counts_;              // what is in the lists of both rows, in halves of a word
+};
+
+#endif  // __CUDA_ARCH_FEAT_SM90_ALL
+
+}  // namespace ultramem::cuda::split
