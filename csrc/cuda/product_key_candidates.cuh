@@ -22,8 +22,8 @@ static_assert(kTensorCore90MaxKeys <= 0x10000 && kTensorCore80MaxKeys <= 0x10000
               "ids have 16 bits");
 
 // Of the rows (head and side, token of the chunk), in workspace, kLists of a row. As records,
-// scores of up to two ranks and the id are 16 bytes side by side, for kernels that write one at a
-// time; the L2 cache keeps these until they are read.
+// scores of up to two ranks and the id are 16 bytes side by side, the last four unused, for kernels
+// that write one at a time; the L2 cache keeps these until they are read.
 template <int kLists, bool kRecords = false>
 struct Candidates {
   float* scores;    // [rows, capacity(), R], one list behind the other, or the records
@@ -56,18 +56,19 @@ struct Candidates {
 };
 
 // Room of each list for its share of what is above the bound, of scores in random order, with some
-// standard deviations and `spare` keys more; and for more than the m that are left when it is cut.
-// A list has the keys of every kLists-th tile, and of each of its `columns` a maximum, of one key
-// in `sampled`. Lists begin at lines of memory.
+// standard deviations and `spare` keys more; and for `least_spare` more than the m that are left
+// when it is cut. A list has the keys of every kLists-th tile, and of each of its `columns` a
+// maximum, of one key in `sampled`. A list's records begin at a line of memory.
 template <int kLists, bool kRecords>
-void set_capacities(const ProductKeyTopkParams& p, int columns, int tile_keys, double deviations,
-                    int spare, Candidates<kLists, kRecords>* candidates, double sampled = 1) {
-  constexpr int kLeastSpare = 32, kLine = 8;
+void set_capacities(const ProductKeyTopkParams& p, int columns, int tile_keys,
+                    Candidates<kLists, kRecords>* candidates, double sampled = 1,
+                    double deviations = 8, int spare = 8, int least_spare = 32) {
+  constexpr int kLine = 8;
   constexpr int kMost = kMaxListEntries * kWarpSize;
-  static_assert(kMaxAxisTopk + kLeastSpare <= kMost && kMost % kLine == 0);
+  static_assert(kMaxAxisTopk + 32 <= kMost && kMost % kLine == 0);
   const double m = p.axis_topk;
   const double share = -columns * std::log1p(-m / (kLists * columns + 1)) * sampled;
-  const double room = std::max(share + deviations * std::sqrt(share) + spare, m + kLeastSpare);
+  const double room = std::max(share + deviations * std::sqrt(share) + spare, m + least_spare);
   const double most = ceil_div(p.num_keys, tile_keys * kLists) * tile_keys;
   const auto lines = static_cast<int32_t>(std::ceil(std::min(room, most) / kLine));
   for (int32_t& capacity : candidates->capacities) capacity = std::min(lines * kLine, kMost);
@@ -201,11 +202,33 @@ __device__ __forceinline__ void store_candidate(const Candidates<kLists, kRecord
   }
 }
 
-// Cuts the full list that begins at `place` down to its best m, by a warp; what it was cut at.
+// Where `stored` is not 0, writes a record and adds one to its place: a predicate, for kernels that
+// would rather not branch. The fourth word of a record means nothing.
+template <int kLists>
+__device__ __forceinline__ void store_record_if(uint32_t stored,
+                                                const Candidates<kLists, true>& candidates,
+                                                uint32_t& place, float first, float second,
+                                                uint32_t id) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      ".reg .b32 unused;\n"
+      "setp.ne.u32 p, %2, 0;\n"
+      "@p st.global.L2::cache_hint.v4.b32 [%1], {%3, %4, %5, unused}, %6;\n"
+      "@p add.u32 %0, %0, 1;\n"
+      "}\n"
+      : "+r"(place)
+      : "l"(reinterpret_cast<float4*>(candidates.scores) + place), "r"(stored),
+        "r"(__float_as_uint(first)), "r"(__float_as_uint(second)), "r"(id), "l"(keep_policy())
+      : "memory");
+}
+
+// Cuts the list of so many that begins at `place` down to its best m, by a warp; what it was cut
+// at.
 template <int kPlanes, int kLists, bool kRecords>
 __device__ __forceinline__ IdCut cut_list(const ProductKeyTopkParams& p,
                                           const Candidates<kLists, kRecords>& candidates,
-                                          int64_t place, int capacity,
+                                          int64_t place, int count_before,
                                           const float (&filter)[kPlanes], int lane) {
   uint32_t ranks[kMaxListEntries], ids[kMaxListEntries];
   // Kept in registers where there are few.
@@ -216,7 +239,7 @@ __device__ __forceinline__ IdCut cut_list(const ProductKeyTopkParams& p,
     const int i = e * kWarpSize + lane;
     ranks[e] = 0;
     ids[e] = kNoId;
-    if (i < capacity) {
+    if (i < count_before) {
       float (&of_key)[kPlanes] = held[kHolds ? e : 0];
       ids[e] = load_candidate(candidates, place + i, of_key);
       if constexpr (!kHolds) ranks[e] = sortable(rank_value<kPlanes>(filter, of_key));
@@ -229,18 +252,18 @@ __device__ __forceinline__ IdCut cut_list(const ProductKeyTopkParams& p,
       if (ids[e] != kNoId) ranks[e] = sortable(rank_value<kPlanes>(filter, held[e]));
     }
   }
-  const IdCut cut = find_cut(ranks, ids, capacity, static_cast<uint32_t>(p.axis_topk),
+  const IdCut cut = find_cut(ranks, ids, count_before, static_cast<uint32_t>(p.axis_topk),
                              static_cast<uint32_t>(p.num_keys));
   int count = 0;
 #pragma unroll
   for (int e = 0; e < kMaxListEntries; ++e) {
-    if (e * kWarpSize >= capacity) break;
+    if (e * kWarpSize >= count_before) break;
     float of_key[kPlanes];
     if constexpr (kHolds) {
 #pragma unroll
       for (int r = 0; r < kPlanes; ++r) of_key[r] = held[e][r];
     } else {
-      load_candidate(candidates, place + min(e * kWarpSize + lane, capacity - 1), of_key);
+      load_candidate(candidates, place + min(e * kWarpSize + lane, count_before - 1), of_key);
     }
     const uint32_t kept = __ballot_sync(kFullMask, cut.keeps(ranks[e], ids[e]));
     // All have read what is overwritten now.

@@ -97,8 +97,8 @@ struct Shared {
   }
 };
 
-// The tiles of keys that pass: some of them, far apart so that no order of scores escapes them, and
-// then all.
+// The tiles of keys that pass: some of them, far apart so that sorted scores do not escape them,
+// and then all.
 struct Rounds {
   int first;
   int second;

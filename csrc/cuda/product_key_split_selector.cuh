@@ -307,13 +307,6 @@ class Selector {
     return min(least, __shfl_xor_sync(kFullMask, least, 2));
   }
 
-  // Of a part.
-  template <int kPart>
-  __device__ __forceinline__ void load_all(PartScores& scores) const {
-#pragma unroll
-    for (int i = 0; i < kPartScores; i += 4) load_scores<kPart>(i, scores);
-  }
-
   // Bits of the scores of a part whose rank is not below the bounds.
   __device__ __forceinline__ uint32_t passing(const PartScores& scores) const {
     // The sign of what a rank is above the bound; NaN, which has none, is not below.
@@ -332,11 +325,10 @@ class Selector {
     return (first_row_ + warp_token) * candidates_.capacity() + candidates_.before(block_);
   }
 
-  __device__ __forceinline__ static uint32_t bits(float x) { return __float_as_uint(x); }
-
   // Adds the keys of a part to the lists.
   template <int kPart>
   __device__ __forceinline__ void add(int first_key, int num_keys) {
+    make_room();
     if (cut_states_ != 0) {
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
@@ -348,18 +340,14 @@ class Selector {
       }
     }
     const uint32_t exist = existing(first_key, num_keys);
-    const uint32_t most = max(count(0), count(1));
-    const bool fits = __all_sync(kFullMask, most + kPartKeys <= static_cast<uint32_t>(capacity()));
     wait<kPart>();
-    if (!fits) {
-      add_slowly<kPart>(first_key, exist);
-      return;
-    }
     PartScores scores;
-    load_all<kPart>(scores);
-    wait_for_words(bits(scores[0][0]), bits(scores[1][0]), bits(scores[0][4]), bits(scores[1][4]),
-                   bits(scores[0][8]), bits(scores[1][8]), bits(scores[0][12]),
-                   bits(scores[1][12]));
+#pragma unroll
+    for (int i = 0; i < kPartScores; i += 4) load_scores<kPart>(i, scores);
+    wait_for_words(__float_as_uint(scores[0][0]), __float_as_uint(scores[1][0]),
+                   __float_as_uint(scores[0][4]), __float_as_uint(scores[1][4]),
+                   __float_as_uint(scores[0][8]), __float_as_uint(scores[1][8]),
+                   __float_as_uint(scores[0][12]), __float_as_uint(scores[1][12]));
     release<kPart>();
     const uint32_t taken = exist & passing(scores);
     const QuadCounts counts(taken & kRowBits, taken & kRowBits << 2, lane_);
@@ -367,117 +355,34 @@ class Selector {
     counts_ += counts.all;
   }
 
-  // The same where lists may have to be cut.
-  template <int kPart>
-  __device__ __forceinline__ void add_slowly(int first_key, uint32_t left) {
-    while (true) {
-      {
-        PartScores scores;
-        load_all<kPart>(scores);
-        left &= passing(scores);
-      }
-      uint32_t taken = left;
-      QuadCounts counts(taken & kRowBits, taken & kRowBits << 2, lane_);
-      const uint32_t room[kRows] = {capacity() - count(0), capacity() - count(1)};
-      const bool fits =
-          __all_sync(kFullMask, (counts.all & 0xffffu) <= room[0] && counts.all >> 16 <= room[1]);
-      if (!fits) {
-#pragma unroll
-        for (int row = 0; row < kRows; ++row) {
-          const int own_room =
-              static_cast<int>(room[row]) - static_cast<int>(counts.before >> 16 * row & 0xffffu);
-          uint32_t of_row = taken & kRowBits << 2 * row;
-          for (int over = __popc(of_row) - max(own_room, 0); over > 0; --over) {
-            of_row &= ~(0x80000000u >> __clz(of_row));
-          }
-          taken = (taken & ~(kRowBits << 2 * row)) | of_row;
-        }
-        counts.all = min(counts.all & 0xffffu, room[0]) | min(counts.all >> 16, room[1]) << 16;
-      }
-      write_slowly<kPart>(taken, counts_ + counts.before, first_key);
-      counts_ += counts.all;
-      if (fits) break;
-      left &= ~taken;
-      cut_lists(left);
-    }
-    release<kPart>();
-  }
-
-  // Writes keys of a part to the lists, the first of each row to this place of the list. A store
-  // for every score, in which few lanes take part, takes no longer than to look for these, and the
-  // part can be another's by then.
+  // Writes keys of a part to the lists, the first of each row to this place of the list. With a
+  // predicate to each score's store, in which few lanes take part, this takes no longer than to
+  // look for the keys of each lane, and needs the part no more.
   __device__ __forceinline__ void write(uint32_t taken, uint32_t places, int first_key,
                                         const PartScores& scores) const {
-    auto* const records = reinterpret_cast<float4*>(candidates_.scores);
     uint32_t to[kRows] = {first_place_[0] + (places & 0xffffu), first_place_[1] + (places >> 16)};
     const auto first_id = static_cast<uint32_t>(first_key + column(0, lane_));
-    const uint64_t policy = keep_policy();
 #pragma unroll
     for (int i = 0; i < kPartScores; ++i) {
-      uint32_t& place = to[i / 2 % 2];
-      // With a predicate: a branch around each would cost more.
-      asm volatile(
-          "{\n"
-          ".reg .pred p;\n"
-          ".reg .b32 unused;\n"
-          "setp.ne.u32 p, %2, 0;\n"
-          "@p st.global.L2::cache_hint.v4.b32 [%1], {%3, %4, %5, unused}, %6;\n"
-          "@p add.u32 %0, %0, 1;\n"
-          "}\n"
-          : "+r"(place)
-          : "l"(records + place), "r"(taken & 1u << i), "r"(bits(scores[0][i])),
-            "r"(bits(scores[1][i])), "r"(first_id + column(i, 0)), "l"(policy)
-          : "memory");
+      store_record_if(taken & 1u << i, candidates_, to[i / 2 % 2], scores[0][i], scores[1][i],
+                      first_id + column(i, 0));
     }
   }
 
-  // The same, from shared memory.
-  template <int kPart>
-  __device__ __forceinline__ void write_slowly(uint32_t taken, uint32_t places,
-                                               int first_key) const {
-    constexpr int kBatch = 4;  // of a lane, which seldom has more
-    do {
-      int place[kBatch];
-      uint32_t ids[kBatch];
-      float scores[kBatch][kPlanes];
-      bool exists[kBatch];
-#pragma unroll
-      for (int k = 0; k < kBatch; ++k) {
-        exists[k] = taken != 0;
-        const int i = (__ffs(static_cast<int>(taken)) - 1) & (kPartScores - 1);
-        taken &= taken - 1;
-        // By an address, for registers have none.
-        const int at = Turn<kSlots, kPart>::kSlot * Shared<kBoxes>::kSlotStride +
-                       i / 4 * kPacketStride + i % 4 * static_cast<int>(sizeof(float));
-#pragma unroll
-        for (int r = 0; r < kPlanes; ++r) {
-          scores[k][r] = __uint_as_float(load_shared_u32(scores_[r] + at));
-        }
-        ids[k] = static_cast<uint32_t>(first_key + column(i, lane_));
-        const bool lower = (i & 2) != 0;
-        place[k] = (lower ? first_place_[1] : first_place_[0]) +
-                   static_cast<int>(lower ? places >> 16 : places & 0xffffu);
-        places += lower ? 0x10000u : 1u;
-      }
-#pragma unroll
-      for (int k = 0; k < kBatch; ++k) {
-        if (exists[k]) store_candidate(candidates_, int64_t{place[k]}, scores[k], ids[k]);
-      }
-    } while (__any_sync(kFullMask, taken != 0));
-  }
-
-  // Cuts the lists, which are full, of rows of which a lane has keys left down to their best m.
-  __device__ __forceinline__ void cut_lists(uint32_t left) {
-    uint32_t quads = ((left & kRowBits) != 0 ? 1u : 0u) | ((left & kRowBits << 2) != 0 ? 2u : 0u);
-    quads |= __shfl_xor_sync(kFullMask, quads, 1);
-    quads |= __shfl_xor_sync(kFullMask, quads, 2);
-    __syncwarp();  // what other lanes have written
+  // Cuts lists that a part's keys might not find room in down to their best m. One of no more than
+  // m has room for all keys.
+  __device__ __forceinline__ void make_room() {
     const auto m = static_cast<uint32_t>(p_.axis_topk);
+    const auto most = static_cast<uint32_t>(max(p_.axis_topk, capacity() - kPartKeys));
+    if (__all_sync(kFullMask, count(0) <= most && count(1) <= most)) return;
+    __syncwarp();  // what other lanes have written
 #pragma unroll 1
     for (int token = 0; token < kWarpTokens; ++token) {
       const int row = token / 8;
-      if ((__shfl_sync(kFullMask, quads, token % 8 * 4) >> row & 1) == 0) continue;
-      const IdCut cut = cut_list(p_, candidates_, int64_t{list(token)}, capacity(), filter_, lane_);
+      const uint32_t num = __shfl_sync(kFullMask, counts_, token % 8 * 4) >> 16 * row & 0xffffu;
+      if (num <= most) continue;
+      const IdCut cut =
+          cut_list(p_, candidates_, int64_t{list(token)}, static_cast<int>(num), filter_, lane_);
       if (lane_ / 4 != token % 8) continue;
       const float rank = least_rank(cut.rank);
       if (row == 0) {

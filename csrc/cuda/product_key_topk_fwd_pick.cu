@@ -146,7 +146,10 @@ __device__ __forceinline__ void pick(const ProductKeyTopkParams& p,
 
 // Blocks that run at once, as the registers of so many entries allow.
 constexpr int pick_blocks(int entries, bool records) {
-  return entries <= 6 ? 9 : entries <= 8 ? 8 : entries <= 12 ? (records ? 7 : 6) : 4;
+  return entries <= 6    ? 9
+         : entries <= 8  ? (records ? 9 : 8)
+         : entries <= 12 ? (records ? 8 : 6)
+                         : 4;
 }
 
 // Grid: rows of the chunk, a warp each. kEntries candidates a lane, and mostly no more than

@@ -288,6 +288,7 @@ ULTRAMEM_REGISTER_KERNEL(fp16_4, "product_key_topk_fwd_split<fp16, 4>", kThreads
 ULTRAMEM_REGISTER_KERNEL(fp16_8, "product_key_topk_fwd_split<fp16, 8>", kThreads,
                          product_key_topk_fwd_split_kernel<__half, kManyBoxes>);
 
+// For 16384 tokens at once of what the smaller kernel picks from, a head and its two sides.
 constexpr size_t kMaxWorkspace = 136 << 20;
 
 int clusters_at_once() { return std::max(multiprocessors() / kBlocks, 1); }
@@ -301,9 +302,10 @@ struct Workspace {
   // the last.
   explicit Workspace(const ProductKeyTopkParams& p) {
     const Plan plan(p, p.num_tokens);
-    // A part's keys are added without a look at the room where all of them would find it.
-    set_capacities(p, kColumns, kOwnKeys, 5, kPartKeys + 8, &candidates,
-                   static_cast<double>(plan.rounds.second) / plan.rounds.first);
+    // Before a part is looked at there has to be room for all its keys. Two lists of 128 are what
+    // the smaller kernel picks from: enough at m 32 and some more.
+    const double sampled = static_cast<double>(plan.rounds.second) / plan.rounds.first;
+    set_capacities(p, kColumns, kOwnKeys, &candidates, sampled, 4, kPartKeys + 4, 2 * kPartKeys);
     const int64_t tiles = ceil_div(p.num_tokens, kTokens);
     place(p, tiles);
     if (bytes <= kMaxWorkspace) return;

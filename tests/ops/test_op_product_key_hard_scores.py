@@ -63,8 +63,15 @@ LINES = {
     "eight values": (5,),
     "all equal": (6,),
     "signed zeros": (7,),
+    "ascending, every third tile low": (8, 9),
+    "ascending, every second tile low": (10, 11),
 }
-NUM_ORDERED = 8
+NUM_ORDERED = 12
+
+
+def ascending_but(low: Tensor) -> Tensor:
+    """The place of each key in an ascending order in which those keys come before all others."""
+    return torch.argsort(torch.argsort((~low).long(), stable=True))
 
 
 class Inputs:
@@ -77,9 +84,16 @@ class Inputs:
         heads, rank, num_keys = shape.heads, shape.rank, shape.num_keys
         self.keys = self._random(heads, 2, rank, num_keys, shape.key_dim).to(dtype)
         ids = torch.arange(num_keys)
-        for elements, line in ((LINES["ascending"], ids), (LINES["descending"], ids.flip(0))):
-            self.keys[..., elements[0]] = (line // 32 * 32).to(self.keys)
-            self.keys[..., elements[1]] = (line % 32).to(self.keys)
+        # Tiles of 128 of which a kernel that looks at some of them first sees only the low ones.
+        lines = {
+            "ascending": ids,
+            "descending": ids.flip(0),
+            "ascending, every third tile low": ascending_but(ids // 128 % 3 == 1),
+            "ascending, every second tile low": ascending_but(ids // 128 % 2 == 0),
+        }
+        for name, line in lines.items():
+            self.keys[..., LINES[name][0]] = (line // 32 * 32).to(self.keys)
+            self.keys[..., LINES[name][1]] = (line % 32).to(self.keys)
         values = self.data.integers(8, heads, 2, rank, num_keys)
         self.keys[..., LINES["two values"][0]] = (values % 2 * 2 - 1).to(dtype)
         self.keys[..., LINES["eight values"][0]] = (values + 1).to(dtype)
