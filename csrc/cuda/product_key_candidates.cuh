@@ -55,20 +55,19 @@ struct Candidates {
   }
 };
 
-// Room of each list for its share of what is above the bound, of scores in random order, with some
+// Room of each list for its share of what is above the bound, of scores in random order, with many
 // standard deviations and `spare` keys more; and for `least_spare` more than the m that are left
 // when it is cut. A list has the keys of every kLists-th tile, and of each of its `columns` a
 // maximum, of one key in `sampled`. A list's records begin at a line of memory.
 template <int kLists, bool kRecords>
-void set_capacities(const ProductKeyTopkParams& p, int columns, int tile_keys,
-                    Candidates<kLists, kRecords>* candidates, double sampled = 1,
-                    double deviations = 8, int spare = 8, int least_spare = 32) {
+void set_capacities(const ProductKeyTopkParams& p, int columns, int tile_keys, int spare,
+                    int least_spare, double sampled, Candidates<kLists, kRecords>* candidates) {
   constexpr int kLine = 8;
   constexpr int kMost = kMaxListEntries * kWarpSize;
   static_assert(kMaxAxisTopk + 32 <= kMost && kMost % kLine == 0);
   const double m = p.axis_topk;
   const double share = -columns * std::log1p(-m / (kLists * columns + 1)) * sampled;
-  const double room = std::max(share + deviations * std::sqrt(share) + spare, m + least_spare);
+  const double room = std::max(share + 8 * std::sqrt(share) + spare, m + least_spare);
   const double most = ceil_div(p.num_keys, tile_keys * kLists) * tile_keys;
   const auto lines = static_cast<int32_t>(std::ceil(std::min(room, most) / kLine));
   for (int32_t& capacity : candidates->capacities) capacity = std::min(lines * kLine, kMost);

@@ -146,10 +146,7 @@ __device__ __forceinline__ void pick(const ProductKeyTopkParams& p,
 
 // Blocks that run at once, as the registers of so many entries allow.
 constexpr int pick_blocks(int entries, bool records) {
-  return entries <= 6    ? 9
-         : entries <= 8  ? (records ? 9 : 8)
-         : entries <= 12 ? (records ? 8 : 6)
-                         : 4;
+  return entries <= 6 ? 9 : entries <= 8 ? 8 : entries <= 12 ? (records ? 7 : 6) : 4;
 }
 
 // Grid: rows of the chunk, a warp each. kEntries candidates a lane, and mostly no more than
@@ -200,7 +197,7 @@ ULTRAMEM_REGISTER_PICK(1, 6, 3, 2, false);
 ULTRAMEM_REGISTER_PICK(1, 12, 7, 2, false);
 ULTRAMEM_REGISTER_PICK(2, 6, 3, 2, false);
 ULTRAMEM_REGISTER_PICK(2, 12, 7, 2, false);
-ULTRAMEM_REGISTER_PICK(2, 8, 5, 2, true);
+ULTRAMEM_REGISTER_PICK(2, 8, 4, 2, true);
 ULTRAMEM_REGISTER_PICK(2, 12, 8, 2, true);
 ULTRAMEM_REGISTER_PICK(1, 8, 3, 4, false);
 ULTRAMEM_REGISTER_PICK(1, 20, 10, 4, false);
@@ -216,7 +213,7 @@ template <int kLists, bool kRecords>
 struct PickEntries;
 template <>
 struct PickEntries<2, true> {
-  static constexpr int kSome = 8, kFewOfSome = 5, kMost = 12, kFewOfMost = 8;
+  static constexpr int kSome = 8, kFewOfSome = 4, kMost = 12, kFewOfMost = 8;
 };
 template <>
 struct PickEntries<2, false> {

@@ -52,7 +52,7 @@ struct Plan {
   Plan(const ProductKeyTopkParams& p, int64_t num_tokens) {
     // The more are kept, the more there would be above a bound by few: nine tenths of the keys at
     // 128, up to 32 few, unless they are short and multiplied faster than they are selected from.
-    const float fewest = p.key_dim > kFewBoxes * kBoxColumns ? 1.0f / 3.0f : 0.5f;
+    const float fewest = p.key_dim > kFewBoxes * kBoxColumns ? 0.42f : 0.5f;
     const float share =
         fewest + (0.9f - fewest) * static_cast<float>(std::max(p.axis_topk - 32, 0)) / 96.0f;
     rounds.second = static_cast<int>(ceil_div(p.num_keys, kKeys));
@@ -302,10 +302,10 @@ struct Workspace {
   // the last.
   explicit Workspace(const ProductKeyTopkParams& p) {
     const Plan plan(p, p.num_tokens);
-    // Before a part is looked at there has to be room for all its keys. Two lists of 128 are what
-    // the smaller kernel picks from: enough at m 32 and some more.
+    // Before a part is looked at there has to be room for all its keys, and a list that is cut
+    // holds up two blocks. At m 32 lists have 128 places, and the smaller kernel picks from both.
     const double sampled = static_cast<double>(plan.rounds.second) / plan.rounds.first;
-    set_capacities(p, kColumns, kOwnKeys, &candidates, sampled, 4, kPartKeys + 4, 2 * kPartKeys);
+    set_capacities(p, kColumns, kOwnKeys, kPartKeys, 2 * kPartKeys, sampled, &candidates);
     const int64_t tiles = ceil_div(p.num_tokens, kTokens);
     place(p, tiles);
     if (bytes <= kMaxWorkspace) return;
