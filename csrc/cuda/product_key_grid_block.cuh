@@ -90,8 +90,7 @@ struct BlockArrays {
 template <int kPlanes, int kRows>
 __device__ __forceinline__ void write_sorted(const Token<kPlanes, kRows>& token,
                                              const BlockArrays& arrays, uint32_t count,
-                                             uint32_t topk, uint32_t thread,
-                                             const WarpGroup& block) {
+                                             uint32_t topk, uint32_t thread, WarpGroup& block) {
   constexpr int kThreads = BlockTraits<kRows>::kThreads;
   constexpr uint32_t kMaxCounted = BlockTraits<kRows>::kMaxCounted;
   const uint32_t* ranks = arrays.ranks;

@@ -31,9 +31,11 @@ constexpr int kMaxWarps = std::max(2 * kMaxSideWarps, BlockTraits<kRows>::kWarps
 // Registers of many rows for so many threads that a block finds room beside one of scores.
 template <int kRows>
 constexpr int kBoundThreads = kRows > kSmallRows ? 1024 : kMaxWarps<kRows> * kWarpSize;
-// Named barriers: of the sides, and of the threads that choose pairs.
-constexpr int kSideBarrier = 1;
-constexpr int kPairBarrier = 3;
+// Named barrier of the threads that choose pairs.
+constexpr int kPairBarrier = 1;
+// Of a side's WarpGroup: slots and an mbarrier.
+constexpr int kSlotBytes = 4 * WarpGroup::kSlots;
+constexpr int kSideBytes = kSlotBytes + 16;
 // Shared memory of a block that begins while the scores are computed, if there are no more than
 // multiprocessors: with as much there is one on each, beside a block of scores that has 112 KB.
 constexpr int64_t kLoneBytes = 116224;
@@ -42,7 +44,7 @@ template <int kRows>
 struct TokenLayout {
   BlockLayout<kPlanes, kRows> grid;
   int selections;  // [2], a side's each
-  int slots;       // [2], of a side's WarpGroup
+  int sides;       // [2], of kSideBytes
   int side_warps;
   int score_stride;
   int64_t bytes;
@@ -50,7 +52,7 @@ struct TokenLayout {
   TokenLayout(const ProductKeyTopkParams& p, int stride)
       : grid(p),
         selections(grid.shared.take(2 * kSelectionBytes)),
-        slots(grid.shared.take(2 * 4 * WarpGroup::kSlots)),
+        sides(grid.shared.take(2 * kSideBytes)),
         side_warps(static_cast<int>(ceil_div(p.num_keys, kSets * kWarpSetKeys))),
         score_stride(stride),
         bytes(grid.shared.bytes()) {}
@@ -104,9 +106,10 @@ __global__ void __launch_bounds__(kBoundThreads<kRows>, 1)
   const auto num_keys = static_cast<int>(p.num_keys);
   const BlockArrays arrays(layout.grid, shared_bytes);
   const Selection selection(shared_bytes + layout.selections + side * kSelectionBytes);
-  WarpGroup group(
-      reinterpret_cast<uint32_t*>(shared_bytes + layout.slots) + side * WarpGroup::kSlots,
-      kSideBarrier + side, side_warp, side_warps);
+  unsigned char* const of_side = shared_bytes + layout.sides + side * kSideBytes;
+  const uint32_t barrier = shared_address(of_side + kSlotBytes);
+  WarpGroup group(reinterpret_cast<uint32_t*>(of_side), 0, side_warp, side_warps, barrier);
+  if (side_warp == 0 && lane == 0) mbarrier_init(barrier, side_warps * kWarpSize);
 
   // The kernel ahead waits for all kernels before it: what is older than the scores may be read.
   const TokenView token(p, blockIdx.x, shared_bytes, layout.grid.token, lane);
@@ -142,7 +145,7 @@ __global__ void __launch_bounds__(kBoundThreads<kRows>, 1)
   for (int set = 0; set < kSets; ++set) {
     from[set] = scores + min(own.first + set * own.stride, layout.score_stride - kSetKeys);
   }
-  __syncthreads();  // the cores are there
+  __syncthreads();  // the cores are there, and the sides' barriers initialised
   float cbar[kPlanes][kPlanes];
   if (!token.additive()) token.sum_cores(cbar);
   wait_for_words(reinterpret_cast<uintptr_t>(from[0]), reinterpret_cast<uintptr_t>(from[1]),

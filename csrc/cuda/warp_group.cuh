@@ -13,15 +13,23 @@ class WarpGroup {
   static constexpr int kMaxWarps = 16;
   static constexpr int kSlots = 2 * 2 * kMaxWarps;
 
-  // `slots` are the group's own, and so is the named barrier; both are unused where it is one warp.
-  __device__ __forceinline__ WarpGroup(uint32_t* slots, int barrier, int warp, int num_warps)
-      : slots_(slots), barrier_(barrier), warp_(warp), num_warps_(num_warps) {
+  // `slots` are the group's own, and so is what it waits at: a named barrier, or the mbarrier at a
+  // shared address that is not 0, of as many arrivals as the group has threads. That is for groups
+  // of a block that wait each for itself at the same time, whose named barriers racecheck would
+  // take for one. All are unused where the group is one warp.
+  __device__ __forceinline__ WarpGroup(uint32_t* slots, int barrier, int warp, int num_warps,
+                                       uint32_t mbarrier = 0)
+      : slots_(slots), barrier_(barrier), warp_(warp), num_warps_(num_warps), mbarrier_(mbarrier) {
     lane_ = static_cast<int>(threadIdx.x) % kWarpSize;
   }
 
-  __device__ __forceinline__ void sync() const {
+  __device__ __forceinline__ void sync() {
     if (num_warps_ == 1) {
       __syncwarp();
+    } else if (mbarrier_ != 0) {
+      mbarrier_arrive(mbarrier_);
+      mbarrier_wait(mbarrier_, parity_);
+      parity_ ^= 1;
     } else {
       named_barrier_sync(barrier_, num_warps_ * kWarpSize);
     }
@@ -116,6 +124,8 @@ class WarpGroup {
   int barrier_;
   int warp_;
   int num_warps_;
+  uint32_t mbarrier_;
+  uint32_t parity_ = 0;  // of its phase
   int lane_;
   int turn_ = 0;
 };
