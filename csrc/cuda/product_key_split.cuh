@@ -97,7 +97,7 @@ struct Shared {
   }
 };
 
-// The tiles of keys that pass: some of them, far apart so that sorted scores do not escape them,
+// The tiles of keys that pass: some of them, far apart so that few orders of scores escape them,
 // and then all.
 struct Rounds {
   int first;

@@ -11,11 +11,11 @@
 // column of two of its tiles, the maximum rank: m/2 of them above some number, and as many of the
 // other block's, are m different keys, so the lesser of both numbers bounds the m-th best key from
 // below. In the second round the keys that are not below go to the block's list of the token. A
-// list that is full is cut down to its best m, and bounds from then on, too: every order of scores
-// comes out right, and only contrived ones are slower, and tokens whose scores are NaN. Where so
-// many maxima are above the number that lists would hardly have room, as with equal scores, blocks
-// compare their lists after the first tiles: the least rank in both lists of m/2 keys bounds what
-// comes later.
+// list without room for more is cut down to its best m, and bounds from then on, too: every order
+// of scores comes out right, and only contrived ones are slower, and tokens whose scores are NaN.
+// Where so many maxima are above the number that lists would hardly have room, as with equal
+// scores, blocks compare their lists after the first tiles: the least rank in both lists of m/2
+// keys bounds what comes later.
 #include <algorithm>
 #include <cmath>
 
@@ -288,7 +288,7 @@ ULTRAMEM_REGISTER_KERNEL(fp16_4, "product_key_topk_fwd_split<fp16, 4>", kThreads
 ULTRAMEM_REGISTER_KERNEL(fp16_8, "product_key_topk_fwd_split<fp16, 8>", kThreads,
                          product_key_topk_fwd_split_kernel<__half, kManyBoxes>);
 
-// For 16384 tokens at once of what the smaller kernel picks from, a head and its two sides.
+// For 16384 tokens at once with lists of 128 places, a head and its two sides.
 constexpr size_t kMaxWorkspace = 136 << 20;
 
 int clusters_at_once() { return std::max(multiprocessors() / kBlocks, 1); }
@@ -303,9 +303,16 @@ struct Workspace {
   explicit Workspace(const ProductKeyTopkParams& p) {
     const Plan plan(p, p.num_tokens);
     // Before a part is looked at there has to be room for all its keys, and a list that is cut
-    // holds up two blocks. At m 32 lists have 128 places, and the smaller kernel picks from both.
+    // holds up two blocks.
     const double sampled = static_cast<double>(plan.rounds.second) / plan.rounds.first;
     set_capacities(p, kColumns, kOwnKeys, kPartKeys, 2 * kPartKeys, sampled, &candidates);
+    // A few places less will do, too, where a smaller kernel then picks from both lists.
+    constexpr int32_t kSmall = 128, kFewLess = 8;
+    if (p.axis_topk <= kSmall - 2 * kPartKeys) {
+      for (int32_t& capacity : candidates.capacities) {
+        if (capacity <= kSmall + kFewLess) capacity = std::min(capacity, kSmall);
+      }
+    }
     const int64_t tiles = ceil_div(p.num_tokens, kTokens);
     place(p, tiles);
     if (bytes <= kMaxWorkspace) return;
