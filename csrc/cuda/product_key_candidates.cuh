@@ -55,22 +55,31 @@ struct Candidates {
   }
 };
 
-// Room of each list for its share of what is above the bound, of scores in random order, with many
-// standard deviations and `spare` keys more; and for `least_spare` more than the m that are left
-// when it is cut. A list has the keys of every kLists-th tile, and of each of its `columns` a
-// maximum, of one key in `sampled`. A list's records begin at a line of memory.
-template <int kLists, bool kRecords>
-void set_capacities(const ProductKeyTopkParams& p, int columns, int tile_keys, int spare,
-                    int least_spare, double sampled, Candidates<kLists, kRecords>* candidates) {
+// Of `columns`, each with every so many-th key, the maxima: keys of a list, one of kLists, that are
+// above the share m / kLists of them, scores being in random order.
+inline double keys_above_maxima(double m, double columns, int lists) {
+  return -columns * std::log1p(-m / (lists * columns + 1));
+}
+
+// Places for so many keys, if a list can have so many: whole lines of memory of records.
+inline int list_capacity(double keys) {
   constexpr int kLine = 8;
   constexpr int kMost = kMaxListEntries * kWarpSize;
   static_assert(kMaxAxisTopk + 32 <= kMost && kMost % kLine == 0);
+  return std::min(static_cast<int>(std::ceil(keys / kLine)) * kLine, kMost);
+}
+
+// Room of each list for its share of what is above the bound, of scores in random order, with many
+// standard deviations; and for 32 more than the m that are left when it is cut. A list has the keys
+// of every kLists-th tile, and of each of its `columns` a maximum.
+template <int kLists>
+void set_capacities(const ProductKeyTopkParams& p, int columns, int tile_keys,
+                    Candidates<kLists>* candidates) {
   const double m = p.axis_topk;
-  const double share = -columns * std::log1p(-m / (kLists * columns + 1)) * sampled;
-  const double room = std::max(share + 8 * std::sqrt(share) + spare, m + least_spare);
-  const double most = ceil_div(p.num_keys, tile_keys * kLists) * tile_keys;
-  const auto lines = static_cast<int32_t>(std::ceil(std::min(room, most) / kLine));
-  for (int32_t& capacity : candidates->capacities) capacity = std::min(lines * kLine, kMost);
+  const double found = keys_above_maxima(m, columns, kLists);
+  const double room = std::max(found + 8 * std::sqrt(found) + 8, m + 32);
+  const double all = ceil_div(p.num_keys, tile_keys * kLists) * tile_keys;
+  for (int32_t& capacity : candidates->capacities) capacity = list_capacity(std::min(room, all));
 }
 
 // Of a chunk's candidates, whose capacities and tokens are known. Places them in the workspace if

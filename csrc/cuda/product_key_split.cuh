@@ -35,15 +35,18 @@ inline constexpr int kStages = 4;
 // A warp's scores of a part and rank: 16 bytes of each lane side by side.
 inline constexpr int kPacketStride = 16 * kWarpSize;
 inline constexpr int kPartBytes = kPartScores / 4 * kPacketStride;
-// Of a token whose list was cut: keys from that id on are out unless their rank is not below that.
-inline constexpr int kStateBytes = 8;
+// What a warp that selects keeps in shared memory.
+inline constexpr int kWarpWords = 3;
+// Words of bits for works that have to be done again.
+inline constexpr int kMarkWords = 16;
 
 // Rows of Kd have so many boxes of 64 columns, the last of them empty where Kd is shorter.
 inline constexpr int kFewBoxes = 4, kManyBoxes = 8;
 // For parts: one, or one for each part of a tile where long queries leave room.
 __host__ __device__ constexpr int num_slots(int boxes) { return boxes == kFewBoxes ? kParts : 1; }
 
-// Shared memory: barriers, stages of keys, queries, parts and what is known of the tokens.
+// Shared memory: barriers, stages of keys, queries, parts and what the other block knows of the
+// tokens.
 template <int kBoxes>
 struct Shared {
   static constexpr int kSlots = num_slots(kBoxes);
@@ -51,10 +54,11 @@ struct Shared {
   static constexpr int kQueries = kRing + kStages * kStageBytes;
   static constexpr int kPartsBegin = kQueries + kBoxes * kQueryBoxBytes;
   static constexpr int kSlotStride = kWarps * kPlanes * kPartBytes;
-  static constexpr int kStates = kPartsBegin + kSlots * kSlotStride;
-  static constexpr int kBounds = kStates + kTokens * kStateBytes;
+  static constexpr int kBounds = kPartsBegin + kSlots * kSlotStride;
   static constexpr int kLeast = kBounds + kTokens * static_cast<int>(sizeof(float));
-  static constexpr int kBytes = kLeast + kTokens * static_cast<int>(sizeof(float));
+  static constexpr int kCounts = kLeast + kTokens * static_cast<int>(sizeof(float));
+  static constexpr int kOwnCounts = kCounts + kTokens * static_cast<int>(sizeof(float));
+  static constexpr int kBytes = kOwnCounts + kTokens * static_cast<int>(sizeof(float));
   static_assert(kBytes <= 232448, "more than a block of sm_90 has");
   static constexpr int kBarrierStride = kWarps * 8;  // from slot to slot
 
@@ -62,7 +66,7 @@ struct Shared {
 
   // Barriers: a stage is filled; it was multiplied; some columns of the queries are there; a part
   // is there for a warp that selects; the last part of one that multiplies was read, in both
-  // blocks; what the other block says of a warp's tokens is there.
+  // blocks; what the other block says of a warp's tokens is there, and how many keys it found.
   __device__ __forceinline__ uint32_t full(int stage) const { return base + 8 * stage; }
   __device__ __forceinline__ uint32_t empty(int stage) const { return full(kStages + stage); }
   __device__ __forceinline__ uint32_t queries_there(int box) const {
@@ -77,41 +81,87 @@ struct Shared {
   __device__ __forceinline__ uint32_t bounds_there(int warp) const {
     return part_there(2 * kSlots, warp);
   }
-  static_assert((2 * kStages + kBoxes + (2 * kSlots + 1) * kWarps) * 8 <= kRing);
+  __device__ __forceinline__ uint32_t counts_there(int warp) const {
+    return part_there(2 * kSlots + 1, warp);
+  }
+  // Behind the barriers: words of each warp that selects, and marks.
+  static constexpr int kMarks = kRing - 4 * kMarkWords, kWords = kMarks - 4 * kWarpWords * kWarps;
+  static_assert((2 * kStages + kBoxes + (2 * kSlots + 2) * kWarps) * 8 <= kWords);
+  __device__ __forceinline__ uint32_t words(int warp) const {
+    return base + kWords + 4 * kWarpWords * warp;
+  }
 
   __device__ __forceinline__ uint32_t stage(int i) const { return base + kRing + i * kStageBytes; }
   __device__ __forceinline__ uint32_t queries(int box) const {
     return base + kQueries + box * kQueryBoxBytes;
   }
-  // Of a warp's tokens: states, and the other block's bounds and least ranks.
-  __device__ __forceinline__ uint32_t states(int warp) const {
-    return base + kStates + warp * kWarpTokens * kStateBytes;
-  }
+  // The other block's bounds, least ranks and counts of a warp's tokens.
   __device__ __forceinline__ uint32_t bounds(int warp) const {
     return base + kBounds + warp * kWarpTokens * 4;
   }
-  static constexpr int kBoundsToLeast = kLeast - kBounds;
+  __device__ __forceinline__ uint32_t least(int warp) const {
+    return bounds(warp) + (kLeast - kBounds);
+  }
+  __device__ __forceinline__ uint32_t counts(int warp) const {
+    return bounds(warp) + (kCounts - kBounds);
+  }
+  static constexpr int kCountsToOwn = kOwnCounts - kCounts;
   // Scores of the block's own rank, then of the other.
   __device__ __forceinline__ uint32_t part(int slot, int warp, int of_other) const {
     return base + kPartsBegin + slot * kSlotStride + (warp * kPlanes + of_other) * kPartBytes;
   }
+  // Of the cluster's works, the same in both blocks. Numbers that are far apart share a bit: a work
+  // may be done again that need not be.
+  __device__ __forceinline__ uint32_t marks(int word) const { return base + kMarks + 4 * word; }
+  __device__ __forceinline__ bool is_marked(int work) const {
+    return (load_shared_u32(marks(work / 32 % kMarkWords)) >> work % 32 & 1) != 0;
+  }
+  __device__ __forceinline__ void mark(int work) const {
+    asm volatile("red.shared.or.b32 [%0], %1;" ::"r"(marks(work / 32 % kMarkWords)),
+                 "r"(1u << work % 32)
+                 : "memory");
+  }
 };
 
-// The tiles of keys that pass: some of them, far apart so that few orders of scores escape them,
-// and then all.
+// What passes of the keys: tiles of a sample, from which comes a bound, and then all tiles.
 struct Rounds {
-  int first;
-  int second;
-  int sampled;  // of how many tiles the first round has some
+  int first, second;  // tiles
+  int least;          // of a block's maxima in the first round: so many are above its bound
+  // Whether the lesser of both blocks' bounds is taken, below which none of the best m can be.
+  // Otherwise their mean: it is below the m-th best in all likelihood, and counts show whether.
+  bool exact;
 
   __host__ __device__ int tiles() const { return first + second; }
-  // The i-th to pass.
-  __host__ __device__ int tile(int i) const {
-    return i < first ? (i + 1) * sampled / first - 1 : i - first;
+};
+
+// The keys of the first round, evenly spaced: hardly an order of scores escapes them. A block's
+// half of a tile has every stride-th key, from a first one of its own.
+struct Sample {
+  int stride;
+  int first;  // key; a few at either end are in no tile
+
+  explicit Sample(int64_t num_keys)
+      : stride(static_cast<int>(num_keys / kOwnKeys)),
+        first(static_cast<int>(num_keys % kOwnKeys / 2)) {}
+  // So many tiles have no key twice.
+  int max_tiles() const { return stride / kBlocks; }
+  // Of so many tiles: a tile's first key in the first block, and how far from it is that in the
+  // other.
+  __device__ __forceinline__ int first_key(int tile, int tiles) const {
+    return first + tile * stride / tiles;
+  }
+  __device__ __forceinline__ int block_distance(int tiles) const {
+    return stride / (kBlocks * tiles);
   }
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// By an exchange, so that the compiler knows it to be the warp's; asked for where it is needed, for
+// kept from the beginning it would be a register too many.
+__device__ __forceinline__ int warp_number() {
+  return __shfl_sync(kFullMask, static_cast<int>(threadIdx.x) / kWarpSize, 0);
+}
 
 // Where the parts of a tile, which alternate, go, and the parity of the phase in which they do.
 template <int kSlots, int kPart>

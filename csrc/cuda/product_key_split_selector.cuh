@@ -13,11 +13,12 @@ template <int kBoxes>
 class Selector {
  public:
   __device__ Selector(const ProductKeyTopkParams& p, const Shared<kBoxes>& shared,
-                      const Candidates<kBlocks, true>& candidates, int warp, int lane)
+                      const Rounds (&rounds)[2], const Candidates<kBlocks, true>& candidates,
+                      int warp, int lane)
       : p_(p),
+        rounds_(rounds),
         candidates_(candidates),
-        states_(shared.states(warp)),
-        other_bounds_(shared.bounds(warp)),
+        shared_(shared),
         there_(shared.part_there(0, warp)),
         block_(static_cast<int>(cluster_rank())),
         lane_(lane) {
@@ -29,25 +30,18 @@ class Selector {
 #pragma unroll
       for (int slot = 0; slot < kSlots; ++slot) expect(slot);
       expect_bounds();
+      expect_counts();
     }
   }
 
-  // Both rounds. Of the warp's tokens, which begin there in the chunk, there are `num_tokens`.
-  __device__ __forceinline__ void run(int work, int head_side, int first_chunk_token,
-                                      int num_tokens, const Rounds& rounds) {
-    first_row_ = static_cast<int>(candidates_.row(head_side, first_chunk_token));
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) first_place_[row] = list(lane_ / 4 + 8 * row);
+  // Both rounds of a work. Of the warp's tokens, which begin there in the chunk, there are
+  // `num_tokens`.
+  __device__ __forceinline__ void run(int head_side, int first_chunk_token, int num_tokens) {
+    set_word(kFirstRow, static_cast<int>(candidates_.row(head_side, first_chunk_token)));
+    set_word(kNumTokens, num_tokens);
     const auto* vector = static_cast<const float*>(head_side % 2 == 0 ? p_.u : p_.t);
 #pragma unroll
     for (int r = 0; r < kPlanes; ++r) filter_[r] = vector[head_side / 2 * kPlanes + r];
-    exist_ =
-        (lane_ / 4 < num_tokens ? kRowBits : 0) | (lane_ / 4 + 8 < num_tokens ? kRowBits << 2 : 0);
-    counts_ = 0;
-    cut_states_ = 0;
-    if (lane_ < kWarpTokens) store_shared_u32(states_ + lane_ * kStateBytes, 0x7fffffff);
-    __syncwarp();
-
     const int first_own = block_ * kOwnKeys;
     const auto num_keys = static_cast<int>(p_.num_keys);
     bool crowded[kRows];
@@ -61,22 +55,27 @@ class Selector {
         }
       }
 #pragma unroll 1
-      for (int i = 0; i < rounds.first; i += 2) {
-        take_tile_maxima<0>(first_own + rounds.tile(i) * kKeys, num_keys, maxima);
-        if (i + 1 == rounds.first) break;
-        take_tile_maxima<1>(first_own + rounds.tile(i + 1) * kKeys, num_keys, maxima);
+      for (int i = 0, first = rounds().first; i < first; i += 2) {
+        take_tile_maxima<0>(maxima);
+        if (i + 1 == first) break;
+        take_tile_maxima<1>(maxima);
       }
-      const int least = (p_.axis_topk + 1) / 2;
+      set_exist();
       float log_above[kRows];
-      find_bounds<kColumns>(maxima, least, least_, log_above);
+      find_bounds<kColumns>(maxima, rounds().least, least_, log_above);
       // Lists would hardly have room where half as many again are above.
-      const float log_many = log2_fast(1.5f * static_cast<float>(least) + 4.0f);
+      const float log_many = log2_fast(1.5f * static_cast<float>(rounds().least) + 4.0f);
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
         crowded[row] = (exist_ & kRowBits << 2 * row) != 0 && log_above[row] > log_many;
       }
     }
-    const bool are_crowded = exchange_bounds(crowded, work & 1);
+    check_counts();
+    const uint32_t parity = word(kTurn) / 2 & 1;
+    const bool are_crowded = exchange_bounds(crowded, parity, rounds().exact);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) first_place_[row] = list(lane_ / 4 + 8 * row);
+    counts_ = 0;
     const bool meets = are_crowded && num_keys > kLastMeeting * kKeys;
     int end = first_own + (meets ? kFirstMeeting * kKeys : num_keys);
     bool met = false;  // to some end for all tokens of the warp
@@ -91,15 +90,24 @@ class Selector {
       }
       if (key >= first_own + num_keys) break;
       const bool is_first = key < kLastMeeting * kKeys;
-      met = meet(met, (work & 1) ^ (is_first ? 1 : 0));
+      met = meet(met, parity ^ (is_first ? 1 : 0));
       end = first_own + (is_first ? kLastMeeting * kKeys : num_keys);
     }
+    const int first = word(kFirstRow);
     if (lane_ % 4 == 0) {
-      int32_t* counts = candidates_.counts + int64_t{kBlocks} * (first_row_ + lane_ / 4) + block_;
+      int32_t* counts = candidates_.counts + int64_t{kBlocks} * (first + lane_ / 4) + block_;
       counts[0] = counts_ & 0xffffu;
       counts[8 * kBlocks] = counts_ >> 16;
     }
+    send_counts();
   }
+
+  // After the last work, before marks are looked at.
+  __device__ __forceinline__ void finish() { check_counts(); }
+
+  // Whether works are done again: from the end of the first time on.
+  __device__ __forceinline__ bool again() const { return word(kTurn) >= kAgain; }
+  __device__ __forceinline__ void begin_again() const { set_word(kTurn, word(kTurn) + kAgain); }
 
  private:
   static constexpr int kSlots = num_slots(kBoxes);
@@ -115,6 +123,14 @@ class Selector {
     return i / 4 * 8 + lane % 4 * 2 + i % 2;
   }
 
+  __device__ __forceinline__ const Rounds& rounds() const { return rounds_[again() ? 1 : 0]; }
+
+  // Added to how many works a warp has had, times two, when it begins again.
+  static constexpr int kAgain = 1 << 30;
+
+  // Among those that select.
+  __device__ __forceinline__ static int warp() { return warp_number() - kWarps; }
+
   __device__ __forceinline__ void expect(int slot) const {
     mbarrier_expect_bytes(there_ + slot * Shared<kBoxes>::kBarrierStride, kPartBytes);
   }
@@ -125,6 +141,12 @@ class Selector {
   }
   __device__ __forceinline__ void expect_bounds() const {
     mbarrier_expect_bytes(bounds_there(), kWarpTokens * sizeof(float));
+  }
+  __device__ __forceinline__ uint32_t counts_there() const {
+    return there_ + (2 * kSlots + 1) * Shared<kBoxes>::kBarrierStride;
+  }
+  __device__ __forceinline__ void expect_counts() const {
+    mbarrier_expect_bytes(counts_there(), kWarpTokens * sizeof(float));
   }
 
   template <int kPart>
@@ -161,11 +183,21 @@ class Selector {
       for (int j = 0; j < 4; ++j) scores[r][i + j] = four[j];
     }
   }
+  template <int kPart>
+  __device__ __forceinline__ void load_scores(PartScores& scores) const {
+#pragma unroll
+    for (int i = 0; i < kPartScores; i += 4) load_scores<kPart>(i, scores);
+  }
   __device__ __forceinline__ float rank(const PartScores& scores, int i) const {
     const float of_key[kPlanes] = {scores[0][i], scores[1][i]};
     return rank_value<kPlanes>(filter_, of_key);
   }
 
+  __device__ __forceinline__ void set_exist() {
+    const int num_tokens = word(kNumTokens);
+    exist_ =
+        (lane_ / 4 < num_tokens ? kRowBits : 0) | (lane_ / 4 + 8 < num_tokens ? kRowBits << 2 : 0);
+  }
   // Bits of the scores of a part that begins with this key.
   __device__ __forceinline__ uint32_t existing(int first_key, int num_keys) const {
     uint32_t exist = exist_;
@@ -180,17 +212,15 @@ class Selector {
 
   // To the kHalf-th half of the columns.
   template <int kHalf>
-  __device__ __forceinline__ void take_tile_maxima(int first_key, int num_keys,
-                                                   Maxima<kColumns>& maxima) {
-    take_maxima<kParts * kHalf, 0>(first_key, num_keys, maxima);
-    take_maxima<kParts * kHalf + 1, 1>(first_key + kPartKeys, num_keys, maxima);
+  __device__ __forceinline__ void take_tile_maxima(Maxima<kColumns>& maxima) {
+    take_maxima<kParts * kHalf, 0>(maxima);
+    take_maxima<kParts * kHalf + 1, 1>(maxima);
     ++tile_;
   }
 
   // To the kSet-th quarter of the columns.
   template <int kSet, int kPart>
-  __device__ __forceinline__ void take_maxima(int first_key, int num_keys,
-                                              Maxima<kColumns>& maxima) const {
+  __device__ __forceinline__ void take_maxima(Maxima<kColumns>& maxima) const {
     wait<kPart>();
     float ranks[kPartScores];
     {
@@ -205,13 +235,6 @@ class Selector {
     wait_for_words(__float_as_uint(ranks[0]), __float_as_uint(ranks[4]), __float_as_uint(ranks[8]),
                    __float_as_uint(ranks[12]));
     release<kPart>();
-    if (first_key + kPartKeys > num_keys) {
-      const uint32_t exist = existing(first_key, num_keys);
-#pragma unroll
-      for (int i = 0; i < kPartScores; ++i) {
-        if ((exist >> i & 1) == 0) ranks[i] = minus_infinity();
-      }
-    }
 #pragma unroll
     for (int i = 0; i < kPartScores; i += 2) {
       // Of a NaN and a number, the number.
@@ -242,21 +265,78 @@ class Selector {
     if (lane_ == 0) expect_bounds();
   }
 
-  // The lesser of both blocks' bounds. Returns whether one of them says of any of the warp's tokens
-  // that it is crowded: many more maxima than asked for are above, as where many are equal.
-  __device__ __forceinline__ bool exchange_bounds(const bool (&crowded)[kRows], uint32_t parity) {
+  // The lesser of both blocks' bounds, or their mean. Returns whether one of them says of any of
+  // the warp's tokens that it is crowded: many more maxima than asked for are above, as where many
+  // are equal.
+  __device__ __forceinline__ bool exchange_bounds(const bool (&crowded)[kRows], uint32_t parity,
+                                                  bool exact) {
     // The last bit of bounds, which are numbers of bfloat16, is free.
     uint32_t own[kRows], others[kRows];
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       own[row] = __float_as_uint(least_[row]) | static_cast<uint32_t>(crowded[row]);
     }
-    exchange(other_bounds_, parity, own, others);
+    exchange(shared_.bounds(warp()), parity, own, others);
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      least_[row] = fminf(least_[row], __uint_as_float(others[row] & ~1u));
+      const float other = __uint_as_float(others[row] & ~1u);
+      // The same number in both blocks: what is not below it in the one and left out in the other
+      // would be counted.
+      const float mean = 0.5f * __fadd_rn(least_[row], other);
+      least_[row] = exact ? fminf(least_[row], other) : mean;
     }
     return __any_sync(kFullMask, ((own[0] | own[1] | others[0] | others[1]) & 1) != 0);
+  }
+
+  // Both blocks are told how many keys of each token are in this one's list; what the other has is
+  // not waited for until bounds are exchanged again. Of a token that does not exist, enough.
+  __device__ __forceinline__ void send_counts() const {
+    const uint32_t own = shared_.counts(warp()) + lane_;
+    const uint32_t barrier = address_in_block(counts_there(), block_ ^ 1);
+    if (lane_ % 4 == 0) {
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        const bool exists = (exist_ & kRowBits << 2 * row) != 0;
+        const uint32_t found = exists ? count(row) : p_.axis_topk;
+        const uint32_t place = own + 8 * row * sizeof(float);
+        store_shared_u32(place + Shared<kBoxes>::kCountsToOwn, found);
+        store_async(address_in_block(place, block_ ^ 1), __uint_as_float(found), barrier);
+      }
+    }
+    set_word(kTurn, word(kTurn) + 3);
+  }
+
+  // Marks the work before, if there was one, where a token's lists in both blocks have less than m
+  // keys: its bound was too high.
+  __device__ __forceinline__ void check_counts() const {
+    const int last = word(kTurn);
+    if (last % 2 == 0) return;
+    mbarrier_wait_cluster(counts_there(), (last / 2 & 1) ^ 1);
+    const uint32_t place = shared_.counts(warp()) + lane_ % kWarpTokens * 4;
+    const uint32_t found =
+        load_shared_u32(place) + load_shared_u32(place + Shared<kBoxes>::kCountsToOwn);
+    const bool is_short = __any_sync(kFullMask, found < static_cast<uint32_t>(p_.axis_topk));
+    if (lane_ == 0) {
+      if (is_short) shared_.mark(last / 2 - 1);
+      expect_counts();
+    }
+    set_word(kTurn, last - 1);
+  }
+
+  // Words of the warp: how many works it has had, times two, one more while it has not looked at
+  // what the other block has found in the last; of the work's candidates the row of the first
+  // token; and how many tokens there are from that one on. In shared memory, for they are seldom
+  // needed.
+  enum Word { kTurn, kFirstRow, kNumTokens };
+  static_assert(kWarpWords == 3);
+  __device__ __forceinline__ int word(Word which) const {
+    return static_cast<int>(load_shared_u32(shared_.words(warp()) + 4 * which));
+  }
+  __device__ __forceinline__ void set_word(Word which, int value) const {
+    const uint32_t place = shared_.words(warp()) + 4 * which;
+    __syncwarp();
+    if (lane_ == 0) store_shared_u32(place, value);
+    __syncwarp();
   }
 
   // Between two tiles. Where each block's list of a token has m/2 keys, m keys are not below the
@@ -269,7 +349,7 @@ class Selector {
     for (int row = 0; row < kRows; ++row) {
       (row == 0 ? own[0] : own[1]) = met ? 0 : least_in_list(row);
     }
-    exchange(other_bounds_ + Shared<kBoxes>::kBoundsToLeast, parity, own, others);
+    exchange(shared_.least(warp()), parity, own, others);
     bool rise = true;
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
@@ -322,28 +402,19 @@ class Selector {
   __device__ __forceinline__ uint32_t count(int row) const { return counts_ >> 16 * row & 0xffffu; }
   // Where the list of a token of the warp begins.
   __device__ __forceinline__ int list(int warp_token) const {
-    return (first_row_ + warp_token) * candidates_.capacity() + candidates_.before(block_);
+    return (word(kFirstRow) + warp_token) * candidates_.capacity() + candidates_.before(block_);
   }
 
   // Adds the keys of a part to the lists.
   template <int kPart>
   __device__ __forceinline__ void add(int first_key, int num_keys) {
-    make_room();
-    if (cut_states_ != 0) {
-#pragma unroll
-      for (int row = 0; row < kRows; ++row) {
-        const uint32_t state = cut_states_ + 8 * row * kStateBytes;
-        const float later = __uint_as_float(load_shared_u32(state + 4));
-        if (first_key >= static_cast<int>(load_shared_u32(state))) {
-          least_[row] = fmaxf(least_[row], later);
-        }
-      }
-    }
+    const auto safe = static_cast<uint32_t>(capacity() - kPartKeys);
+    const bool has_room = __all_sync(kFullMask, count(0) <= safe && count(1) <= safe);
     const uint32_t exist = existing(first_key, num_keys);
     wait<kPart>();
+    if (!has_room) make_room<kPart>(exist);
     PartScores scores;
-#pragma unroll
-    for (int i = 0; i < kPartScores; i += 4) load_scores<kPart>(i, scores);
+    load_scores<kPart>(scores);
     wait_for_words(__float_as_uint(scores[0][0]), __float_as_uint(scores[1][0]),
                    __float_as_uint(scores[0][4]), __float_as_uint(scores[1][4]),
                    __float_as_uint(scores[0][8]), __float_as_uint(scores[1][8]),
@@ -369,53 +440,57 @@ class Selector {
     }
   }
 
-  // Cuts lists that a part's keys might not find room in down to their best m. One of no more than
-  // m has room for all keys.
-  __device__ __forceinline__ void make_room() {
+  // Cuts lists in which a part's keys would not find room down to their best m. Of the part's
+  // scores, so many exist.
+  template <int kPart>
+  __device__ __forceinline__ void make_room(uint32_t exist) {
     const auto m = static_cast<uint32_t>(p_.axis_topk);
-    const auto most = static_cast<uint32_t>(max(p_.axis_topk, capacity() - kPartKeys));
-    if (__all_sync(kFullMask, count(0) <= most && count(1) <= most)) return;
+    const auto most = static_cast<uint32_t>(capacity());
+    uint32_t later;  // counts
+    {
+      PartScores scores;
+      load_scores<kPart>(scores);
+      const uint32_t taken = exist & passing(scores);
+      later = counts_ + QuadCounts(taken & kRowBits, taken & kRowBits << 2, lane_).all;
+    }
+    if (__all_sync(kFullMask, (later & 0xffffu) <= most && later >> 16 <= most)) return;
     __syncwarp();  // what other lanes have written
 #pragma unroll 1
     for (int token = 0; token < kWarpTokens; ++token) {
       const int row = token / 8;
       const uint32_t num = __shfl_sync(kFullMask, counts_, token % 8 * 4) >> 16 * row & 0xffffu;
-      if (num <= most) continue;
+      const uint32_t num_later = __shfl_sync(kFullMask, later, token % 8 * 4) >> 16 * row & 0xffffu;
+      if (num_later <= most) continue;
       const IdCut cut =
           cut_list(p_, candidates_, int64_t{list(token)}, static_cast<int>(num), filter_, lane_);
       if (lane_ / 4 != token % 8) continue;
-      const float rank = least_rank(cut.rank);
+      // Later keys of equal rank, which have higher ids, have lost. Above infinity is no number,
+      // which is ignored; NaN has no rank that another could be above.
+      const float above = least_rank(cut.rank == 0 ? 0 : cut.rank + 1);
+      const float least = fmaxf(least_rank(cut.rank), above);
       if (row == 0) {
-        least_[0] = fmaxf(least_[0], rank);
+        least_[0] = fmaxf(least_[0], least);
         counts_ = (counts_ & 0xffff0000u) | m;
       } else {
-        least_[1] = fmaxf(least_[1], rank);
+        least_[1] = fmaxf(least_[1], least);
         counts_ = (counts_ & 0xffffu) | m << 16;
       }
-      if (lane_ % 4 == 0) {
-        // Of equal rank, keys of higher ids than those that were kept have lost.
-        const float later = cut.rank == 0 ? rank : least_rank(cut.rank + 1);
-        store_shared_u32(states_ + token * kStateBytes, cut.last_tie + 1);
-        store_shared_u32(states_ + token * kStateBytes + 4, __float_as_uint(later));
-      }
     }
-    cut_states_ = states_ + lane_ / 4 * kStateBytes;
     __syncwarp();
   }
 
   const ProductKeyTopkParams& p_;
+  const Rounds (&rounds_)[2];
   const Candidates<kBlocks, true>& candidates_;
-  uint32_t states_;           // of the warp's tokens
-  uint32_t other_bounds_;     // of these as well
+  Shared<kBoxes> shared_;
   uint32_t there_;            // the barrier of the first slot
   uint32_t scores_[kPlanes];  // of a part in the first slot, this lane's
   float filter_[kPlanes];
   float least_[kRows];
   uint32_t exist_;  // bits of rows with a token
   int block_;       // this one's number in the cluster
-  int first_row_, lane_;
+  int lane_;
   uint32_t first_place_[kRows];  // of lists
-  uint32_t cut_states_;          // of this lane's first row, or 0 before a list of the warp is cut
   int tile_ = 0;                 // of all rounds so far
   uint32_t counts_;              // what is in the lists of both rows, in halves of a word
 };

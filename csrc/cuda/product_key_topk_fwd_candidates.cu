@@ -381,7 +381,7 @@ struct Workspace {
   size_t bytes;
 
   explicit Workspace(const ProductKeyTopkParams& p) {
-    set_capacities(p, kKeys, kKeys, 8, 32, 1, &candidates);
+    set_capacities(p, kKeys, kKeys, &candidates);
     candidates.chunk_tokens = chunk_tokens(p);
     bytes = place_candidates(p, &candidates);
   }

@@ -522,7 +522,7 @@ struct Workspace {
 
   // Chunks of about the same size. With no token in a chunk where a block's do not fit.
   explicit Workspace(const ProductKeyTopkParams& p) {
-    set_capacities(p, kColumns, tile_keys(p.tucker_rank) / kKeyHalves, 8, 32, 1, &candidates);
+    set_capacities(p, kColumns, tile_keys(p.tucker_rank) / kKeyHalves, &candidates);
     const int64_t entry_bytes = 4 * p.tucker_rank + 2;
     const int64_t token_bytes =
         2 * p.num_heads * (candidates.capacity() * entry_bytes + 4 * kLists);

@@ -197,7 +197,7 @@ ULTRAMEM_REGISTER_PICK(1, 6, 3, 2, false);
 ULTRAMEM_REGISTER_PICK(1, 12, 7, 2, false);
 ULTRAMEM_REGISTER_PICK(2, 6, 3, 2, false);
 ULTRAMEM_REGISTER_PICK(2, 12, 7, 2, false);
-ULTRAMEM_REGISTER_PICK(2, 8, 4, 2, true);
+ULTRAMEM_REGISTER_PICK(2, 8, 5, 2, true);
 ULTRAMEM_REGISTER_PICK(2, 12, 8, 2, true);
 ULTRAMEM_REGISTER_PICK(1, 8, 3, 4, false);
 ULTRAMEM_REGISTER_PICK(1, 20, 10, 4, false);
@@ -213,7 +213,7 @@ template <int kLists, bool kRecords>
 struct PickEntries;
 template <>
 struct PickEntries<2, true> {
-  static constexpr int kSome = 8, kFewOfSome = 4, kMost = 12, kFewOfMost = 8;
+  static constexpr int kSome = 8, kFewOfSome = 5, kMost = 12, kFewOfMost = 8;
 };
 template <>
 struct PickEntries<2, false> {

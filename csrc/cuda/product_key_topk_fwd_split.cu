@@ -18,6 +18,7 @@
 // keys bounds what comes later.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "kernel_registry.h"
 #include "product_key_axis_launch.h"
@@ -42,39 +43,88 @@ __host__ __device__ constexpr int selector_registers(int boxes) {
 }
 constexpr int kCopierRegisters = 32;
 
-// What there is to do in a chunk of so many tokens. Part of the keys bound less well, but few keys
-// above the bounds cost less than keys that are multiplied twice.
+// Places of a list: of such lists a smaller kernel picks, and no more can be cut.
+constexpr int kSmallList = 128, kMaxList = kMaxListEntries * kWarpSize;
+
+// A bound guessed from a sample of so many tiles. Of two blocks' shares of it, and of the columns
+// of two tiles in turn, the maxima: so many of them are above where a share `above` of the keys is.
+struct Guess {
+  int least;         // of a block's maxima
+  double found;      // keys above it, in a block's list
+  double deviation;  // of these
+
+  // So that hardly a token in a million has less than m keys above: the logarithm of how many there
+  // are has this variance, k of the sample's being above.
+  Guess(int64_t num_keys, int first, int m) {
+    constexpr double kDeviations = 5;
+    constexpr int kSteps = 8;
+    const auto n = static_cast<double>(num_keys);
+    const double sampled = first * kKeys;
+    double above = m / n, variance = 0;
+    for (int i = 0; i < kSteps; ++i) {
+      variance = (1 - sampled / n) * (1 - above) / (above * sampled);
+      const double wanted = m / n * std::exp(kDeviations * std::sqrt(variance));
+      above = std::min(std::sqrt(above * wanted), 1.0);
+    }
+    const double some = 1 - std::pow(1 - above, first / 2);
+    const double others = 1 - std::pow(1 - above, first - first / 2);
+    least = static_cast<int>(std::ceil(kOwnKeys * (some + others)));
+    found = above * n / kBlocks;
+    deviation = std::sqrt(found * found * variance + found / kBlocks);
+  }
+  // With which hardly a list is too short.
+  double room() const { return found + 6 * deviation; }
+};
+
+// What there is to do in a chunk of so many tokens.
 struct Plan {
-  Rounds rounds;
-  int tiles;  // of tokens
+  Rounds rounds[2];  // at first, and of works where a bound turned out to be wrong
+  Sample sample;
+  int capacity;  // of lists
+  int tiles;     // of tokens
   int works;
 
-  Plan(const ProductKeyTopkParams& p, int64_t num_tokens) {
-    // The more are kept, the more there would be above a bound by few: nine tenths of the keys at
-    // 128, up to 32 few, unless they are short and multiplied faster than they are selected from.
-    const float fewest = p.key_dim > kFewBoxes * kBoxColumns ? 0.42f : 0.5f;
-    const float share =
-        fewest + (0.9f - fewest) * static_cast<float>(std::max(p.axis_topk - 32, 0)) / 96.0f;
-    rounds.second = static_cast<int>(ceil_div(p.num_keys, kKeys));
-    // Maxima are of the columns of two tiles.
-    rounds.first =
-        std::max(static_cast<int>(std::lround(share * static_cast<float>(rounds.second))),
-                 std::min(rounds.second, 2));
-    // Whole ones, if there are so many.
-    const auto whole = static_cast<int>(p.num_keys / kKeys);
-    rounds.sampled = rounds.first <= whole ? whole : rounds.second;
+  Plan(const ProductKeyTopkParams& p, int64_t num_tokens) : sample(p.num_keys) {
+    const int m = p.axis_topk;
+    auto& [guessing, exact] = rounds;
+    exact.second = static_cast<int>(ceil_div(p.num_keys, kKeys));
+    // Part of the keys bound less well, but few keys above the bounds cost less than keys that are
+    // multiplied twice. The more are kept, the more there would be above a bound by few: nine
+    // tenths of the keys at 128. Maxima are of the columns of two tiles.
+    const float share = 0.42f + 0.48f * static_cast<float>(std::max(m - 32, 0)) / 96.0f;
+    const int most =
+        std::max(static_cast<int>(std::lround(share * static_cast<float>(exact.second))),
+                 std::min(exact.second, 2));
+    exact.first = std::min(most, sample.max_tiles());
+    exact.least = (m + 1) / 2;
+    exact.exact = true;
+    const double sampled = static_cast<double>(std::max(exact.first, 1)) / exact.second;
+    const double found = keys_above_maxima(m, kColumns, kBlocks) / sampled;
+    double room = std::max(found + 8 * std::sqrt(found), static_cast<double>(m + kPartKeys));
+    // No more than are picked from by a smaller kernel, if so few will do.
+    const int limit = m <= kSmallList / 2 ? kSmallList : kMaxList;
+    guessing = exact;
+    // So many keys of a token found take as long as a tile.
+    constexpr double kTileCost = 12;
+    double least_cost = std::numeric_limits<double>::infinity(), guessed_room = 0;
+    for (int first = 2; first < exact.first; ++first) {
+      const Guess guess(p.num_keys, first, m);
+      if (guess.room() > limit) continue;
+      const double cost = first + kBlocks * guess.found / kTileCost;
+      if (cost >= least_cost) break;
+      least_cost = cost;
+      guessing = {first, exact.second, guess.least, false};
+      guessed_room = guess.room();
+    }
+    room = std::max(room, guessed_room);
+    const auto all = static_cast<double>(exact.second * kOwnKeys);
+    capacity = std::min(list_capacity(std::min(room, all)), limit);
     tiles = static_cast<int>(ceil_div(num_tokens, kTokens));
     works = 2 * p.num_heads * tiles;
   }
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-// By an exchange, so that the compiler knows it to be the warp's; asked for where it is needed, for
-// kept from the beginning it would be a register too many.
-__device__ __forceinline__ int warp_number() {
-  return __shfl_sync(kFullMask, static_cast<int>(threadIdx.x) / kWarpSize, 0);
-}
 
 // Asks for queries of the block's rank in the L2 cache, by whole rows: boxes of 128 bytes from many
 // rows are what memory delivers slowly. For `threads` threads, of which this is one.
@@ -90,16 +140,26 @@ __device__ __forceinline__ void prefetch_queries(const ProductKeyTopkParams& p, 
   }
 }
 
+// Whether a work has to be done at first, or again.
+template <int kBoxes>
+__device__ __forceinline__ bool has_to_be_done(const Shared<kBoxes>& shared, Work work,
+                                               bool again) {
+  return !again || shared.is_marked(work.number);
+}
+
 // Copies the block's queries, and keys of its rank in both rounds, for all its work. What a block
 // looks at comes first in its tiles.
 template <int kBoxes>
 __device__ __forceinline__ void copy_all(const ProductKeyTopkParams& p, const Plan& plan,
                                          const Shared<kBoxes>& shared, const CUtensorMap* query_map,
-                                         const CUtensorMap* key_map, int64_t first_chunk_token) {
+                                         const CUtensorMap* key_map, const CUtensorMap* sample_map,
+                                         int64_t first_chunk_token, bool again,
+                                         RingCursor<kStages>& at) {
   const auto rank = static_cast<int>(cluster_rank());
-  RingCursor<kStages> at;
+  const Rounds& rounds = plan.rounds[again ? 1 : 0];
 #pragma unroll 1
   for (Work work{0}; work.index() < plan.works; ++work.number) {
+    if (!has_to_be_done(shared, work, again)) continue;
     const int head_side = work.head_side(plan.tiles);
     const int head = head_side / 2, side = head_side % 2;
     const int query_plane =
@@ -112,8 +172,18 @@ __device__ __forceinline__ void copy_all(const ProductKeyTopkParams& p, const Pl
                     first_token, query_plane);
     };
 #pragma unroll 1
-    for (int tile = 0; tile < plan.rounds.tiles(); ++tile) {
-      const int key = plan.rounds.tile(tile) * kKeys;
+    for (int tile = 0; tile < rounds.tiles(); ++tile) {
+      const bool is_first = tile < rounds.first;
+      const CUtensorMap* map = is_first ? sample_map : key_map;
+      // Where the keys of the first block begin, and how far from there those of the other.
+      const int row = is_first ? 0 : (tile - rounds.first) * kKeys;
+      const int block_rows = is_first ? 0 : kOwnKeys;
+      int plane = head_side * kPlanes + rank;
+      int block_planes = 0;
+      if (is_first) {
+        plane = plane * static_cast<int>(p.num_keys) + plan.sample.first_key(tile, rounds.first);
+        block_planes = plan.sample.block_distance(rounds.first);
+      }
 #pragma unroll 1
       for (int box = 0; box < kBoxes; ++box) {
         mbarrier_wait(shared.empty(at.place), at.parity ^ 1);
@@ -124,8 +194,9 @@ __device__ __forceinline__ void copy_all(const ProductKeyTopkParams& p, const Pl
         mbarrier_expect_bytes(full, kStageBytes);
 #pragma unroll
         for (int half = 0; half < kBlocks; ++half) {
-          copy_box(key_map, shared.stage(at.place) + half * kHalfStageBytes, full,
-                   box * kBoxColumns, key + (half ^ rank) * kOwnKeys, head_side * kPlanes + rank);
+          const int block = half ^ rank;
+          copy_box(map, shared.stage(at.place) + half * kHalfStageBytes, full, box * kBoxColumns,
+                   row + block * block_rows, plane + block * block_planes);
         }
         at.advance();
         // The others before the ring makes this wait.
@@ -139,10 +210,11 @@ __device__ __forceinline__ void copy_all(const ProductKeyTopkParams& p, const Pl
 }
 
 // Multiplies all tiles, so many for each work, by a warp that does so with the others of its
-// warpgroup.
+// warpgroup. `tile` and `work` count them.
 template <typename scalar_t, int kBoxes>
 __device__ __forceinline__ void multiply_all(const Shared<kBoxes>& shared, int num_works,
-                                             int work_tiles, int warp, int lane) {
+                                             int work_tiles, int warp, int lane, int& tile,
+                                             int& work) {
   constexpr bool kHolds = num_slots(kBoxes) == 1;
   // A tile's boxes go round the ring a whole number of times.
   constexpr int kTurns = kBoxes / kStages;
@@ -159,13 +231,13 @@ __device__ __forceinline__ void multiply_all(const Shared<kBoxes>& shared, int n
 #pragma unroll
   for (int i = 0; i < kTileScores; ++i) sums[i] = 0.0f;
   float held[kBlocks][kPartScores];  // the second part, until the first was read
-  int work = 0, left = work_tiles;   // of the work's tiles
+  int left = work_tiles;             // of the work's tiles
 #pragma unroll 1
-  for (int tile = 0; tile < num_works * work_tiles; ++tile) {
+  for (int i = 0; i < num_works * work_tiles; ++i, ++tile) {
 #pragma unroll 1
     for (int turn = 0; turn < kTurns; ++turn) {
       // Half a tile is the selectors' time for each part.
-      if (kHolds && turn == 1 && tile > 0) sender.template send<1>(tile - 1, held[0], held[1]);
+      if (kHolds && turn == 1 && i > 0) sender.template send<1>(tile - 1, held[0], held[1]);
 #pragma unroll
       for (int stage = 0; stage < kStages; ++stage) {
         if (left == work_tiles) {
@@ -202,8 +274,17 @@ __device__ __forceinline__ void multiply_all(const Shared<kBoxes>& shared, int n
     }
   }
   if constexpr (kHolds) {
-    sender.template send<1>(num_works * work_tiles - 1, held[0], held[1]);
+    sender.template send<1>(tile - 1, held[0], held[1]);
   }
+}
+
+// The end of all works, for all threads: no block may leave while the other still sends to it or
+// arrives at its barriers. Whether those that are marked have to be done again.
+template <int kBoxes>
+__device__ __forceinline__ bool goes_on(const Shared<kBoxes>& shared, bool again, int lane) {
+  __syncwarp();
+  cluster_sync();
+  return !again && __any_sync(kFullMask, load_shared_u32(shared.marks(lane % kMarkWords)) != 0);
 }
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
@@ -216,7 +297,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                                       const __grid_constant__ Candidates<kBlocks, true> candidates,
                                       int64_t first_chunk_token,
                                       const __grid_constant__ CUtensorMap query_map,
-                                      const __grid_constant__ CUtensorMap key_map) {
+                                      const __grid_constant__ CUtensorMap key_map,
+                                      const __grid_constant__ CUtensorMap sample_map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) unsigned char shared_bytes[];  // as swizzled tiles are
   const Shared<kBoxes> shared{shared_address(shared_bytes)};
@@ -235,10 +317,14 @@ __global__ void __launch_bounds__(kThreads, 1)
         mbarrier_init(shared.part_read(slot, i), kWarpSize + 1);
       }
       mbarrier_init(shared.bounds_there(i), 1);
+      mbarrier_init(shared.counts_there(i), 1);
     }
+    for (int i = 0; i < kWarps; ++i) store_shared_u32(shared.words(i), 0);
+    for (int word = 0; word < kMarkWords; ++word) store_shared_u32(shared.marks(word), 0);
     mbarrier_init_fence();
     prefetch_tensor_map(&query_map);
     prefetch_tensor_map(&key_map);
+    prefetch_tensor_map(&sample_map);
   }
   __syncthreads();
   cluster_arrive_relaxed();
@@ -253,29 +339,47 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Work work{0};
     prefetch_queries(p, work.head_side(plan.tiles),
                      first_chunk_token + work.first_chunk_token(plan.tiles), thread, kCopiers);
-    if (thread == 0) {
-      copy_all(p, plan, shared, &query_map, &key_map, first_chunk_token);
+    RingCursor<kStages> at;
+    bool again = false;
+    while (true) {
+      if (thread == 0) {
+        copy_all(p, plan, shared, &query_map, &key_map, &sample_map, first_chunk_token, again, at);
+      }
+      if (!goes_on(shared, again, lane)) break;
+      again = true;
     }
   } else if (warp >= kWarps) {
     take_registers<selector_registers(kBoxes)>();
-    Selector<kBoxes> selector(p, shared, candidates, warp_number() - kWarps, lane);
+    Selector<kBoxes> selector(p, shared, plan.rounds, candidates, warp_number() - kWarps, lane);
+    while (true) {
 #pragma unroll 1
-    for (Work work{0}; work.index() < plan.works; ++work.number) {
-      const int chunk_token =
-          work.first_chunk_token(plan.tiles) + (warp_number() - kWarps) * kWarpTokens;
-      const int64_t left = p.num_tokens - first_chunk_token - chunk_token;
-      selector.run(work.number, work.head_side(plan.tiles), chunk_token,
-                   static_cast<int>(min(int64_t{kTokens}, left)), plan.rounds);
+      for (Work work{0}; work.index() < plan.works; ++work.number) {
+        if (!has_to_be_done(shared, work, selector.again())) continue;
+        const int chunk_token =
+            work.first_chunk_token(plan.tiles) + (warp_number() - kWarps) * kWarpTokens;
+        const int64_t left = p.num_tokens - first_chunk_token - chunk_token;
+        selector.run(work.head_side(plan.tiles), chunk_token,
+                     static_cast<int>(min(int64_t{kTokens}, left)));
+      }
+      selector.finish();
+      if (!goes_on(shared, selector.again(), lane)) break;
+      selector.begin_again();
     }
   } else {
     take_registers<multiplier_registers(kBoxes)>();
-    Work work{0};
-    while (work.index() < plan.works) ++work.number;
-    multiply_all<scalar_t>(shared, work.number, plan.rounds.tiles(), warp_number(), lane);
+    // Counts works, before any is done again below 0: another register would be one too many.
+    int work = -(1 << 30), tile = 0;
+    while (true) {
+      int num_works = 0;
+      for (Work of_cluster{0}; of_cluster.index() < plan.works; ++of_cluster.number) {
+        num_works += has_to_be_done(shared, of_cluster, work >= 0);
+      }
+      multiply_all<scalar_t>(shared, num_works, plan.rounds[work >= 0 ? 1 : 0].tiles(),
+                             warp_number(), lane, tile, work);
+      if (!goes_on(shared, work >= 0, lane)) break;
+      work &= 1;
+    }
   }
-  __syncwarp();
-  // No block may leave while the other still sends to it or arrives at its barriers.
-  cluster_sync();
 #endif
 }
 
@@ -302,17 +406,7 @@ struct Workspace {
   // the last.
   explicit Workspace(const ProductKeyTopkParams& p) {
     const Plan plan(p, p.num_tokens);
-    // Before a part is looked at there has to be room for all its keys, and a list that is cut
-    // holds up two blocks.
-    const double sampled = static_cast<double>(plan.rounds.second) / plan.rounds.first;
-    set_capacities(p, kColumns, kOwnKeys, kPartKeys, 2 * kPartKeys, sampled, &candidates);
-    // A few places less will do, too, where a smaller kernel then picks from both lists.
-    constexpr int32_t kSmall = 128, kFewLess = 8;
-    if (p.axis_topk <= kSmall - 2 * kPartKeys) {
-      for (int32_t& capacity : candidates.capacities) {
-        if (capacity <= kSmall + kFewLess) capacity = std::min(capacity, kSmall);
-      }
-    }
+    for (int32_t& capacity : candidates.capacities) capacity = plan.capacity;
     const int64_t tiles = ceil_div(p.num_tokens, kTokens);
     place(p, tiles);
     if (bytes <= kMaxWorkspace) return;
@@ -331,8 +425,15 @@ struct Workspace {
 
 template <typename scalar_t, int kBoxes>
 Status launch(const ProductKeyTopkParams& p, Stream stream) {
-  CUtensorMap query_map, key_map;
+  CUtensorMap query_map, key_map, sample_map;
   ULTRAMEM_RETURN_IF_ERROR(make_axis_maps(p, kTokens, kOwnKeys, &query_map, &key_map));
+  // Rows as far apart as the sample's keys, in planes of which each begins a key later than the one
+  // before.
+  const int64_t stride = std::max(Sample(p.num_keys).stride, 1);
+  ULTRAMEM_RETURN_IF_ERROR(make_tensor_map(&sample_map, p.keys, p.dtype, p.key_dim,
+                                           std::min<int64_t>(p.num_keys, kOwnKeys),
+                                           int64_t{2} * p.num_heads * p.tucker_rank * p.num_keys,
+                                           stride * p.key_dim, p.key_dim, kOwnKeys));
   const auto kernel = product_key_topk_fwd_split_kernel<scalar_t, kBoxes>;
   const Workspace workspace(p);
   const Candidates<kBlocks, true>& candidates = workspace.candidates;
@@ -340,9 +441,9 @@ Status launch(const ProductKeyTopkParams& p, Stream stream) {
     const Plan plan(p, candidates.tokens_from(first, p.num_tokens));
     const int clusters = std::min(plan.works, clusters_at_once());
     const dim3 grid(static_cast<unsigned>(kBlocks * clusters));
-    ULTRAMEM_RETURN_IF_ERROR(launch_overlapping_clusters(kernel, grid, kBlocks, kThreads,
-                                                         Shared<kBoxes>::kBytes, stream, p, plan,
-                                                         candidates, first, query_map, key_map));
+    ULTRAMEM_RETURN_IF_ERROR(
+        launch_overlapping_clusters(kernel, grid, kBlocks, kThreads, Shared<kBoxes>::kBytes, stream,
+                                    p, plan, candidates, first, query_map, key_map, sample_map));
     ULTRAMEM_RETURN_IF_ERROR(launch_pick(p, candidates, first, stream));
   }
   return {};
