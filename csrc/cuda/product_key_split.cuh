@@ -6,6 +6,7 @@
 #include "cluster.cuh"
 #include "common.cuh"
 #include "product_key_candidate_lists.cuh"
+#include "product_key_sample.h"
 #include "shared_memory.cuh"
 
 namespace ultramem::cuda::split {
@@ -16,7 +17,8 @@ inline constexpr int kPlanes = 2;                 // ranks
 inline constexpr int kBlocks = kPlanes;           // of a cluster
 inline constexpr int kKeys = 128;                 // of a tile
 inline constexpr int kOwnKeys = kKeys / kBlocks;  // of these, those that a block looks at
-inline constexpr int kParts = 2;                  // in which these are handed over
+static_assert(kOwnKeys == Sample::kPieceKeys);
+inline constexpr int kParts = 2;  // in which these are handed over
 inline constexpr int kPartKeys = kOwnKeys / kParts;
 inline constexpr int kPartScores = num_scores(kPartKeys);  // of a thread
 inline constexpr int kTileScores = num_scores(kKeys);
@@ -123,7 +125,8 @@ struct Shared {
   }
 };
 
-// What passes of the keys: tiles of a sample, from which comes a bound, and then all tiles.
+// What passes of the keys: tiles of a sample (product_key_sample.h), a piece for each block, from
+// which comes a bound, and then all tiles.
 struct Rounds {
   int first, second;  // tiles
   int least;          // of a block's maxima in the first round: so many are above its bound
@@ -132,27 +135,6 @@ struct Rounds {
   bool exact;
 
   __host__ __device__ int tiles() const { return first + second; }
-};
-
-// The keys of the first round, evenly spaced: hardly an order of scores escapes them. A block's
-// half of a tile has every stride-th key, from a first one of its own.
-struct Sample {
-  int stride;
-  int first;  // key; a few at either end are in no tile
-
-  explicit Sample(int64_t num_keys)
-      : stride(static_cast<int>(num_keys / kOwnKeys)),
-        first(static_cast<int>(num_keys % kOwnKeys / 2)) {}
-  // So many tiles have no key twice.
-  int max_tiles() const { return stride / kBlocks; }
-  // Of so many tiles: a tile's first key in the first block, and how far from it is that in the
-  // other.
-  __device__ __forceinline__ int first_key(int tile, int tiles) const {
-    return first + tile * stride / tiles;
-  }
-  __device__ __forceinline__ int block_distance(int tiles) const {
-    return stride / (kBlocks * tiles);
-  }
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)

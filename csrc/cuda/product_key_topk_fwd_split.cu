@@ -46,36 +46,6 @@ constexpr int kCopierRegisters = 32;
 // Places of a list: of such lists a smaller kernel picks, and no more can be cut.
 constexpr int kSmallList = 128, kMaxList = kMaxListEntries * kWarpSize;
 
-// A bound guessed from a sample of so many tiles. Of two blocks' shares of it, and of the columns
-// of two tiles in turn, the maxima: so many of them are above where a share `above` of the keys is.
-struct Guess {
-  int least;         // of a block's maxima
-  double found;      // keys above it, in a block's list
-  double deviation;  // of these
-
-  // So that hardly a token in a million has less than m keys above: the logarithm of how many there
-  // are has this variance, k of the sample's being above.
-  Guess(int64_t num_keys, int first, int m) {
-    constexpr double kDeviations = 5;
-    constexpr int kSteps = 8;
-    const auto n = static_cast<double>(num_keys);
-    const double sampled = first * kKeys;
-    double above = m / n, variance = 0;
-    for (int i = 0; i < kSteps; ++i) {
-      variance = (1 - sampled / n) * (1 - above) / (above * sampled);
-      const double wanted = m / n * std::exp(kDeviations * std::sqrt(variance));
-      above = std::min(std::sqrt(above * wanted), 1.0);
-    }
-    const double some = 1 - std::pow(1 - above, first / 2);
-    const double others = 1 - std::pow(1 - above, first - first / 2);
-    least = static_cast<int>(std::ceil(kOwnKeys * (some + others)));
-    found = above * n / kBlocks;
-    deviation = std::sqrt(found * found * variance + found / kBlocks);
-  }
-  // With which hardly a list is too short.
-  double room() const { return found + 6 * deviation; }
-};
-
 // What there is to do in a chunk of so many tokens.
 struct Plan {
   Rounds rounds[2];  // at first, and of works where a bound turned out to be wrong
@@ -95,7 +65,7 @@ struct Plan {
     const int most =
         std::max(static_cast<int>(std::lround(share * static_cast<float>(exact.second))),
                  std::min(exact.second, 2));
-    exact.first = std::min(most, sample.max_tiles());
+    exact.first = std::min(most, sample.stride / kBlocks);
     exact.least = (m + 1) / 2;
     exact.exact = true;
     const double sampled = static_cast<double>(std::max(exact.first, 1)) / exact.second;
@@ -106,15 +76,18 @@ struct Plan {
     guessing = exact;
     // So many keys of a token found take as long as a tile.
     constexpr double kTileCost = 12;
+    // Tiles go to the columns of two in turn.
+    constexpr int kTurns = kColumns / kOwnKeys;
+    constexpr double kPart = 1.0 / kBlocks;
     double least_cost = std::numeric_limits<double>::infinity(), guessed_room = 0;
     for (int first = 2; first < exact.first; ++first) {
-      const Guess guess(p.num_keys, first, m);
-      if (guess.room() > limit) continue;
-      const double cost = first + kBlocks * guess.found / kTileCost;
+      const GuessedBound bound(p.num_keys, m, kKeys, first, kTurns);
+      if (bound.room(kPart) > limit) continue;
+      const double cost = first + bound.found(1) / kTileCost;
       if (cost >= least_cost) break;
       least_cost = cost;
-      guessing = {first, exact.second, guess.least, false};
-      guessed_room = guess.room();
+      guessed_room = bound.room(kPart);
+      guessing = {first, exact.second, static_cast<int>(std::ceil(kPart * bound.maxima)), false};
     }
     room = std::max(room, guessed_room);
     const auto all = static_cast<double>(exact.second * kOwnKeys);
@@ -182,7 +155,7 @@ __device__ __forceinline__ void copy_all(const ProductKeyTopkParams& p, const Pl
       int block_planes = 0;
       if (is_first) {
         plane = plane * static_cast<int>(p.num_keys) + plan.sample.first_key(tile, rounds.first);
-        block_planes = plan.sample.block_distance(rounds.first);
+        block_planes = plan.sample.stride / (kBlocks * rounds.first);
       }
 #pragma unroll 1
       for (int box = 0; box < kBoxes; ++box) {
@@ -427,13 +400,7 @@ template <typename scalar_t, int kBoxes>
 Status launch(const ProductKeyTopkParams& p, Stream stream) {
   CUtensorMap query_map, key_map, sample_map;
   ULTRAMEM_RETURN_IF_ERROR(make_axis_maps(p, kTokens, kOwnKeys, &query_map, &key_map));
-  // Rows as far apart as the sample's keys, in planes of which each begins a key later than the one
-  // before.
-  const int64_t stride = std::max(Sample(p.num_keys).stride, 1);
-  ULTRAMEM_RETURN_IF_ERROR(make_tensor_map(&sample_map, p.keys, p.dtype, p.key_dim,
-                                           std::min<int64_t>(p.num_keys, kOwnKeys),
-                                           int64_t{2} * p.num_heads * p.tucker_rank * p.num_keys,
-                                           stride * p.key_dim, p.key_dim, kOwnKeys));
+  ULTRAMEM_RETURN_IF_ERROR(make_sample_map(p, Sample(p.num_keys), &sample_map));
   const auto kernel = product_key_topk_fwd_split_kernel<scalar_t, kBoxes>;
   const Workspace workspace(p);
   const Candidates<kBlocks, true>& candidates = workspace.candidates;

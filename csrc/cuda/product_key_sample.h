@@ -1,0 +1,94 @@
+// A sample of the keys, and a bound of a token's m best from its scores, for kernels whose keys
+// pass twice: at first the sample, then all, of which those that are not below the bound are kept.
+//
+// Of k scores of a sample being above a number, how many keys are above it is known in
+// distribution, whatever the scores are, unless these follow the order of the keys in step with the
+// sample. So a number can be guessed that hardly ever less than m keys are above. A kernel counts
+// what it keeps, and does without a guess that was wrong.
+#pragma once
+
+#include <cuda.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "device.h"
+#include "ultramem/product_key_topk.h"
+#include "wgmma.cuh"
+
+namespace ultramem::cuda {
+
+// A sample in pieces of up to 64 keys, evenly spaced, no key in two: of a piece every stride-th
+// from a first one of its own on. Up to `stride` pieces; the few keys at either end that are left
+// are in none of them.
+struct Sample {
+  static constexpr int kPieceKeys = 64;
+
+  int stride;
+  int first;
+  int keys;  // of a piece
+
+  explicit Sample(int64_t num_keys)
+      : stride(static_cast<int>(std::max<int64_t>(num_keys / kPieceKeys, 1))),
+        first(static_cast<int>(std::max<int64_t>(num_keys - kPieceKeys * stride, 0) / 2)),
+        keys(static_cast<int>(std::min<int64_t>(num_keys, kPieceKeys))) {}
+
+  __host__ __device__ int first_key(int piece, int pieces) const {
+    return first + piece * stride / pieces;
+  }
+};
+
+// The sample's tensor map: rows as far apart as a piece's keys, in planes each of which begins a
+// key later than the one before. Piece by piece, those that begin with a key of (head, side, rank).
+inline Status make_sample_map(const ProductKeyTopkParams& p, const Sample& sample,
+                              CUtensorMap* map) {
+  return make_tensor_map(map, p.keys, p.dtype, p.key_dim, sample.keys,
+                         int64_t{2} * p.num_heads * p.tucker_rank * p.num_keys,
+                         sample.stride * p.key_dim, p.key_dim, Sample::kPieceKeys);
+}
+
+// A number that hardly ever, for one token in a million, less than m of the keys are above, from
+// the maxima of columns: tiles of a sample take turns at as many sets of `columns` columns, each of
+// their keys at one of its own.
+struct GuessedBound {
+  double share;     // of the keys, that are above
+  double variance;  // of the logarithm of how many there are
+  double maxima;    // above
+
+  GuessedBound(int64_t num_keys, int m, int columns, int tiles, int turns) : keys_(num_keys) {
+    constexpr double kDeviations = 5;
+    constexpr int kSteps = 8;
+    share = m / keys_;
+    for (int step = 0; step < kSteps; ++step) {
+      // What the number of maxima leaves open of the share, but for the keys that are these.
+      double slope = 0, spread = 0;
+      maxima = 0;
+      for (int turn = 0; turn < turns; ++turn) {
+        const int keys = (tiles + turns - 1 - turn) / turns;
+        double others_below = 1;
+        for (int i = 1; i < keys; ++i) others_below *= 1 - share;
+        const double above = 1 - others_below * (1 - share);
+        maxima += columns * above;
+        spread += columns * above * (1 - above);
+        slope += columns * keys * others_below * share;
+      }
+      variance = std::max(1 - maxima / (share * keys_), 0.0) * spread / (slope * slope);
+      const double wanted = m / keys_ * std::exp(kDeviations * std::sqrt(variance));
+      share = std::min(std::sqrt(share * wanted), 1.0);
+    }
+  }
+
+  // Of a list that has this part of the keys: how many of them are above; and room for that and
+  // more, as it seldom is.
+  double found(double part) const { return part * share * keys_; }
+  double room(double part) const {
+    constexpr double kDeviations = 5.5;
+    const double mean = found(part);
+    return mean + kDeviations * std::sqrt(mean * mean * variance + mean * (1 - part));
+  }
+
+ private:
+  double keys_;
+};
+
+}  // namespace ultramem::cuda
