@@ -65,13 +65,27 @@ LINES = {
     "signed zeros": (7,),
     "ascending, every third tile low": (8, 9),
     "ascending, every second tile low": (10, 11),
+    "ascending, the sample high": (12, 13),
+    "ascending, the sample low": (14, 15),
 }
-NUM_ORDERED = 12
+NUM_ORDERED = 16
 
 
 def ascending_but(low: Tensor) -> Tensor:
     """The place of each key in an ascending order in which those keys come before all others."""
     return torch.argsort(torch.argsort((~low).long(), stable=True))
+
+
+def in_sample(ids: Tensor, num_keys: int) -> Tensor:
+    """Whether the kernel with a rank a block looks at a key first, to guess a bound.
+
+    It takes every stride-th key from four first ones on (csrc/cuda/product_key_sample.h). Where
+    these are the best of all, too few keys are above what it guesses.
+    """
+    stride = max(num_keys // 64, 1)
+    places = (ids - (num_keys - 64 * stride) // 2) % stride
+    firsts = [tile * stride // 2 + block * (stride // 4) for tile in range(2) for block in range(2)]
+    return torch.isin(places, torch.tensor(firsts))
 
 
 class Inputs:
@@ -91,6 +105,8 @@ class Inputs:
             "descending": ids.flip(0),
             "ascending, every third tile low": ascending_but(ids // 128 % 3 == 1),
             "ascending, every second tile low": ascending_but(ids // 128 % 2 == 0),
+            "ascending, the sample high": ascending_but(~in_sample(ids, num_keys)),
+            "ascending, the sample low": ascending_but(in_sample(ids, num_keys)),
         }
         for name, line in lines.items():
             self.keys[..., LINES[name][0]] = (line // 32 * 32).to(self.keys)
