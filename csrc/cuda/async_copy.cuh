@@ -39,6 +39,10 @@ __device__ __forceinline__ float4 load_with_policy(const float4* from, uint64_t 
                : "memory");
   return value;
 }
+// The 128 bytes there, a line, are not read again: they need not be written to memory.
+__device__ __forceinline__ void discard_line(const void* line) {
+  asm volatile("discard.global.L2 [%0], 128;" ::"l"(line) : "memory");
+}
 __device__ __forceinline__ void store_with_policy(float4* to, float4 value, uint64_t policy) {
   asm volatile("st.global.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to),
                "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "l"(policy)

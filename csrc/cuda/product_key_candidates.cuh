@@ -21,6 +21,9 @@ inline constexpr int kMaxListEntries = 6;
 static_assert(kTensorCore90MaxKeys <= 0x10000 && kTensorCore80MaxKeys <= 0x10000,
               "ids have 16 bits");
 
+// Records of a line of memory, 128 bytes.
+inline constexpr int kLineRecords = 8;
+
 // Of the rows (head and side, token of the chunk), in workspace, kLists of a row. As records,
 // scores of up to two ranks and the id are 16 bytes side by side, the last four unused, for kernels
 // that write one at a time; the L2 cache keeps these until they are read.
@@ -63,10 +66,9 @@ inline double keys_above_maxima(double m, double columns, int lists) {
 
 // Places for so many keys, if a list can have so many: whole lines of memory of records.
 inline int list_capacity(double keys) {
-  constexpr int kLine = 8;
   constexpr int kMost = kMaxListEntries * kWarpSize;
-  static_assert(kMaxAxisTopk + 32 <= kMost && kMost % kLine == 0);
-  return std::min(static_cast<int>(std::ceil(keys / kLine)) * kLine, kMost);
+  static_assert(kMaxAxisTopk + 32 <= kMost && kMost % kLineRecords == 0);
+  return std::min(static_cast<int>(std::ceil(keys / kLineRecords)) * kLineRecords, kMost);
 }
 
 // Room of each list for its share of what is above the bound, of scores in random order, with many

@@ -66,6 +66,20 @@ struct ListCounts {
   }
 };
 
+// Of lists from which all was read that will be, lines of their own.
+template <int kLists>
+__device__ __forceinline__ void discard_records(const Candidates<kLists, true>& candidates,
+                                                const ListCounts<kLists>& lists,
+                                                uint32_t first_place, int lane) {
+  const auto* records = reinterpret_cast<const float4*>(candidates.scores);
+#pragma unroll
+  for (int list = 0; list < kLists; ++list) {
+    for (int i = lane * kLineRecords; i < lists.counts[list]; i += kWarpSize * kLineRecords) {
+      discard_line(records + first_place + candidates.before(list) + i);
+    }
+  }
+}
+
 // Copies words, kWidth at a time: the first of them there, the others, from `first_others` on,
 // elsewhere.
 template <int kWidth>
@@ -134,6 +148,7 @@ __device__ __forceinline__ void pick(const ProductKeyTopkParams& p,
     for (int r = 0; r < kPlanes; ++r) to[(1 + r) * m] = __float_as_uint(of_key[r]);
   }
   __syncwarp();
+  if constexpr (kRecords) discard_records(candidates, lists, first_place, lane);
   int32_t* axis_indices = p.axis_indices + axis_row * m;
   float* axis_scores = static_cast<float*>(p.axis_scores) + axis_row * (kPlanes * m);
   const int count = (1 + kPlanes) * m;
