@@ -4,6 +4,7 @@
 #include <cuda.h>
 
 #include "device.h"
+#include "product_key_sample.h"
 #include "ultramem/product_key_topk.h"
 #include "wgmma.cuh"
 
@@ -20,6 +21,15 @@ inline Status make_axis_maps(const ProductKeyTopkParams& p, int box_tokens, int 
   return make_tensor_map(key_map, p.keys, p.dtype, p.key_dim, p.num_keys,
                          int64_t{2} * p.num_heads * p.tucker_rank, p.key_dim,
                          p.num_keys * p.key_dim, box_keys);
+}
+
+// The sample's tensor map: rows as far apart as a piece's keys, in planes each of which begins a
+// key later than the one before. Piece by piece, those that begin with a key of (head, side, rank).
+inline Status make_sample_map(const ProductKeyTopkParams& p, const Sample& sample,
+                              CUtensorMap* map) {
+  return make_tensor_map(map, p.keys, p.dtype, p.key_dim, sample.keys,
+                         int64_t{2} * p.num_heads * p.tucker_rank * p.num_keys,
+                         sample.stride * p.key_dim, p.key_dim, Sample::kPieceKeys);
 }
 
 }  // namespace ultramem::cuda

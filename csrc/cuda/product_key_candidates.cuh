@@ -58,8 +58,9 @@ struct Candidates {
   }
 };
 
-// Of `columns`, each with every so many-th key, the maxima: keys of a list, one of kLists, that are
-// above the share m / kLists of them, scores being in random order.
+// Keys in each of a row's lists that are expected above its bound, which m / lists of its maxima
+// are above: a list's keys are dealt out in random order to so many columns, of which these are
+// maxima.
 inline double keys_above_maxima(double m, double columns, int lists) {
   return -columns * std::log1p(-m / (lists * columns + 1));
 }

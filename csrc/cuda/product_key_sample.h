@@ -7,14 +7,9 @@
 // what it keeps, and does without a guess that was wrong.
 #pragma once
 
-#include <cuda.h>
-
 #include <algorithm>
 #include <cmath>
-
-#include "device.h"
-#include "ultramem/product_key_topk.h"
-#include "wgmma.cuh"
+#include <cstdint>
 
 namespace ultramem::cuda {
 
@@ -38,16 +33,7 @@ struct Sample {
   }
 };
 
-// The sample's tensor map: rows as far apart as a piece's keys, in planes each of which begins a
-// key later than the one before. Piece by piece, those that begin with a key of (head, side, rank).
-inline Status make_sample_map(const ProductKeyTopkParams& p, const Sample& sample,
-                              CUtensorMap* map) {
-  return make_tensor_map(map, p.keys, p.dtype, p.key_dim, sample.keys,
-                         int64_t{2} * p.num_heads * p.tucker_rank * p.num_keys,
-                         sample.stride * p.key_dim, p.key_dim, Sample::kPieceKeys);
-}
-
-// A number that hardly ever, for one token in a million, less than m of the keys are above, from
+// A number that hardly ever, for a few tokens in a million, less than m of the keys are above, from
 // the maxima of columns: tiles of a sample take turns at as many sets of `columns` columns, each of
 // their keys at one of its own.
 struct GuessedBound {
@@ -56,8 +42,8 @@ struct GuessedBound {
   double maxima;    // above
 
   GuessedBound(int64_t num_keys, int m, int columns, int tiles, int turns) : keys_(num_keys) {
-    constexpr double kDeviations = 5;
     constexpr int kSteps = 8;
+    constexpr double kMostShare = 0.5;
     share = m / keys_;
     for (int step = 0; step < kSteps; ++step) {
       // What the number of maxima leaves open of the share, but for the keys that are these.
@@ -73,18 +59,20 @@ struct GuessedBound {
         slope += columns * keys * others_below * share;
       }
       variance = std::max(1 - maxima / (share * keys_), 0.0) * spread / (slope * slope);
-      const double wanted = m / keys_ * std::exp(kDeviations * std::sqrt(variance));
-      share = std::min(std::sqrt(share * wanted), 1.0);
+      // Five deviations, and more the wider the distribution is: it leans to few.
+      const double deviation = std::sqrt(variance);
+      const double wanted = m / keys_ * std::exp((5 + 4 * deviation) * deviation);
+      share = std::min(std::sqrt(share * wanted), kMostShare);
     }
   }
 
-  // Of a list that has this part of the keys: how many of them are above; and room for that and
-  // more, as it seldom is.
+  // Of a list that has this part of the keys: how many of them are above; and room for as many as
+  // there seldom are.
   double found(double part) const { return part * share * keys_; }
   double room(double part) const {
-    constexpr double kDeviations = 5.5;
+    constexpr double kDeviations = 4.5;
     const double mean = found(part);
-    return mean + kDeviations * std::sqrt(mean * mean * variance + mean * (1 - part));
+    return mean * std::exp(kDeviations * std::sqrt(variance + (1 - part) / mean));
   }
 
  private:

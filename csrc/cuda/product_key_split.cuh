@@ -38,7 +38,7 @@ inline constexpr int kStages = 4;
 inline constexpr int kPacketStride = 16 * kWarpSize;
 inline constexpr int kPartBytes = kPartScores / 4 * kPacketStride;
 // What a warp that selects keeps in shared memory.
-inline constexpr int kWarpWords = 3;
+inline constexpr int kWarpWords = 4;
 // Words of bits for works that have to be done again.
 inline constexpr int kMarkWords = 16;
 
@@ -47,8 +47,7 @@ inline constexpr int kFewBoxes = 4, kManyBoxes = 8;
 // For parts: one, or one for each part of a tile where long queries leave room.
 __host__ __device__ constexpr int num_slots(int boxes) { return boxes == kFewBoxes ? kParts : 1; }
 
-// Shared memory: barriers, stages of keys, queries, parts and what the other block knows of the
-// tokens.
+// Shared memory: barriers, stages of keys, queries, parts and what is known of the tokens.
 template <int kBoxes>
 struct Shared {
   static constexpr int kSlots = num_slots(kBoxes);
@@ -107,7 +106,7 @@ struct Shared {
   __device__ __forceinline__ uint32_t counts(int warp) const {
     return bounds(warp) + (kCounts - kBounds);
   }
-  static constexpr int kCountsToOwn = kOwnCounts - kCounts;
+  static constexpr int kCountsToOwn = kOwnCounts - kCounts;  // to the block's own
   // Scores of the block's own rank, then of the other.
   __device__ __forceinline__ uint32_t part(int slot, int warp, int of_other) const {
     return base + kPartsBegin + slot * kSlotStride + (warp * kPlanes + of_other) * kPartBytes;
@@ -129,9 +128,10 @@ struct Shared {
 // which comes a bound, and then all tiles.
 struct Rounds {
   int first, second;  // tiles
-  int least;          // of a block's maxima in the first round: so many are above its bound
-  // Whether the lesser of both blocks' bounds is taken, below which none of the best m can be.
-  // Otherwise their mean: it is below the m-th best in all likelihood, and counts show whether.
+  int least;          // of both blocks' maxima in the first round: so many are above their bounds
+  // Whether the lesser of both blocks' bounds is taken, below which none of the best m can be: m
+  // maxima are above. Otherwise their mean: m keys are above in all likelihood, and counts show
+  // whether.
   bool exact;
 
   __host__ __device__ int tiles() const { return first + second; }

@@ -62,9 +62,10 @@ class Selector {
       }
       set_exist();
       float log_above[kRows];
-      find_bounds<kColumns>(maxima, rounds().least, least_, log_above);
+      const int least = (rounds().least + block_) / kBlocks;
+      find_bounds<kColumns>(maxima, least, least_, log_above);
       // Lists would hardly have room where half as many again are above.
-      const float log_many = log2_fast(1.5f * static_cast<float>(rounds().least) + 4.0f);
+      const float log_many = log2_fast(1.5f * static_cast<float>(least) + 4.0f);
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
         crowded[row] = (exist_ & kRowBits << 2 * row) != 0 && log_above[row] > log_many;
@@ -72,7 +73,7 @@ class Selector {
     }
     check_counts();
     const uint32_t parity = word(kTurn) / 2 & 1;
-    const bool are_crowded = exchange_bounds(crowded, parity, rounds().exact);
+    const bool are_crowded = exchange_bounds(crowded, parity);
 #pragma unroll
     for (int row = 0; row < kRows; ++row) first_place_[row] = list(lane_ / 4 + 8 * row);
     counts_ = 0;
@@ -102,6 +103,10 @@ class Selector {
     send_counts();
   }
 
+  // The work that is taken up next, or again.
+  __device__ __forceinline__ Work work() const { return Work{word(kWork)}; }
+  __device__ __forceinline__ void set_work(int number) const { set_word(kWork, number); }
+
   // After the last work, before marks are looked at.
   __device__ __forceinline__ void finish() { check_counts(); }
 
@@ -117,6 +122,8 @@ class Selector {
   static constexpr int kFirstMeeting = kSlots, kLastMeeting = kFirstMeeting + 2;
   // Score i of a part has bit i; those of the first row of a thread are these.
   static constexpr uint32_t kRowBits = 0x3333u;
+  // With them, whether the bounds are certain.
+  static constexpr uint32_t kExactBit = 1u << kPartScores;
   static_assert(kPartScores == 16 && kRows == 2 && score_of(1, 0) == 2 && score_of(0, 2) == 4);
   // Of score i.
   __device__ __forceinline__ static int column(int i, int lane) {
@@ -197,10 +204,12 @@ class Selector {
     const int num_tokens = word(kNumTokens);
     exist_ =
         (lane_ / 4 < num_tokens ? kRowBits : 0) | (lane_ / 4 + 8 < num_tokens ? kRowBits << 2 : 0);
+    if (rounds().exact) exist_ |= kExactBit;
   }
+  __device__ __forceinline__ bool is_exact() const { return (exist_ & kExactBit) != 0; }
   // Bits of the scores of a part that begins with this key.
   __device__ __forceinline__ uint32_t existing(int first_key, int num_keys) const {
-    uint32_t exist = exist_;
+    uint32_t exist = exist_ & (kExactBit - 1);
     if (first_key + kPartKeys > num_keys) {
 #pragma unroll
       for (int i = 0; i < kPartScores; ++i) {
@@ -268,8 +277,7 @@ class Selector {
   // The lesser of both blocks' bounds, or their mean. Returns whether one of them says of any of
   // the warp's tokens that it is crowded: many more maxima than asked for are above, as where many
   // are equal.
-  __device__ __forceinline__ bool exchange_bounds(const bool (&crowded)[kRows], uint32_t parity,
-                                                  bool exact) {
+  __device__ __forceinline__ bool exchange_bounds(const bool (&crowded)[kRows], uint32_t parity) {
     // The last bit of bounds, which are numbers of bfloat16, is free.
     uint32_t own[kRows], others[kRows];
 #pragma unroll
@@ -280,10 +288,10 @@ class Selector {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       const float other = __uint_as_float(others[row] & ~1u);
-      // The same number in both blocks: what is not below it in the one and left out in the other
-      // would be counted.
-      const float mean = 0.5f * __fadd_rn(least_[row], other);
-      least_[row] = exact ? fminf(least_[row], other) : mean;
+      // The same number in both blocks: what is above it in the one would be counted, and could be
+      // left out in the other. Not -0, which a +0 would be above.
+      const float mean = 0.5f * __fadd_rn(least_[row], other) + 0.0f;
+      least_[row] = is_exact() ? fminf(least_[row], other) : mean;
     }
     return __any_sync(kFullMask, ((own[0] | own[1] | others[0] | others[1]) & 1) != 0);
   }
@@ -317,7 +325,8 @@ class Selector {
         load_shared_u32(place) + load_shared_u32(place + Shared<kBoxes>::kCountsToOwn);
     const bool is_short = __any_sync(kFullMask, found < static_cast<uint32_t>(p_.axis_topk));
     if (lane_ == 0) {
-      if (is_short) shared_.mark(last / 2 - 1);
+      // Done again, by a bound that is certain, it is not short.
+      if (is_short && last < kAgain) shared_.mark(last / 2 - 1);
       expect_counts();
     }
     set_word(kTurn, last - 1);
@@ -325,10 +334,10 @@ class Selector {
 
   // Words of the warp: how many works it has had, times two, one more while it has not looked at
   // what the other block has found in the last; of the work's candidates the row of the first
-  // token; and how many tokens there are from that one on. In shared memory, for they are seldom
-  // needed.
-  enum Word { kTurn, kFirstRow, kNumTokens };
-  static_assert(kWarpWords == 3);
+  // token, and how many tokens there are from that one on; the work's number. In shared memory, for
+  // they are seldom needed.
+  enum Word { kTurn, kFirstRow, kNumTokens, kWork };
+  static_assert(kWarpWords == 4);
   __device__ __forceinline__ int word(Word which) const {
     return static_cast<int>(load_shared_u32(shared_.words(warp()) + 4 * which));
   }
@@ -355,7 +364,7 @@ class Selector {
     for (int row = 0; row < kRows; ++row) {
       const uint32_t rank = min(own[row], others[row]);
       rise &= rank != 0;
-      if (rank != 0) least_[row] = fmaxf(least_[row], least_rank(rank + 1));
+      if (rank != 0) least_[row] = fmaxf(least_[row], above_rank(rank));
     }
     return __all_sync(kFullMask, rise);
   }
@@ -387,15 +396,29 @@ class Selector {
     return min(least, __shfl_xor_sync(kFullMask, least, 2));
   }
 
-  // Bits of the scores of a part whose rank is not below the bounds.
+  // Bits of the scores of a part that a bound lets pass: a certain one what is not below it; a
+  // guessed one what is above it. NaN is neither below nor above: it may have to be among the best
+  // where numbers are few, but must not count for one where a guess left numbers out.
   __device__ __forceinline__ uint32_t passing(const PartScores& scores) const {
-    // The sign of what a rank is above the bound; NaN, which has none, is not below.
-    uint32_t below = 0;
+    uint32_t signs = 0;
+    if (is_exact()) {
+#pragma unroll
+      for (int i = kPartScores - 1; i >= 0; --i) {
+        signs = __funnelshift_l(__float_as_uint(rank(scores, i) - least_[i / 2 % 2]), signs, 1);
+      }
+      return ~signs;
+    }
 #pragma unroll
     for (int i = kPartScores - 1; i >= 0; --i) {
-      below = __funnelshift_l(__float_as_uint(rank(scores, i) - least_[i / 2 % 2]), below, 1);
+      signs = __funnelshift_l(__float_as_uint(least_[i / 2 % 2] - rank(scores, i)), signs, 1);
     }
-    return ~below;
+    return signs;
+  }
+  // The bound that only what is above this sortable rank passes. Above infinity there is no number,
+  // which is ignored, and every number is above NaN.
+  __device__ __forceinline__ float above_rank(uint32_t rank) const {
+    if (!is_exact()) return value_of(rank) + 0.0f;
+    return rank == 0 ? least_rank(0) : fmaxf(least_rank(rank), least_rank(rank + 1));
   }
 
   __device__ __forceinline__ int capacity() const { return candidates_.capacities[0]; }
@@ -464,10 +487,8 @@ class Selector {
       const IdCut cut =
           cut_list(p_, candidates_, int64_t{list(token)}, static_cast<int>(num), filter_, lane_);
       if (lane_ / 4 != token % 8) continue;
-      // Later keys of equal rank, which have higher ids, have lost. Above infinity is no number,
-      // which is ignored; NaN has no rank that another could be above.
-      const float above = least_rank(cut.rank == 0 ? 0 : cut.rank + 1);
-      const float least = fmaxf(least_rank(cut.rank), above);
+      // Later keys of equal rank, which have higher ids, have lost.
+      const float least = above_rank(cut.rank);
       if (row == 0) {
         least_[0] = fmaxf(least_[0], least);
         counts_ = (counts_ & 0xffff0000u) | m;
@@ -487,7 +508,7 @@ class Selector {
   uint32_t scores_[kPlanes];  // of a part in the first slot, this lane's
   float filter_[kPlanes];
   float least_[kRows];
-  uint32_t exist_;  // bits of rows with a token
+  uint32_t exist_;  // bits of rows with a token, and kExactBit
   int block_;       // this one's number in the cluster
   int lane_;
   uint32_t first_place_[kRows];  // of lists

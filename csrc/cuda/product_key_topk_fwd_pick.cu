@@ -177,8 +177,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, pick_blocks(kEntries, kReco
   const int lane = threadIdx.x % kWarpSize;
   const int chunk_token = static_cast<int>(blockIdx.x * kWarps) + warp;
   const int64_t token = first_token + chunk_token;
-  // First what was written last: where not all of it has found room in the L2 cache, the rest will
-  // be in memory, whatever is read first.
+  // First what was written last, which the L2 cache still has where it could not keep everything.
   const int head_side = static_cast<int>(gridDim.y - 1 - blockIdx.y);
   const int head = head_side / 2, side = head_side % 2;
 

@@ -7,18 +7,24 @@
 // rank. Warps that multiply do nothing else: they pass scores on, a part at a time, to warps that
 // select, of their own block and of the other.
 //
-// Keys pass twice, at first some of them. In the first round each block keeps, for every token and
-// column of two of its tiles, the maximum rank: m/2 of them above some number, and as many of the
-// other block's, are m different keys, so the lesser of both numbers bounds the m-th best key from
-// below. In the second round the keys that are not below go to the block's list of the token. A
-// list without room for more is cut down to its best m, and bounds from then on, too: every order
+// Keys pass twice, at first a sample of them (product_key_sample.h). In the first round each block
+// keeps, for every token and column of two of its tiles, the maximum rank. In the second the keys
+// that are not below a bound go to the block's list of the token. The bound is guessed from the
+// maxima of both blocks. Where it turns out that their lists have less than m keys of some token,
+// both do the token's tile once more when all else is done, and for sure: m/2 of a block's maxima
+// above some number, and as many of the other's, are m different keys, so the lesser of both
+// numbers bounds the m-th best key from below.
+//
+// A list without room for more is cut down to its best m, and bounds from then on, too: every order
 // of scores comes out right, and only contrived ones are slower, and tokens whose scores are NaN.
 // Where so many maxima are above the number that lists would hardly have room, as with equal
 // scores, blocks compare their lists after the first tiles: the least rank in both lists of m/2
 // keys bounds what comes later.
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <limits>
+#include <optional>
 
 #include "kernel_registry.h"
 #include "product_key_axis_launch.h"
@@ -46,52 +52,76 @@ constexpr int kCopierRegisters = 32;
 // Places of a list: of such lists a smaller kernel picks, and no more can be cut.
 constexpr int kSmallList = 128, kMaxList = kMaxListEntries * kWarpSize;
 
-// What there is to do in a chunk of so many tokens.
-struct Plan {
+// How the keys pass, and places of lists for what is found.
+struct Schedule {
   Rounds rounds[2];  // at first, and of works where a bound turned out to be wrong
-  Sample sample;
-  int capacity;  // of lists
-  int tiles;     // of tokens
-  int works;
+  int capacity;
 
-  Plan(const ProductKeyTopkParams& p, int64_t num_tokens) : sample(p.num_keys) {
-    const int m = p.axis_topk;
-    auto& [guessing, exact] = rounds;
-    exact.second = static_cast<int>(ceil_div(p.num_keys, kKeys));
-    // Part of the keys bound less well, but few keys above the bounds cost less than keys that are
-    // multiplied twice. The more are kept, the more there would be above a bound by few: nine
-    // tenths of the keys at 128. Maxima are of the columns of two tiles.
-    const float share = 0.42f + 0.48f * static_cast<float>(std::max(m - 32, 0)) / 96.0f;
-    const int most =
-        std::max(static_cast<int>(std::lround(share * static_cast<float>(exact.second))),
-                 std::min(exact.second, 2));
-    exact.first = std::min(most, sample.stride / kBlocks);
-    exact.least = (m + 1) / 2;
-    exact.exact = true;
-    const double sampled = static_cast<double>(std::max(exact.first, 1)) / exact.second;
-    const double found = keys_above_maxima(m, kColumns, kBlocks) / sampled;
-    double room = std::max(found + 8 * std::sqrt(found), static_cast<double>(m + kPartKeys));
-    // No more than are picked from by a smaller kernel, if so few will do.
-    const int limit = m <= kSmallList / 2 ? kSmallList : kMaxList;
-    guessing = exact;
-    // So many keys of a token found take as long as a tile.
+  Schedule(int64_t num_keys, int m) {
+    // So many keys found of a token take as long as a tile that is multiplied; measured at B and M.
     constexpr double kTileCost = 12;
     // Tiles go to the columns of two in turn.
     constexpr int kTurns = kColumns / kOwnKeys;
     constexpr double kPart = 1.0 / kBlocks;
+    auto& [guessing, exact] = rounds;
+    const Sample sample(num_keys);
+    exact.second = static_cast<int>(ceil_div(num_keys, kKeys));
+    // Part of the keys bound less well, but few keys above the bounds cost less than keys that are
+    // multiplied twice. The more are kept, the more there would be above a bound by few: nine
+    // tenths of the keys at 128. Of one tile, half of the columns would have no maxima.
+    const double share = 0.42 + 0.48 * std::max(m - 32, 0) / 96;
+    exact.first = std::min(std::max(static_cast<int>(std::lround(share * exact.second)), 2),
+                           sample.stride / kBlocks);
+    if (exact.first < 2) exact.first = 0;
+    exact.least = m;
+    exact.exact = true;
+    const double sampled = static_cast<double>(std::max(exact.first, 1)) / exact.second;
+    const double found = keys_above_maxima(m, kColumns, kBlocks) / sampled;
+    double room = std::max(found + 8 * std::sqrt(found), static_cast<double>(m + kPartKeys));
+
+    // No more than are picked from by a smaller kernel, if so few will do.
+    const int limit = m <= kSmallList / 2 ? kSmallList : kMaxList;
+    guessing = exact;
     double least_cost = std::numeric_limits<double>::infinity(), guessed_room = 0;
     for (int first = 2; first < exact.first; ++first) {
-      const GuessedBound bound(p.num_keys, m, kKeys, first, kTurns);
-      if (bound.room(kPart) > limit) continue;
+      const GuessedBound bound(num_keys, m, kKeys, first, kTurns);
+      if (!(bound.room(kPart) <= limit)) continue;
       const double cost = first + bound.found(1) / kTileCost;
       if (cost >= least_cost) break;
       least_cost = cost;
       guessed_room = bound.room(kPart);
-      guessing = {first, exact.second, static_cast<int>(std::ceil(kPart * bound.maxima)), false};
+      guessing = {first, exact.second, static_cast<int>(std::ceil(bound.maxima)), false};
     }
     room = std::max(room, guessed_room);
-    const auto all = static_cast<double>(exact.second * kOwnKeys);
+    const double all = exact.second * kOwnKeys;
     capacity = std::min(list_capacity(std::min(room, all)), limit);
+  }
+
+  // Worked out once for calls that follow each other: it takes a microsecond or more.
+  static const Schedule& of(const ProductKeyTopkParams& p) {
+    struct Last {
+      int64_t num_keys;
+      int m;
+      Schedule schedule;
+    };
+    thread_local std::optional<Last> last;
+    if (!last || last->num_keys != p.num_keys || last->m != p.axis_topk) {
+      last = Last{p.num_keys, p.axis_topk, Schedule(p.num_keys, p.axis_topk)};
+    }
+    return last->schedule;
+  }
+};
+
+// What there is to do in a chunk of so many tokens.
+struct Plan {
+  Rounds rounds[2];
+  Sample sample;
+  int tiles;  // of tokens
+  int works;
+
+  Plan(const ProductKeyTopkParams& p, int64_t num_tokens) : sample(p.num_keys) {
+    const Schedule& schedule = Schedule::of(p);
+    std::copy(std::begin(schedule.rounds), std::end(schedule.rounds), rounds);
     tiles = static_cast<int>(ceil_div(num_tokens, kTokens));
     works = 2 * p.num_heads * tiles;
   }
@@ -326,7 +356,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     Selector<kBoxes> selector(p, shared, plan.rounds, candidates, warp_number() - kWarps, lane);
     while (true) {
 #pragma unroll 1
-      for (Work work{0}; work.index() < plan.works; ++work.number) {
+      for (selector.set_work(0); selector.work().index() < plan.works;
+           selector.set_work(selector.work().number + 1)) {
+        const Work work = selector.work();
         if (!has_to_be_done(shared, work, selector.again())) continue;
         const int chunk_token =
             work.first_chunk_token(plan.tiles) + (warp_number() - kWarps) * kWarpTokens;
@@ -378,8 +410,7 @@ struct Workspace {
   // the same number of works each as often as fit: the next chunk's candidates overwrite those of
   // the last.
   explicit Workspace(const ProductKeyTopkParams& p) {
-    const Plan plan(p, p.num_tokens);
-    for (int32_t& capacity : candidates.capacities) capacity = plan.capacity;
+    for (int32_t& capacity : candidates.capacities) capacity = Schedule::of(p).capacity;
     const int64_t tiles = ceil_div(p.num_tokens, kTokens);
     place(p, tiles);
     if (bytes <= kMaxWorkspace) return;

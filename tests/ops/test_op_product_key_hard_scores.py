@@ -42,7 +42,7 @@ SHAPES = {
     "many_rank_1": Shape(1100, 1, 1, 1, 701, 136, 33, 64),
     "many_short_keys": Shape(521, 2, 2, 2, 701, 72, 16, 40),
     "many_rank_2": Shape(1060, 1, 2, 1, 650, 200, 48, 64),
-    "many_long_keys": Shape(520, 2, 2, 2, 701, 328, 16, 40),
+    "many_long_keys": Shape(520, 2, 2, 2, 701, 328, 40, 40),
 }
 # Grids of all keys, and of all but two.
 WHOLE_SHAPES = {
@@ -83,9 +83,10 @@ def in_sample(ids: Tensor, num_keys: int) -> Tensor:
     these are the best of all, too few keys are above what it guesses.
     """
     stride = max(num_keys // 64, 1)
-    places = (ids - (num_keys - 64 * stride) // 2) % stride
+    places = ids - (num_keys - 64 * stride) // 2
     firsts = [tile * stride // 2 + block * (stride // 4) for tile in range(2) for block in range(2)]
-    return torch.isin(places, torch.tensor(firsts))
+    inside = (places >= 0) & (places < 64 * stride)
+    return inside & torch.isin(places % stride, torch.tensor(firsts))
 
 
 class Inputs:
@@ -254,6 +255,15 @@ def test_keys_that_are_nan(inputs: Inputs, numbers: str) -> None:
     inputs.keys[:, 0, -1, ids, -1] = math.nan
     inputs.check()
     inputs.keys[:, 1, 0, ids.flip(0), NUM_ORDERED + 1] = math.nan
+    inputs.check()
+
+
+def test_a_wrong_guess_among_keys_that_are_nan(inputs: Inputs) -> None:
+    """NaN must not count for the numbers that a guessed bound has left out."""
+    num_keys, m = inputs.shape.num_keys, inputs.shape.axis_topk
+    others = (~in_sample(torch.arange(num_keys), num_keys)).nonzero().flatten()
+    inputs.keys[..., others[spread(len(others), m)], :] = math.nan
+    inputs.pick("ascending, the sample high")
     inputs.check()
 
 
