@@ -66,12 +66,10 @@ struct GuessedBound {
     }
   }
 
-  // Of a list that has this part of the keys: how many of them are above; and room for as many as
-  // there seldom are.
-  double found(double part) const { return part * share * keys_; }
+  // Of a list that has this part of the keys: room for as many above as there seldom are.
   double room(double part) const {
     constexpr double kDeviations = 4.5;
-    const double mean = found(part);
+    const double mean = part * share * keys_;
     return mean * std::exp(kDeviations * std::sqrt(variance + (1 - part) / mean));
   }
 

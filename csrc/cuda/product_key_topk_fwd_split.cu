@@ -23,7 +23,6 @@
 #include <algorithm>
 #include <cmath>
 #include <iterator>
-#include <limits>
 #include <optional>
 
 #include "kernel_registry.h"
@@ -58,11 +57,8 @@ struct Schedule {
   int capacity;
 
   Schedule(int64_t num_keys, int m) {
-    // So many keys found of a token take as long as a tile that is multiplied; measured at B and M.
-    constexpr double kTileCost = 12;
     // Tiles go to the columns of two in turn.
     constexpr int kTurns = kColumns / kOwnKeys;
-    constexpr double kPart = 1.0 / kBlocks;
     auto& [guessing, exact] = rounds;
     const Sample sample(num_keys);
     exact.second = static_cast<int>(ceil_div(num_keys, kKeys));
@@ -79,20 +75,20 @@ struct Schedule {
     const double found = keys_above_maxima(m, kColumns, kBlocks) / sampled;
     double room = std::max(found + 8 * std::sqrt(found), static_cast<double>(m + kPartKeys));
 
-    // No more than are picked from by a smaller kernel, if so few will do.
+    // No more than are picked from by a smaller kernel, if so few will do. Guessed from as few
+    // tiles as leave lists room enough: another tile takes about as long as the keys that it
+    // spares, and of several in the same columns sorted scores have their maxima in the same of
+    // these.
     const int limit = m <= kSmallList / 2 ? kSmallList : kMaxList;
     guessing = exact;
-    double least_cost = std::numeric_limits<double>::infinity(), guessed_room = 0;
     for (int first = 2; first < exact.first; ++first) {
       const GuessedBound bound(num_keys, m, kKeys, first, kTurns);
-      if (!(bound.room(kPart) <= limit)) continue;
-      const double cost = first + bound.found(1) / kTileCost;
-      if (cost >= least_cost) break;
-      least_cost = cost;
-      guessed_room = bound.room(kPart);
+      const double guessed_room = bound.room(1.0 / kBlocks);
+      if (!(guessed_room <= limit)) continue;
       guessing = {first, exact.second, static_cast<int>(std::ceil(bound.maxima)), false};
+      room = std::max(room, guessed_room);
+      break;
     }
-    room = std::max(room, guessed_room);
     const double all = exact.second * kOwnKeys;
     capacity = std::min(list_capacity(std::min(room, all)), limit);
   }
