@@ -1,10 +1,10 @@
 // A sample of the keys, and a bound of a token's m best from its scores, for kernels whose keys
-// pass twice: at first the sample, then all, of which those that are not below the bound are kept.
+// pass twice: at first the sample, then all, of which those above the bound are kept.
 //
 // Of k scores of a sample being above a number, how many keys are above it is known in
-// distribution, whatever the scores are, unless these follow the order of the keys in step with the
-// sample. So a number can be guessed that hardly ever less than m keys are above. A kernel counts
-// what it keeps, and does without a guess that was wrong.
+// distribution, hardly depending on what the scores are, unless these follow the order of the keys
+// in step with the sample. So a number can be guessed that hardly ever less than m keys are above.
+// A kernel counts what it keeps, and does without a guess that was wrong.
 #pragma once
 
 #include <algorithm>

@@ -1,5 +1,5 @@
 // The warps of product_key_topk_fwd_split.cu that select: they bound the best keys of their tokens,
-// and write those that are not below to lists in memory.
+// and write those that pass to lists in memory.
 #pragma once
 
 #include "product_key_split.cuh"

@@ -9,11 +9,11 @@
 //
 // Keys pass twice, at first a sample of them (product_key_sample.h). In the first round each block
 // keeps, for every token and column of two of its tiles, the maximum rank. In the second the keys
-// that are not below a bound go to the block's list of the token. The bound is guessed from the
+// that pass a bound go to the block's list of the token. The bound is guessed from the
 // maxima of both blocks. Where it turns out that their lists have less than m keys of some token,
-// both do the token's tile once more when all else is done, and for sure: m/2 of a block's maxima
-// above some number, and as many of the other's, are m different keys, so the lesser of both
-// numbers bounds the m-th best key from below.
+// both do the token's tile once more when all else is done, and for sure: some of a block's maxima
+// above some number, and of the other's above another, m in all, are m different keys, so the
+// lesser of both numbers bounds the m-th best key from below.
 //
 // A list without room for more is cut down to its best m, and bounds from then on, too: every order
 // of scores comes out right, and only contrived ones are slower, and tokens whose scores are NaN.

@@ -43,6 +43,7 @@ SHAPES = {
     "many_short_keys": Shape(521, 2, 2, 2, 701, 72, 16, 40),
     "many_rank_2": Shape(1060, 1, 2, 1, 650, 200, 48, 64),
     "many_long_keys": Shape(520, 2, 2, 2, 701, 328, 40, 40),
+    "many_few_keys": Shape(1060, 1, 2, 2, 200, 328, 5, 9),
 }
 # Grids of all keys, and of all but two.
 WHOLE_SHAPES = {
@@ -79,8 +80,9 @@ def ascending_but(low: Tensor) -> Tensor:
 def in_sample(ids: Tensor, num_keys: int) -> Tensor:
     """Whether the kernel with a rank a block looks at a key first, to guess a bound.
 
-    It takes every stride-th key from four first ones on (csrc/cuda/product_key_sample.h). Where
-    these are the best of all, too few keys are above what it guesses.
+    At n 650 with m 48 and n 701 with m 40 it takes two tiles of 128: every stride-th key, from
+    four first ones on (csrc/cuda/product_key_sample.h). Where these are the best of all, 37 and 31
+    keys are above what it guesses.
     """
     stride = max(num_keys // 64, 1)
     places = ids - (num_keys - 64 * stride) // 2
