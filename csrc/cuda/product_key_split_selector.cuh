@@ -463,8 +463,8 @@ class Selector {
     }
   }
 
-  // Cuts lists in which a part's keys would not find room down to their best m. Of the part's
-  // scores, so many exist.
+  // Cuts lists in which a part's keys would not find room down to their best m. `exist`: bits of
+  // the part's scores.
   template <int kPart>
   __device__ __forceinline__ void make_room(uint32_t exist) {
     const auto m = static_cast<uint32_t>(p_.axis_topk);

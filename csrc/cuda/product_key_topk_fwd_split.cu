@@ -9,14 +9,15 @@
 //
 // Keys pass twice, at first a sample of them (product_key_sample.h). In the first round each block
 // keeps, for every token and column of two of its tiles, the maximum rank. In the second the keys
-// that pass a bound go to the block's list of the token. The bound is guessed from the
-// maxima of both blocks. Where it turns out that their lists have less than m keys of some token,
-// both do the token's tile once more when all else is done, and for sure: some of a block's maxima
-// above some number, and of the other's above another, m in all, are m different keys, so the
-// lesser of both numbers bounds the m-th best key from below.
+// that pass a bound go to the block's list of the token. The bound is guessed from the maxima of
+// both blocks. Where it turns out that their lists have less than m keys of some token, both do the
+// token's tile once more when all else is done, and for sure: some of a block's maxima above some
+// number, and of the other's above another, m in all, are m different keys, so the lesser of both
+// numbers bounds the m-th best key from below.
 //
 // A list without room for more is cut down to its best m, and bounds from then on, too: every order
-// of scores comes out right, and only contrived ones are slower, and tokens whose scores are NaN.
+// of scores comes out right. Sorted scores take somewhat longer than others, NaN and scores in step
+// with the sample several times as long.
 // Where so many maxima are above the number that lists would hardly have room, as with equal
 // scores, blocks compare their lists after the first tiles: the least rank in both lists of m/2
 // keys bounds what comes later.
@@ -62,9 +63,10 @@ struct Schedule {
     auto& [guessing, exact] = rounds;
     const Sample sample(num_keys);
     exact.second = static_cast<int>(ceil_div(num_keys, kKeys));
-    // Part of the keys bound less well, but few keys above the bounds cost less than keys that are
-    // multiplied twice. The more are kept, the more there would be above a bound by few: nine
-    // tenths of the keys at 128. Of one tile, half of the columns would have no maxima.
+    // For a certain bound. Part of the keys bound less well, but a few more above the bound cost
+    // less than keys that are multiplied twice. The more are kept, the more there would be above a
+    // bound by few: nine tenths of the keys at 128. Of one tile, half of the columns would have no
+    // maxima.
     const double share = 0.42 + 0.48 * std::max(m - 32, 0) / 96;
     exact.first = std::min(std::max(static_cast<int>(std::lround(share * exact.second)), 2),
                            sample.stride / kBlocks);

@@ -81,8 +81,8 @@ def in_sample(ids: Tensor, num_keys: int) -> Tensor:
     """Whether the kernel with a rank a block looks at a key first, to guess a bound.
 
     At n 650 with m 48 and n 701 with m 40 it takes two tiles of 128: every stride-th key, from
-    four first ones on (csrc/cuda/product_key_sample.h). Where these are the best of all, 37 and 31
-    keys are above what it guesses.
+    four first ones on (csrc/cuda/product_key_sample.h). Where these are the best of all, fewer
+    than m keys are above what it guesses.
     """
     stride = max(num_keys // 64, 1)
     places = ids - (num_keys - 64 * stride) // 2
