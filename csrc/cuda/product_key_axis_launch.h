@@ -3,6 +3,8 @@
 
 #include <cuda.h>
 
+#include <algorithm>
+
 #include "device.h"
 #include "product_key_sample.h"
 #include "ultramem/product_key_topk.h"
@@ -27,7 +29,8 @@ inline Status make_axis_maps(const ProductKeyTopkParams& p, int box_tokens, int 
 // key later than the one before. Piece by piece, those that begin with a key of (head, side, rank).
 inline Status make_sample_map(const ProductKeyTopkParams& p, const Sample& sample,
                               CUtensorMap* map) {
-  return make_tensor_map(map, p.keys, p.dtype, p.key_dim, sample.keys,
+  return make_tensor_map(map, p.keys, p.dtype, p.key_dim,
+                         std::min<int64_t>(p.num_keys, Sample::kPieceKeys),
                          int64_t{2} * p.num_heads * p.tucker_rank * p.num_keys,
                          sample.stride * p.key_dim, p.key_dim, Sample::kPieceKeys);
 }

@@ -35,15 +35,14 @@ constexpr int kLaneRows = kMaxAxisTopk / kWarpSize;
 template <int kPlanes>
 struct GridLayout {
   using TokenView = Token<kPlanes, kMaxAxisTopk>;
-  static constexpr int kChunkBytes = 2 * kMaxChunks;
-  static_assert(sizeof(GuessScratch) <= kChunkBytes && kMaxTopk <= kMaxChunks);
   static_assert(4 * kPlanes * kMaxAxisTopk <= 8 * kMaxRegisterItems * kWarpSize);
 
   SharedLayout shared;
   typename TokenView::Layout token;
   int maxima;  // [kMaxChunks], before the following, in the same place
-  int chunks;  // [kMaxChunks] uint16, the listed ones, or a GuessScratch; later codes
   int codes;   // [max_found] uint16
+  int chunks;  // [kMaxChunks] uint16, the listed ones; or a GuessScratch; or [max_sorted] uint16,
+               // codes. With the latter two:
   int keys;    // [max_found] sortable ranks, or [max_sorted] uint64; before, factors for guesses;
                // after, [2, kMaxAxisTopk] int32, ids
   int max_found;
@@ -61,12 +60,13 @@ struct GridLayout {
     if (max_found > all) max_found = all;
     num_guessed = list_guessed_applies(p) ? pairs_to_guess(p.topk, max_sorted) : 0.0f;
     maxima = shared.take(0);
-    chunks = shared.take(kChunkBytes);
     codes = shared.take(int64_t{2} * max_found);
-    keys =
-        shared.take(max_found > 2 * max_sorted ? int64_t{4} * max_found : int64_t{8} * max_sorted);
-    const int64_t lacking = maxima + int64_t{4} * kMaxChunks - shared.bytes();
-    if (lacking > 0) shared.take(lacking);
+    const int chunks_or_less = std::max(static_cast<int>(sizeof(GuessScratch)), 2 * max_sorted);
+    chunks = shared.take(chunks_or_less);
+    keys = shared.take(std::max(int64_t{4} * max_found, int64_t{8} * max_sorted));
+    for (const int end : {chunks + 2 * kMaxChunks, maxima + 4 * kMaxChunks}) {
+      if (end > shared.bytes()) shared.take(end - shared.bytes());
+    }
     bytes = shared.bytes();
   }
 };
@@ -121,7 +121,7 @@ __device__ __forceinline__ uint32_t cut_listed(const Token<kPlanes, kMaxAxisTopk
 }
 
 template <int kPlanes>
-__global__ void __launch_bounds__(kThreads, kPlanes == 2 ? 7 : 5)
+__global__ void __launch_bounds__(kThreads, kPlanes == 2 ? 8 : 5)
     product_key_topk_fwd_grid_kernel(const __grid_constant__ ProductKeyTopkParams p,
                                      const __grid_constant__ GridLayout<kPlanes> layout) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];

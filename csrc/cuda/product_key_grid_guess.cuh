@@ -6,8 +6,9 @@
 // side tell how many of their products or sums lie above a number.
 //
 // A key without a pair at or above the cut is known by a bound on what it reaches: with w and b the
-// factors of a row and a column, w . b <= (w . t)(b . t) + |w across t| |b across t| for a unit t.
-// The others' pairs are looked at, so what is listed is exact; a wrong guess costs time alone.
+// factors of a row and a column, w . b <= (w . t)(b . t) + |w across t| |b across t| for a unit t,
+// and more closely where two ranks leave one direction across (Reach). The others' pairs are looked
+// at, so what is listed is exact; a wrong guess costs time alone.
 #pragma once
 
 #include "common.cuh"
@@ -149,8 +150,8 @@ class CutGuess {
       // Beyond the last key there are no numbers.
       row = fmaxf(row, fabsf(rows[i]));
       col = fmaxf(col, fabsf(cols[i]));
-      row_across = fmaxf(row_across, rows_across[i]);
-      col_across = fmaxf(col_across, cols_across[i]);
+      row_across = fmaxf(row_across, fabsf(rows_across[i]));
+      col_across = fmaxf(col_across, fabsf(cols_across[i]));
     }
     row = warp_max(row);
     col = warp_max(col);
@@ -161,23 +162,74 @@ class CutGuess {
     const float slack = kSlack * greatest;
     most_ = fmaf(row, col, fmaf(row_across, col_across, slack));
     const float row_scale = reciprocal_fast(row), col_scale = reciprocal_fast(col);
+    const Reach of_rows(cols, cols_across, col, col_across, row_across * row_scale);
+    const Reach of_cols(rows, rows_across, row, row_across, col_across * col_scale);
 #pragma unroll
     for (int i = 0; i < kLaneKeys; ++i) {
       row_depths[i] = rows[i] > 0.0f ? -log2_fast(rows[i] * row_scale) : kUncounted;
       col_depths[i] = cols[i] > 0.0f ? -log2_fast(cols[i] * col_scale) : kUncounted;
-      row_reach_[i] = fmaf(fabsf(rows[i]), col, fmaf(rows_across[i], col_across, slack));
-      col_reach_[i] = fmaf(fabsf(cols[i]), row, fmaf(cols_across[i], row_across, slack));
+      row_reach_[i] = of_rows(rows[i], rows_across[i]) + slack;
+      col_reach_[i] = of_cols(cols[i], cols_across[i]) + slack;
     }
   }
 
-  // x as its share along a unit vector and, no less than, the length of what is left.
+  // What no product of a key of one side with any of the other side's is above.
+  //
+  // Of two ranks, a (b + s y) with a key's a > 0 along and its slope s across: the greatest b + s y
+  // is a convex function of s, and between two slopes below the line through its values there. It
+  // is worked out for a slope of either sign and 0, and beyond rises by no more than the greatest
+  // |y|.
+  class Reach {
+   public:
+    __device__ __forceinline__ Reach(const float (&along)[kLaneKeys],
+                                     const float (&across)[kLaneKeys], float greatest_along,
+                                     float greatest_across, float slope)
+        : along_(greatest_along), across_(greatest_across) {
+      if constexpr (kPlanes == 2) {
+        float rising = 0.0f, falling = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kLaneKeys; ++i) {
+          rising = fmaxf(rising, fmaf(slope, across[i], along[i]));
+          falling = fmaxf(falling, fmaf(-slope, across[i], along[i]));
+        }
+        // A key may be across alone: no bound but infinity.
+        const bool is_steep = !(slope < 0x1p60f);
+        const float at_rising = is_steep ? __uint_as_float(kInfinityBits) : warp_max(rising);
+        const float at_falling = is_steep ? __uint_as_float(kInfinityBits) : warp_max(falling);
+        const float scale = reciprocal_fast(slope);
+        before_rising_ = (at_rising - along_) * scale;
+        before_falling_ = (at_falling - along_) * scale;
+        beyond_rising_ = fmaf(-slope, across_, at_rising);
+        beyond_falling_ = fmaf(-slope, across_, at_falling);
+      }
+    }
+
+    __device__ __forceinline__ float operator()(float along, float across) const {
+      const float of_lengths = fmaf(fabsf(along), along_, fabsf(across) * across_);
+      if constexpr (kPlanes != 2) return of_lengths;
+      const bool falls = across < 0.0f;
+      const float before = falls ? before_falling_ : before_rising_;
+      const float beyond = falls ? beyond_falling_ : beyond_rising_;
+      const float reach = fmaxf(fmaf(along, along_, fabsf(across) * before),
+                                fmaf(along, beyond, fabsf(across) * across_));
+      return along > 0.0f ? reach : of_lengths;
+    }
+
+   private:
+    float along_, across_;
+    float before_rising_, before_falling_, beyond_rising_, beyond_falling_;
+  };
+
+  // x as its share along a unit vector and what is left: of two ranks with a sign, of more no less
+  // than its length.
   __device__ __forceinline__ static void split(const float (&x)[kPlanes],
                                                const float (&unit)[kPlanes], float* along,
                                                float* across) {
     constexpr float kUnderflow = 2e-19f;  // what is smaller has no square, nor a product
     *along = rank_value<kPlanes>(x, unit);
     if constexpr (kPlanes == 2) {
-      *across = fabsf(fmaf(x[0], unit[1], -(x[1] * unit[0]))) + kUnderflow;
+      const float left = fmaf(x[0], unit[1], -(x[1] * unit[0]));
+      *across = left + copysignf(kUnderflow, left);
     } else {
       float squares = 0.0f;
 #pragma unroll

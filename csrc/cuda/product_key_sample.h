@@ -13,24 +13,31 @@
 
 namespace ultramem::cuda {
 
-// A sample in pieces of up to 64 keys, evenly spaced, no key in two: of a piece every stride-th
-// from a first one of its own on. Up to `stride` pieces; the few keys at either end that are left
-// are in none of them.
+// A sample of the keys in so many tiles, of a piece of up to 64 keys for each of two blocks. A tile
+// has a part of the ids for itself, so that of sorted scores not all have their best at the same
+// places; of this part a piece has every stride-th key, one block's between the other's. The few
+// keys left at either end of a part are in none.
 struct Sample {
-  static constexpr int kPieceKeys = 64;
+  static constexpr int kBlocks = 2, kPieceKeys = 64;
 
-  int stride;
-  int first;
-  int keys;  // of a piece
+  int part;    // keys of it
+  int stride;  // from one to the next
+  int left;    // keys of a part before its first one
 
-  explicit Sample(int64_t num_keys)
-      : stride(static_cast<int>(std::max<int64_t>(num_keys / kPieceKeys, 1))),
-        first(static_cast<int>(std::max<int64_t>(num_keys - kPieceKeys * stride, 0) / 2)),
-        keys(static_cast<int>(std::min<int64_t>(num_keys, kPieceKeys))) {}
+  Sample() = default;
+  Sample(int64_t num_keys, int tiles)
+      : part(static_cast<int>(num_keys / std::max(tiles, 1))),
+        stride(std::max(part / kPieceKeys, 1)),
+        left(std::max(part - kPieceKeys * stride, 0) / 2) {}
 
-  __host__ __device__ int first_key(int piece, int pieces) const {
-    return first + piece * stride / pieces;
+  // With no key in two pieces.
+  static int most_tiles(int64_t num_keys) {
+    return static_cast<int>(num_keys / (kPieceKeys * kBlocks));
   }
+
+  // The first block's; the second's is block_keys() further on.
+  __host__ __device__ int first_key(int tile) const { return tile * part + left; }
+  __host__ __device__ int block_keys() const { return stride / kBlocks; }
 };
 
 // A number that hardly ever, for a few tokens in a million, less than m of the keys are above, from
@@ -66,10 +73,13 @@ struct GuessedBound {
     }
   }
 
+  // How many keys are above, on average.
+  double found() const { return share * keys_; }
+
   // Of a list that has this part of the keys: room for as many above as there seldom are.
   double room(double part) const {
     constexpr double kDeviations = 4.5;
-    const double mean = part * share * keys_;
+    const double mean = part * found();
     return mean * std::exp(kDeviations * std::sqrt(variance + (1 - part) / mean));
   }
 

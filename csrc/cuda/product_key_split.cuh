@@ -17,13 +17,14 @@ inline constexpr int kPlanes = 2;                 // ranks
 inline constexpr int kBlocks = kPlanes;           // of a cluster
 inline constexpr int kKeys = 128;                 // of a tile
 inline constexpr int kOwnKeys = kKeys / kBlocks;  // of these, those that a block looks at
-static_assert(kOwnKeys == Sample::kPieceKeys);
+static_assert(kBlocks == Sample::kBlocks && kOwnKeys == Sample::kPieceKeys);
 inline constexpr int kParts = 2;  // in which these are handed over
 inline constexpr int kPartKeys = kOwnKeys / kParts;
 inline constexpr int kPartScores = num_scores(kPartKeys);  // of a thread
 inline constexpr int kTileScores = num_scores(kKeys);
-inline constexpr int kColumns = 2 * kOwnKeys;  // of maxima
-inline constexpr int kGroups = 2;              // warpgroups that multiply
+inline constexpr int kColumnSets = 2;                    // at which tiles of a sample take turns
+inline constexpr int kColumns = kColumnSets * kOwnKeys;  // of maxima
+inline constexpr int kGroups = 2;                        // warpgroups that multiply
 inline constexpr int kGroupTokens = 64;
 inline constexpr int kTokens = kGroups * kGroupTokens;
 inline constexpr int kMultipliers = 128 * kGroups;       // threads
@@ -133,6 +134,7 @@ struct Rounds {
   // maxima are above. Otherwise their mean: m keys are above in all likelihood, and counts show
   // whether.
   bool exact;
+  Sample sample;  // of the first round
 
   __host__ __device__ int tiles() const { return first + second; }
 };

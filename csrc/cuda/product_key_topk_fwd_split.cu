@@ -58,10 +58,7 @@ struct Schedule {
   int capacity;
 
   Schedule(int64_t num_keys, int m) {
-    // Tiles go to the columns of two in turn.
-    constexpr int kTurns = kColumns / kOwnKeys;
     auto& [guessing, exact] = rounds;
-    const Sample sample(num_keys);
     exact.second = static_cast<int>(ceil_div(num_keys, kKeys));
     // For a certain bound. Part of the keys bound less well, but a few more above the bound cost
     // less than keys that are multiplied twice. The more are kept, the more there would be above a
@@ -69,28 +66,33 @@ struct Schedule {
     // maxima.
     const double share = 0.42 + 0.48 * std::max(m - 32, 0) / 96;
     exact.first = std::min(std::max(static_cast<int>(std::lround(share * exact.second)), 2),
-                           sample.stride / kBlocks);
+                           Sample::most_tiles(num_keys));
     if (exact.first < 2) exact.first = 0;
     exact.least = m;
     exact.exact = true;
+    exact.sample = Sample(num_keys, exact.first);
     const double sampled = static_cast<double>(std::max(exact.first, 1)) / exact.second;
     const double found = keys_above_maxima(m, kColumns, kBlocks) / sampled;
-    double room = std::max(found + 8 * std::sqrt(found), static_cast<double>(m + kPartKeys));
+    double room = found + 8 * std::sqrt(found);
 
-    // No more than are picked from by a smaller kernel, if so few will do. Guessed from as few
-    // tiles as leave lists room enough: another tile takes about as long as the keys that it
-    // spares, and of several in the same columns sorted scores have their maxima in the same of
-    // these.
+    // No more than are picked from by a smaller kernel, if so few will do. Another tile takes about
+    // as long as a dozen keys of each token.
+    constexpr double kTileKeys = 12;
     const int limit = m <= kSmallList / 2 ? kSmallList : kMaxList;
     guessing = exact;
+    double guessed = static_cast<double>(num_keys) + kTileKeys;  // keys above the bound
     for (int first = 2; first < exact.first; ++first) {
-      const GuessedBound bound(num_keys, m, kKeys, first, kTurns);
+      const GuessedBound bound(num_keys, m, kKeys, first, kColumnSets);
       const double guessed_room = bound.room(1.0 / kBlocks);
       if (!(guessed_room <= limit)) continue;
-      guessing = {first, exact.second, static_cast<int>(std::ceil(bound.maxima)), false};
-      room = std::max(room, guessed_room);
-      break;
+      if (!(bound.found() < guessed - kTileKeys)) break;
+      guessed = bound.found();
+      guessing = {first, exact.second, static_cast<int>(std::ceil(bound.maxima)), false,
+                  Sample(num_keys, first)};
+      room = guessed_room;
     }
+    // So that a list of m has room for what comes at once.
+    room = std::max(room, static_cast<double>(m + kPartKeys));
     const double all = exact.second * kOwnKeys;
     capacity = std::min(list_capacity(std::min(room, all)), limit);
   }
@@ -113,15 +115,26 @@ struct Schedule {
 // What there is to do in a chunk of so many tokens.
 struct Plan {
   Rounds rounds[2];
-  Sample sample;
   int tiles;  // of tokens
   int works;
 
-  Plan(const ProductKeyTopkParams& p, int64_t num_tokens) : sample(p.num_keys) {
+  Plan(const ProductKeyTopkParams& p, int64_t num_tokens) {
     const Schedule& schedule = Schedule::of(p);
     std::copy(std::begin(schedule.rounds), std::end(schedule.rounds), rounds);
     tiles = static_cast<int>(ceil_div(num_tokens, kTokens));
     works = 2 * p.num_heads * tiles;
+  }
+};
+
+struct Maps {
+  CUtensorMap queries, keys, samples[2];
+
+  Status make(const ProductKeyTopkParams& p) {
+    ULTRAMEM_RETURN_IF_ERROR(make_axis_maps(p, kTokens, kOwnKeys, &queries, &keys));
+    for (int i = 0; i < 2; ++i) {
+      ULTRAMEM_RETURN_IF_ERROR(make_sample_map(p, Schedule::of(p).rounds[i].sample, &samples[i]));
+    }
+    return {};
   }
 };
 
@@ -149,41 +162,40 @@ __device__ __forceinline__ bool has_to_be_done(const Shared<kBoxes>& shared, Wor
 }
 
 // Copies the block's queries, and keys of its rank in both rounds, for all its work. What a block
-// looks at comes first in its tiles.
+// looks at comes first in its tiles. `again`: 0 or, for works that are done again, 1; as a bool it
+// would be a register too many.
 template <int kBoxes>
 __device__ __forceinline__ void copy_all(const ProductKeyTopkParams& p, const Plan& plan,
-                                         const Shared<kBoxes>& shared, const CUtensorMap* query_map,
-                                         const CUtensorMap* key_map, const CUtensorMap* sample_map,
-                                         int64_t first_chunk_token, bool again,
+                                         const Shared<kBoxes>& shared, const Maps& maps,
+                                         int64_t first_chunk_token, int again,
                                          RingCursor<kStages>& at) {
   const auto rank = static_cast<int>(cluster_rank());
-  const Rounds& rounds = plan.rounds[again ? 1 : 0];
+  const Rounds& rounds = plan.rounds[again];
 #pragma unroll 1
   for (Work work{0}; work.index() < plan.works; ++work.number) {
-    if (!has_to_be_done(shared, work, again)) continue;
+    if (!has_to_be_done(shared, work, again != 0)) continue;
     const int head_side = work.head_side(plan.tiles);
-    const int head = head_side / 2, side = head_side % 2;
-    const int query_plane =
-        (side * p.num_heads + head) * p.num_queries + (p.num_queries > 1 ? rank : 0);
+    const int query_plane = (head_side % 2 * p.num_heads + head_side / 2) * p.num_queries +
+                            (p.num_queries > 1 ? rank : 0);
     const auto first_token =
         static_cast<int>(first_chunk_token + work.first_chunk_token(plan.tiles));
     const auto copy_queries = [&](int box) {
       mbarrier_expect_bytes(shared.queries_there(box), kQueryBoxBytes);
-      copy_box_once(query_map, shared.queries(box), shared.queries_there(box), box * kBoxColumns,
-                    first_token, query_plane);
+      copy_box_once(&maps.queries, shared.queries(box), shared.queries_there(box),
+                    box * kBoxColumns, first_token, query_plane);
     };
 #pragma unroll 1
     for (int tile = 0; tile < rounds.tiles(); ++tile) {
       const bool is_first = tile < rounds.first;
-      const CUtensorMap* map = is_first ? sample_map : key_map;
+      const CUtensorMap* map = is_first ? &maps.samples[again] : &maps.keys;
       // Where the keys of the first block begin, and how far from there those of the other.
       const int row = is_first ? 0 : (tile - rounds.first) * kKeys;
       const int block_rows = is_first ? 0 : kOwnKeys;
       int plane = head_side * kPlanes + rank;
       int block_planes = 0;
       if (is_first) {
-        plane = plane * static_cast<int>(p.num_keys) + plan.sample.first_key(tile, rounds.first);
-        block_planes = plan.sample.stride / (kBlocks * rounds.first);
+        plane = plane * static_cast<int>(p.num_keys) + rounds.sample.first_key(tile);
+        block_planes = rounds.sample.block_keys();
       }
 #pragma unroll 1
       for (int box = 0; box < kBoxes; ++box) {
@@ -297,9 +309,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                                       const __grid_constant__ Plan plan,
                                       const __grid_constant__ Candidates<kBlocks, true> candidates,
                                       int64_t first_chunk_token,
-                                      const __grid_constant__ CUtensorMap query_map,
-                                      const __grid_constant__ CUtensorMap key_map,
-                                      const __grid_constant__ CUtensorMap sample_map) {
+                                      const __grid_constant__ Maps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) unsigned char shared_bytes[];  // as swizzled tiles are
   const Shared<kBoxes> shared{shared_address(shared_bytes)};
@@ -323,9 +333,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < kWarps; ++i) store_shared_u32(shared.words(i), 0);
     for (int word = 0; word < kMarkWords; ++word) store_shared_u32(shared.marks(word), 0);
     mbarrier_init_fence();
-    prefetch_tensor_map(&query_map);
-    prefetch_tensor_map(&key_map);
-    prefetch_tensor_map(&sample_map);
+    prefetch_tensor_map(&maps.queries);
+    prefetch_tensor_map(&maps.keys);
+    prefetch_tensor_map(&maps.samples[0]);
   }
   __syncthreads();
   cluster_arrive_relaxed();
@@ -341,13 +351,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     prefetch_queries(p, work.head_side(plan.tiles),
                      first_chunk_token + work.first_chunk_token(plan.tiles), thread, kCopiers);
     RingCursor<kStages> at;
-    bool again = false;
+    int again = 0;
     while (true) {
       if (thread == 0) {
-        copy_all(p, plan, shared, &query_map, &key_map, &sample_map, first_chunk_token, again, at);
+        copy_all(p, plan, shared, maps, first_chunk_token, again, at);
       }
-      if (!goes_on(shared, again, lane)) break;
-      again = true;
+      if (!goes_on(shared, again != 0, lane)) break;
+      again = 1;
     }
   } else if (warp >= kWarps) {
     take_registers<selector_registers(kBoxes)>();
@@ -427,9 +437,8 @@ struct Workspace {
 
 template <typename scalar_t, int kBoxes>
 Status launch(const ProductKeyTopkParams& p, Stream stream) {
-  CUtensorMap query_map, key_map, sample_map;
-  ULTRAMEM_RETURN_IF_ERROR(make_axis_maps(p, kTokens, kOwnKeys, &query_map, &key_map));
-  ULTRAMEM_RETURN_IF_ERROR(make_sample_map(p, Sample(p.num_keys), &sample_map));
+  Maps maps;
+  ULTRAMEM_RETURN_IF_ERROR(maps.make(p));
   const auto kernel = product_key_topk_fwd_split_kernel<scalar_t, kBoxes>;
   const Workspace workspace(p);
   const Candidates<kBlocks, true>& candidates = workspace.candidates;
@@ -437,9 +446,9 @@ Status launch(const ProductKeyTopkParams& p, Stream stream) {
     const Plan plan(p, candidates.tokens_from(first, p.num_tokens));
     const int clusters = std::min(plan.works, clusters_at_once());
     const dim3 grid(static_cast<unsigned>(kBlocks * clusters));
-    ULTRAMEM_RETURN_IF_ERROR(
-        launch_overlapping_clusters(kernel, grid, kBlocks, kThreads, Shared<kBoxes>::kBytes, stream,
-                                    p, plan, candidates, first, query_map, key_map, sample_map));
+    ULTRAMEM_RETURN_IF_ERROR(launch_overlapping_clusters(kernel, grid, kBlocks, kThreads,
+                                                         Shared<kBoxes>::kBytes, stream, p, plan,
+                                                         candidates, first, maps));
     ULTRAMEM_RETURN_IF_ERROR(launch_pick(p, candidates, first, stream));
   }
   return {};
