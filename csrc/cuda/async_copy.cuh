@@ -195,12 +195,6 @@ inline constexpr uint32_t kMaxPrefetchBytes = 1u << 19;
 __device__ __forceinline__ void prefetch_to_l2(const void* global, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(global), "r"(bytes) : "memory");
 }
-// The same for what is wanted once.
-__device__ __forceinline__ void prefetch_to_l2_once(const void* global, uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;\n" ::"l"(global),
-               "r"(bytes), "l"(drop_policy())
-               : "memory");
-}
 
 #endif
 

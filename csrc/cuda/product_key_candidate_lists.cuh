@@ -159,12 +159,15 @@ __device__ __forceinline__ uint32_t count_above(const __nv_bfloat162 (&maxima)[k
 template <int kColumns>
 __device__ __forceinline__ void find_bounds(const Maxima<kColumns>& maxima, uint32_t least,
                                             float (&bounds)[kRows], float (&log_above)[kRows]) {
-  constexpr int kMaxSteps = 8;
+  // Each with two numbers, for less of a step is the counting than what one waits for.
+  constexpr int kMaxSteps = 4;
   // Of normal maxima, where between extremes an eighth to a half of them are above.
   constexpr float kFirstShare = 0.65f;
+  constexpr float kFirstSpread = 0.12f, kSpread = 0.1f, kLeastShare = 0.14f;
   const float log_wanted = log2_fast(static_cast<float>(least) * 1.06f);
   // Between these the counts pass `least`; with logarithms of counts.
   float low[kRows], high[kRows], log_low[kRows], log_high[kRows], share[kRows];
+  uint32_t found[kRows];  // above the lower one
   bool searching[kRows];
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
@@ -185,33 +188,42 @@ __device__ __forceinline__ void find_bounds(const Maxima<kColumns>& maxima, uint
     log_low[row] = log2_fast(kColumns);
     log_high[row] = -1.0f;
     share[row] = kFirstShare;
+    found[row] = kColumns;
     searching[row] = true;
   }
 #pragma unroll 1
   for (int step = 0; step < kMaxSteps; ++step) {
-    // A little more than wanted will do, and sooner than another step the more.
-    const uint32_t most = least + (least * (step + 1) >> 6);
+    // A little more than wanted will do, and in the end some more.
+    const uint32_t most = least + (step < 2 ? least >> 5 : least >> 2);
+    const float spread = step == 0 ? kFirstSpread : kSpread;
     bool any = false;
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      const float guess = fmaf(high[row] - low[row], share[row], low[row]);
-      const __nv_bfloat162 both = __floats2bfloat162_rn(guess, guess);
-      const float value = __low2float(both);
-      const uint32_t above = count_above(maxima[row], both);
-      searching[row] &= value > low[row] && value < high[row];
-      const bool enough = above >= least;
-      const float log_above = log2_fast(fmaxf(static_cast<float>(above), 0.5f));
-      if (searching[row] && enough) {
-        bounds[row] = low[row] = value;
-        log_low[row] = log_above;
+      const float range = high[row] - low[row], from = low[row];
+      bool moved = false;
+#pragma unroll
+      for (int side = -1; side <= 1; side += 2) {
+        const float guess = fmaf(range, fmaf(static_cast<float>(side), spread, share[row]), from);
+        const __nv_bfloat162 both = __floats2bfloat162_rn(guess, guess);
+        const float value = __low2float(both);
+        const uint32_t above = count_above(maxima[row], both);
+        const bool inside = searching[row] && value > low[row] && value < high[row];
+        const bool enough = above >= least;
+        const float log_count = log2_fast(fmaxf(static_cast<float>(above), 0.5f));
+        if (inside && enough) {
+          bounds[row] = low[row] = value;
+          log_low[row] = log_count;
+          found[row] = above;
+        }
+        if (inside && !enough) {
+          high[row] = value;
+          log_high[row] = log_count;
+        }
+        moved |= inside;
       }
-      if (searching[row] && !enough) {
-        high[row] = value;
-        log_high[row] = log_above;
-      }
-      searching[row] &= !enough || above > most;
+      searching[row] &= moved && found[row] > most;
       share[row] = (log_low[row] - log_wanted) * reciprocal_fast(log_low[row] - log_high[row]);
-      share[row] = fminf(fmaxf(share[row], 0.05f), 0.95f);
+      share[row] = fminf(fmaxf(share[row], kLeastShare), 1 - kLeastShare);
       any |= searching[row];
     }
     if (!__any_sync(kFullMask, any)) break;

@@ -140,20 +140,6 @@ struct Maps {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Asks for queries of the block's rank in the L2 cache, by whole rows: boxes of 128 bytes from many
-// rows are what memory delivers slowly. For `threads` threads, of which this is one.
-__device__ __forceinline__ void prefetch_queries(const ProductKeyTopkParams& p, int head_side,
-                                                 int64_t first_token, int thread, int threads) {
-  const int head = head_side / 2, side = head_side % 2;
-  const int plane = p.num_queries > 1 ? static_cast<int>(cluster_rank()) : 0;
-  const auto row_bytes = static_cast<uint32_t>(2 * p.key_dim);
-  const int64_t end = min(first_token + kTokens, p.num_tokens);
-  for (int64_t token = first_token + thread; token < end; token += threads) {
-    const int64_t row = ((token * 2 + side) * p.num_heads + head) * p.num_queries + plane;
-    prefetch_to_l2_once(static_cast<const char*>(p.query) + row * row_bytes, row_bytes);
-  }
-}
-
 // Whether a work has to be done at first, or again.
 template <int kBoxes>
 __device__ __forceinline__ bool has_to_be_done(const Shared<kBoxes>& shared, Work work,
@@ -169,11 +155,11 @@ __device__ __forceinline__ void copy_all(const ProductKeyTopkParams& p, const Pl
                                          const Shared<kBoxes>& shared, const Maps& maps,
                                          int64_t first_chunk_token, int again,
                                          RingCursor<kStages>& at) {
-  const auto rank = static_cast<int>(cluster_rank());
   const Rounds& rounds = plan.rounds[again];
 #pragma unroll 1
   for (Work work{0}; work.index() < plan.works; ++work.number) {
     if (!has_to_be_done(shared, work, again != 0)) continue;
+    const auto rank = static_cast<int>(cluster_rank());  // not kept: a register too many
     const int head_side = work.head_side(plan.tiles);
     const int query_plane = (head_side % 2 * p.num_heads + head_side / 2) * p.num_queries +
                             (p.num_queries > 1 ? rank : 0);
@@ -346,14 +332,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (warp >= 2 * kWarps) {
     give_up_registers<kCopierRegisters>();
-    const int thread = static_cast<int>(threadIdx.x) - 2 * kMultipliers;
-    const Work work{0};
-    prefetch_queries(p, work.head_side(plan.tiles),
-                     first_chunk_token + work.first_chunk_token(plan.tiles), thread, kCopiers);
     RingCursor<kStages> at;
     int again = 0;
     while (true) {
-      if (thread == 0) {
+      if (threadIdx.x == 2 * kMultipliers) {
         copy_all(p, plan, shared, maps, first_chunk_token, again, at);
       }
       if (!goes_on(shared, again != 0, lane)) break;
