@@ -159,8 +159,9 @@ __device__ __forceinline__ uint32_t count_above(const __nv_bfloat162 (&maxima)[k
 template <int kColumns>
 __device__ __forceinline__ void find_bounds(const Maxima<kColumns>& maxima, uint32_t least,
                                             float (&bounds)[kRows], float (&log_above)[kRows]) {
-  // Each with two numbers, for less of a step is the counting than what one waits for.
-  constexpr int kMaxSteps = 4;
+  // Three or four for normal maxima, more where some lie far from the others. Each counts for two
+  // numbers: a step takes longer to wait for than to count.
+  constexpr int kMaxSteps = 8;
   // Of normal maxima, where between extremes an eighth to a half of them are above.
   constexpr float kFirstShare = 0.65f;
   constexpr float kFirstSpread = 0.12f, kSpread = 0.1f, kLeastShare = 0.14f;

@@ -127,8 +127,9 @@ class CutGuess {
   __device__ __forceinline__ void measure_products(const TokenView& token, int lane,
                                                    float (&row_depths)[kLaneKeys],
                                                    float (&col_depths)[kLaneKeys]) {
-    // No rank overflows, nor any sum of its terms, below this.
-    constexpr float kMaxScale = 1e38f;
+    // No rank overflows, nor any sum of its terms, below this, and no bound on what a key reaches
+    // where it matters below that.
+    constexpr float kMaxScale = 1e38f, kMaxFactor = 1e32f;
     // Of the greatest product of lengths: more than ranks, levels and bounds lose to rounding.
     constexpr float kSlack = 1e-5f;
     float unit[kPlanes];
@@ -157,8 +158,10 @@ class CutGuess {
     col = warp_max(col);
     row_across = warp_max(row_across);
     col_across = warp_max(col_across);
-    const float greatest = (row + row_across) * (col + col_across);
-    top_ = greatest < kMaxScale && row * col > 0.0f ? row * col : __uint_as_float(kNanBits);
+    const float row_size = row + row_across, col_size = col + col_across;
+    const float greatest = (row_size + kUnderflow) * (col_size + kUnderflow);
+    const bool fits = greatest < kMaxScale && fmaxf(row_size, col_size) < kMaxFactor;
+    top_ = fits && row * col > 0.0f ? row * col : __uint_as_float(kNanBits);
     const float slack = kSlack * greatest;
     most_ = fmaf(row, col, fmaf(row_across, col_across, slack));
     const float row_scale = reciprocal_fast(row), col_scale = reciprocal_fast(col);
@@ -206,13 +209,16 @@ class CutGuess {
 
     __device__ __forceinline__ float operator()(float along, float across) const {
       const float of_lengths = fmaf(fabsf(along), along_, fabsf(across) * across_);
-      if constexpr (kPlanes != 2) return of_lengths;
-      const bool falls = across < 0.0f;
-      const float before = falls ? before_falling_ : before_rising_;
-      const float beyond = falls ? beyond_falling_ : beyond_rising_;
-      const float reach = fmaxf(fmaf(along, along_, fabsf(across) * before),
-                                fmaf(along, beyond, fabsf(across) * across_));
-      return along > 0.0f ? reach : of_lengths;
+      if constexpr (kPlanes == 2) {
+        const bool falls = across < 0.0f;
+        const float before = falls ? before_falling_ : before_rising_;
+        const float beyond = falls ? beyond_falling_ : beyond_rising_;
+        const float reach = fmaxf(fmaf(along, along_, fabsf(across) * before),
+                                  fmaf(along, beyond, fabsf(across) * across_));
+        return along > 0.0f ? reach : of_lengths;
+      } else {
+        return of_lengths;
+      }
     }
 
    private:
@@ -225,11 +231,9 @@ class CutGuess {
   __device__ __forceinline__ static void split(const float (&x)[kPlanes],
                                                const float (&unit)[kPlanes], float* along,
                                                float* across) {
-    constexpr float kUnderflow = 2e-19f;  // what is smaller has no square, nor a product
     *along = rank_value<kPlanes>(x, unit);
     if constexpr (kPlanes == 2) {
-      const float left = fmaf(x[0], unit[1], -(x[1] * unit[0]));
-      *across = left + copysignf(kUnderflow, left);
+      *across = fmaf(x[0], unit[1], -(x[1] * unit[0]));
     } else {
       float squares = 0.0f;
 #pragma unroll
@@ -320,6 +324,7 @@ class CutGuess {
     return __uint_as_float(__reduce_max_sync(kFullMask, __float_as_uint(x)));
   }
 
+  static constexpr float kUnderflow = 2e-19f;  // what is smaller has no square, nor a product
   static constexpr float kUncounted = 0x1p127f;
 
   bool additive_;

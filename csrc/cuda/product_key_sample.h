@@ -13,10 +13,10 @@
 
 namespace ultramem::cuda {
 
-// A sample of the keys in so many tiles, of a piece of up to 64 keys for each of two blocks. A tile
-// has a part of the ids for itself, so that of sorted scores not all have their best at the same
-// places; of this part a piece has every stride-th key, one block's between the other's. The few
-// keys left at either end of a part are in none.
+// A sample of the keys in so many tiles, of a piece of 64 keys for each of two blocks. A tile has a
+// part of the ids for itself, so that of sorted scores not all have their best at the same places;
+// of this part a piece has every stride-th key, one block's between the other's. Keys left at
+// either end of a part, half as many as pieces have or fewer, are in none.
 struct Sample {
   static constexpr int kBlocks = 2, kPieceKeys = 64;
 

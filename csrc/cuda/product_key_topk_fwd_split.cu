@@ -91,13 +91,14 @@ struct Schedule {
                   Sample(num_keys, first)};
       room = guessed_room;
     }
-    // So that a list of m has room for what comes at once.
+    // So that a list of m has room for what comes at once. A bound that is certain lets more pass:
+    // of works that are done again lists may be cut.
     room = std::max(room, static_cast<double>(m + kPartKeys));
     const double all = exact.second * kOwnKeys;
     capacity = std::min(list_capacity(std::min(room, all)), limit);
   }
 
-  // Worked out once for calls that follow each other: it takes a microsecond or more.
+  // Worked out once for calls that follow each other: it takes microseconds.
   static const Schedule& of(const ProductKeyTopkParams& p) {
     struct Last {
       int64_t num_keys;

@@ -20,6 +20,7 @@ from helpers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from retrieval_reference import judge, reference
 from torch import Tensor
 
 from ultramem_cuda import ops
@@ -591,3 +592,47 @@ def test_keys_nobody_kept_have_zero_gradient(device: str) -> None:
     for side, kept in enumerate((indices // 500, indices % 500)):
         touched = grad[0, side, 0].any(-1).nonzero().flatten()
         assert torch.equal(touched, kept.unique())
+
+
+def extreme_factors(kind: str, data: Data, *shape: int) -> Tensor:
+    """Axis scores [*shape, 2 sides, 2 ranks, m] of keys that are kept for their first rank alone,
+    but not chosen for it alone: a bound on what a key reaches is needed along and across."""
+    *tokens, num_keys = shape
+    size = (*tokens, 2, 2, num_keys)
+    scores = data.normal(*size)
+    row, col = scores.unbind(-3)
+    row[..., 0, :] = row[..., 0, :].abs() + 0.2
+    col[..., 0, :] = col[..., 0, :].abs() + 0.2
+    first_half = data.integers(2, *tokens, num_keys) == 0
+    if kind == "tiny columns":
+        col[..., 1, :] = -1e-5 * col[..., 1, :].abs()
+        col *= 1e-18
+    elif kind == "huge columns, one against the filter":
+        row[..., 1, :] = -1e-3 * row[..., 1, :].abs().where(first_half, 0.0)
+        col[..., 0, :] *= 1e35
+        col[..., 1, :] = 3e36 * col[..., 1, :].abs()
+        col[..., 0, 0], col[..., 1, 0] = -1e36, 0.0
+    elif kind == "huge columns, along or across":
+        row[..., 0, :] = (0.1 * row[..., 0, :]).where(first_half, 1e-3)
+        row[..., 1, :] = (-10 * row[..., 1, :].abs()).where(~first_half, 0.0)
+        col[..., 0, :] = (4e36 * col[..., 0, :]).where(first_half, 0.0)
+        col[..., 1, :] = (2e36 * col[..., 1, :]).where(~first_half, 0.0)
+    return scores
+
+
+@pytest.mark.parametrize("num_keys", [64, 128])
+@pytest.mark.parametrize(
+    "kind",
+    ["tiny columns", "huge columns, one against the filter", "huge columns, along or across"],
+)
+def test_factors_of_extreme_sizes(device: str, kind: str, num_keys: int) -> None:
+    # More tokens than have a block each.
+    tokens = 20 if device == "cpu" else 600
+    query = extreme_factors(kind, Data(num_keys, device), tokens, num_keys)[:, :, None]
+    keys = torch.eye(num_keys, device=device).expand(1, 2, 2, -1, -1).contiguous()
+    core = torch.eye(2, device=device)[None, None]
+    first = torch.tensor([[1.0, 0.0]], device=device)
+    sizes = {"topk": num_keys, "axis_topk": num_keys}
+    _, indices = ops.product_key_topk(query, keys, core, u=first, t=first, **sizes)
+    expected = reference(query, keys, core, first, first, **sizes)
+    assert not judge(expected, indices).violations()

@@ -80,15 +80,15 @@ def ascending_but(low: Tensor) -> Tensor:
 def in_sample(ids: Tensor, num_keys: int) -> Tensor:
     """Whether the kernel with a rank a block looks at a key first, to guess a bound.
 
-    At n 650 with m 48 and n 701 with m 40 it takes two tiles of 128: every stride-th key, from
-    four first ones on (csrc/cuda/product_key_sample.h). Where these are the best of all, fewer
-    than m keys are above what it guesses.
+    At n 650 with m 48 and n 701 with m 40 it takes two tiles of 128, one of either half of the ids:
+    there every stride-th key from two first ones on (csrc/cuda/product_key_sample.h). Where these
+    are the best of all, fewer than m keys are above what it guesses.
     """
-    stride = max(num_keys // 64, 1)
-    places = ids - (num_keys - 64 * stride) // 2
-    firsts = [tile * stride // 2 + block * (stride // 4) for tile in range(2) for block in range(2)]
-    inside = (places >= 0) & (places < 64 * stride)
-    return inside & torch.isin(places % stride, torch.tensor(firsts))
+    part = num_keys // 2
+    stride = max(part // 64, 1)
+    places = ids % part - max(part - 64 * stride, 0) // 2
+    inside = (ids < 2 * part) & (places >= 0) & (places < 64 * stride)
+    return inside & torch.isin(places % stride, torch.tensor([0, stride // 2]))
 
 
 class Inputs:
@@ -158,6 +158,11 @@ class Inputs:
         assert not wrong, f"other slots or another order at {len(wrong)} of [T, H]: {wrong[:8]}"
         right = scores_at(expected.axis_scores, self.core, indices).float()
         torch.testing.assert_close(scores, right, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.parametrize("num_keys", [650, 701])
+def test_the_sample_is_two_tiles(num_keys: int) -> None:
+    assert int(in_sample(torch.arange(num_keys), num_keys).sum()) == 2 * 128
 
 
 @pytest.fixture(params=SHAPES)
