@@ -140,6 +140,41 @@ __device__ __forceinline__ void merge_registers_descending(Key (&keys)[kItems],
   bitonic_merge_registers_descending(keys, lane);
 }
 
+// Sorts runs of kRun * 32 numbers, each of which first rises and then falls or the other way about,
+// number `i * 32 + lane` being keys[i] of a lane: ascending, every second descending. Tokens go
+// side by side to hide latency.
+template <int kRun, int kTokens, int kKeys>
+__device__ __forceinline__ void merge_runs(uint32_t (&keys)[kTokens][kKeys], int lane) {
+#pragma unroll
+  for (int stride = kRun / 2; stride > 0; stride /= 2) {
+#pragma unroll
+    for (int k = 0; k < kTokens; ++k) {
+#pragma unroll
+      for (int i = 0; i < kKeys; ++i) {
+        if ((i & stride) != 0) continue;
+        const bool descends = i / kRun % 2 != 0;
+        const uint32_t lower = min(keys[k][i], keys[k][i + stride]);
+        const uint32_t greater = max(keys[k][i], keys[k][i + stride]);
+        keys[k][i] = descends ? greater : lower;
+        keys[k][i + stride] = descends ? lower : greater;
+      }
+    }
+  }
+#pragma unroll
+  for (int stride = kWarpSize / 2; stride > 0; stride /= 2) {
+    const bool is_second = (lane & stride) != 0;
+#pragma unroll
+    for (int k = 0; k < kTokens; ++k) {
+#pragma unroll
+      for (int i = 0; i < kKeys; ++i) {
+        const bool takes_greater = i / kRun % 2 == 0 ? is_second : !is_second;
+        const uint32_t other = __shfl_xor_sync(kFullMask, keys[k][i], stride);
+        if ((other > keys[k][i]) == takes_greater) keys[k][i] = other;
+      }
+    }
+  }
+}
+
 // One warp: makes `kept` the best `limit` of itself and of `num_ranks` new entries, whose
 // positions count up from first_position and lie above all positions kept so far. Entries stay in
 // the order of their positions, which is what resolves ties: the first of equals are taken.
