@@ -203,8 +203,8 @@ __device__ __forceinline__ void find_bounds(const Maxima<kColumns>& maxima, uint
       const float range = high[row] - low[row], from = low[row];
       bool moved = false;
 #pragma unroll
-      for (int side = -1; side <= 1; side += 2) {
-        const float guess = fmaf(range, fmaf(static_cast<float>(side), spread, share[row]), from);
+      for (int sign = -1; sign <= 1; sign += 2) {
+        const float guess = fmaf(range, fmaf(static_cast<float>(sign), spread, share[row]), from);
         const __nv_bfloat162 both = __floats2bfloat162_rn(guess, guess);
         const float value = __low2float(both);
         const uint32_t above = count_above(maxima[row], both);

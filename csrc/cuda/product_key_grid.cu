@@ -61,8 +61,9 @@ struct GridLayout {
     num_guessed = list_guessed_applies(p) ? pairs_to_guess(p.topk, max_sorted) : 0.0f;
     maxima = shared.take(0);
     codes = shared.take(int64_t{2} * max_found);
-    const int chunks_or_less = std::max(static_cast<int>(sizeof(GuessScratch)), 2 * max_sorted);
-    chunks = shared.take(chunks_or_less);
+    // Of the place of the chunks, what is in use while keys are. The listed chunks reach into
+    // these, and the maxima over all three.
+    chunks = shared.take(std::max(static_cast<int>(sizeof(GuessScratch)), 2 * max_sorted));
     keys = shared.take(std::max(int64_t{4} * max_found, int64_t{8} * max_sorted));
     for (const int end : {chunks + 2 * kMaxChunks, maxima + 4 * kMaxChunks}) {
       if (end > shared.bytes()) shared.take(end - shared.bytes());

@@ -195,7 +195,7 @@ class CutGuess {
           rising = fmaxf(rising, fmaf(slope, across[i], along[i]));
           falling = fmaxf(falling, fmaf(-slope, across[i], along[i]));
         }
-        // A key may be across alone: no bound but infinity.
+        // Keys that are across almost alone: infinity is a bound, too.
         const bool is_steep = !(slope < 0x1p60f);
         const float at_rising = is_steep ? __uint_as_float(kInfinityBits) : warp_max(rising);
         const float at_falling = is_steep ? __uint_as_float(kInfinityBits) : warp_max(falling);

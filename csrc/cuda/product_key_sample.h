@@ -15,8 +15,8 @@ namespace ultramem::cuda {
 
 // A sample of the keys in so many tiles, of a piece of 64 keys for each of two blocks. A tile has a
 // part of the ids for itself, so that of sorted scores not all have their best at the same places;
-// of this part a piece has every stride-th key, one block's between the other's. Keys left at
-// either end of a part, half as many as pieces have or fewer, are in none.
+// of this part a piece has every stride-th key, one block's between the other's. At either end of a
+// part up to 32 keys are left that are in none.
 struct Sample {
   static constexpr int kBlocks = 2, kPieceKeys = 64;
 

@@ -127,6 +127,7 @@ struct Plan {
   }
 };
 
+// Tensor maps; of samples, that of the first time and that of works that are done again.
 struct Maps {
   CUtensorMap queries, keys, samples[2];
 

@@ -594,16 +594,14 @@ def test_keys_nobody_kept_have_zero_gradient(device: str) -> None:
         assert torch.equal(touched, kept.unique())
 
 
-def extreme_factors(kind: str, data: Data, *shape: int) -> Tensor:
-    """Axis scores [*shape, 2 sides, 2 ranks, m] of keys that are kept for their first rank alone,
-    but not chosen for it alone: a bound on what a key reaches is needed along and across."""
-    *tokens, num_keys = shape
-    size = (*tokens, 2, 2, num_keys)
-    scores = data.normal(*size)
-    row, col = scores.unbind(-3)
+def extreme_factors(kind: str, data: Data, tokens: int, num_keys: int) -> Tensor:
+    """Axis scores [tokens, 2 sides, 2 ranks, num_keys] of tiny or huge columns, whose best pairs
+    depend on both ranks."""
+    scores = data.normal(tokens, 2, 2, num_keys)
+    row, col = scores.unbind(1)
     row[..., 0, :] = row[..., 0, :].abs() + 0.2
     col[..., 0, :] = col[..., 0, :].abs() + 0.2
-    first_half = data.integers(2, *tokens, num_keys) == 0
+    first_half = data.integers(2, tokens, num_keys) == 0
     if kind == "tiny columns":
         col[..., 1, :] = -1e-5 * col[..., 1, :].abs()
         col *= 1e-18
