@@ -111,12 +111,11 @@ struct ProductSchedule {
   __host__ __device__ int64_t block_of(int64_t step) const {
     return ((step + 1) * num_blocks - 1) / (num_tiles * tile_steps);
   }
-  // Where a block leaves its part of a tile that it shares with others. With fewer tiles than
-  // blocks, (block, tile) goes up by at least one in sum from part to part; with more, a block
-  // shares at most its first and its last tile.
-  __host__ __device__ int64_t slot(int64_t block, int64_t tile) const {
+  // Where a block whose first step is in first_tile leaves its part of a tile that it shares with
+  // others. With fewer tiles than blocks, (block, tile) goes up by at least one in sum from part to
+  // part; with more, a block shares at most its first and its last tile.
+  __host__ __device__ int64_t slot(int64_t block, int64_t first_tile, int64_t tile) const {
     if (disjoint) return block;
-    const int64_t first_tile = first_step(block) / tile_steps;
     return block + (first_tile < block ? first_tile : block) + (tile != first_tile);
   }
   int64_t num_slots() const {

@@ -102,6 +102,7 @@ __global__ void __launch_bounds__(kBucketThreads, 4)
                                         int core_blocks, uint32_t* entries,
                                         uint16_t* bucket_starts) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
+  release_dependent_grid();
   const int thread = threadIdx.x;
   const int block = static_cast<int>(blockIdx.x) - core_blocks;
   if (block < 0) {
@@ -186,7 +187,7 @@ __global__ void __launch_bounds__(kBucketThreads, 4)
                                                                : __int_as_float(0x7fffffff);
       const auto value = static_cast<uint16_t>(pack_rounded<scalar_t>(grad, 0.0f));
       sorted[counts[key_tile] + in_bucket.elements[v]] =
-          pack_entry(value, token, static_cast<int>(key % kBucketSize));
+          pack_entry(value, static_cast<uint32_t>(token), key % kBucketSize);
     }
   }
   __syncthreads();

@@ -27,12 +27,17 @@ __device__ __forceinline__ float power_of_two(int exponent) {
 // ---- buckets: the entries of dS by tokens and keys ---------------------------------------------
 
 inline constexpr int kBucketSize = 64;  // tokens, and keys
-inline constexpr int kBucketBits = 6;
-static_assert(1 << kBucketBits == kBucketSize);
 
-// An entry is its value, rounded, in the upper half; below it the token and the key in the bucket.
-__device__ __forceinline__ uint32_t pack_entry(uint16_t value, int token, int key) {
-  return static_cast<uint32_t>(value) << 16 | static_cast<uint32_t>(token << kBucketBits | key);
+// A bucket unfolded: tokens by keys of two bytes, in rows whose 16-byte pieces are swizzled as
+// wgmma takes them.
+inline constexpr int kBucketRowBytes = 2 * kBucketSize;
+__device__ __forceinline__ uint32_t bucket_offset(uint32_t token, uint32_t byte) {
+  return token * kBucketRowBytes + (byte ^ token % 8 * 16);
+}
+
+// An entry is its value, rounded, in the upper half; below it where the unfolded bucket has it.
+__device__ __forceinline__ uint32_t pack_entry(uint16_t value, uint32_t token, uint32_t key) {
+  return static_cast<uint32_t>(value) << 16 | bucket_offset(token, 2 * key);
 }
 
 // ---- products: unfolded dS times rows ----------------------------------------------------------
@@ -254,8 +259,8 @@ struct EntryPlace {
   uint32_t col;
 };
 __device__ __forceinline__ EntryPlace entry_place(uint32_t entry, int half, bool rows_are_tokens) {
-  const uint32_t key = entry % kBucketSize;
-  const uint32_t token = entry >> kBucketBits & (kBucketSize - 1);
+  const uint32_t token = entry / kBucketRowBytes % kBucketSize;
+  const uint32_t key = bucket_offset(token, entry) % kBucketRowBytes / 2;
   return {half * kBucketSize + (rows_are_tokens ? token : key), rows_are_tokens ? key : token};
 }
 
@@ -470,7 +475,8 @@ __device__ __forceinline__ void consume(const Product& p, RingPosition ring, int
                          2 * first_col + lane / 16 * 16;
 
   const int64_t tile_steps = p.schedule.tile_steps;
-  int64_t tile = first_step / tile_steps;
+  const int64_t first_tile = first_step / tile_steps;
+  int64_t tile = first_tile;
   for (int64_t step = first_step; step < last_step; ++tile) {
     const int64_t tile_end = min((tile + 1) * tile_steps, last_step);
     const bool whole = tile_end - step == tile_steps;
@@ -487,7 +493,7 @@ __device__ __forceinline__ void consume(const Product& p, RingPosition ring, int
     if (whole) {
       store_tile<scalar_t, kCols>(p, TileCoords(p, tile, 0), first_row, first_col, lane, acc);
     } else {
-      const int64_t slot = p.schedule.slot(blockIdx.x, tile);
+      const int64_t slot = p.schedule.slot(blockIdx.x, first_tile, tile);
       store_partial<kCols>(p.partials.part(slot, kTileRows * kCols), first_row, first_col, lane,
                            acc);
     }

@@ -5,6 +5,7 @@
 // rows copied as boxes of 64 columns (TMA), the operand that wgmma transposes. The blocks of a
 // cluster take neighbouring rows of the output and need the same dense rows in the same step: each
 // copies its share of them to all.
+#include "cluster.cuh"
 #include "common.cuh"
 #include "kernel_registry.h"
 #include "mma.cuh"
@@ -22,20 +23,21 @@ constexpr int kGroups = kTileRows / kGroupRows;  // that multiply
 constexpr int kThreads = (kGroups + 1) * kGroupThreads;
 // A block of this size is launched with 168 registers a thread. A multiplier holds up to 128 sums.
 constexpr int kLaunchRegisters = 168;
-constexpr int kMultiplierRegisters = 200;
-constexpr int kFillerRegisters = 104;
+constexpr int kMultiplierRegisters = 184;
+constexpr int kFillerRegisters = 136;
 static_assert(kGroups * kMultiplierRegisters + kFillerRegisters ==
               (kGroups + 1) * kLaunchRegisters);
 constexpr int kBoxCols = 64;
-constexpr int kRowBytes = 128;  // of a box, and of the sparse tile
+constexpr int kRowBytes = 128;  // of a box
 constexpr int kBoxBytes = kTileDepth * kRowBytes;
+constexpr int kBucketBytes = kBucketSize * kBucketRowBytes;
 constexpr int kAlignment = 1024;  // of swizzled tiles
-static_assert(2 * kBoxCols == kRowBytes && 2 * kTileDepth == kRowBytes);
+static_assert(2 * kBoxCols == kRowBytes && kGroupRows == kBucketSize);
 
 template <int kCols>
 struct WgmmaTraits {
   static constexpr int kBoxes = kCols / kBoxCols;
-  static constexpr int kSparseBytes = kTileRows * kRowBytes;
+  static constexpr int kSparseBytes = kBucketsPerStep * kBucketBytes;
   static constexpr int kStageBytes = kSparseBytes + kBoxes * kBoxBytes;
   static constexpr int kStages = kCols == 256 ? 4 : 5;
   static constexpr int kBarriersOffset = kStages * kStageBytes;
@@ -48,7 +50,7 @@ struct WgmmaTraits {
 
 constexpr int kMultiplierWarps = kGroups * kGroupThreads / kWarpSize;
 constexpr int kFillers = kGroupThreads / kWarpSize;
-constexpr int kChunkBytes = 16;
+constexpr int kPieceBytes = 16;  // that are swizzled
 // Of a thread that multiplies.
 template <int kCols>
 constexpr int kSums = kCols / 2;
@@ -93,54 +95,92 @@ constexpr int kFullArrivals = 1 + kWarpSize;
 constexpr int kLaneEntries = 16;
 constexpr int kEntryUnroll = 4;
 
-__device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t byte) {
-  return row * kRowBytes + (byte ^ row % 8 * kChunkBytes);
+// What a warp needs to know of a step, in the lane that has read it.
+struct FillStep {
+  const uint32_t* entries[kBucketsPerStep];
+  const uint8_t* finite;
+  uint32_t num_entries = 0;  // of both buckets, 16 bits each
+  int first_dense_row = 0;
+  int dense_plane = 0;
+  int first_col = 0;
+  static_assert(kBucketSize * kMaxAxisTopk < 1 << 16);
+
+  FillStep() = default;
+  template <int kCols>
+  __device__ static FillStep read(const Product& p, int64_t step, int block_rank) {
+    const Step s = StepCursor(p, step, block_rank).read();
+    FillStep own;
+    for (int half = 0; half < kBucketsPerStep; ++half) {
+      own.entries[half] = s.entries[half];
+      own.num_entries |= static_cast<uint32_t>(s.num_entries[half]) << 16 * half;
+    }
+    own.finite = s.finite;
+    own.first_dense_row = s.first_dense_row;
+    own.dense_plane = s.coords.head * p.dense_planes.head + s.coords.side * p.dense_planes.side +
+                      s.dense_rank * p.dense_planes.rank;
+    own.first_col = s.coords.col_tile * kCols;
+    return own;
+  }
+
+  // That of a lane.
+  __device__ __forceinline__ FillStep of(int lane) const {
+    const auto get = [lane](auto x) { return __shfl_sync(kFullMask, x, lane); };
+    const auto get_pointer = [&](auto pointer) {
+      return reinterpret_cast<decltype(pointer)>(
+          get(reinterpret_cast<unsigned long long>(pointer)));
+    };
+    FillStep step;
+    for (int half = 0; half < kBucketsPerStep; ++half) {
+      step.entries[half] = get_pointer(entries[half]);
+    }
+    step.finite = get_pointer(finite);
+    step.num_entries = get(num_entries);
+    step.first_dense_row = get(first_dense_row);
+    step.dense_plane = get(dense_plane);
+    step.first_col = get(first_col);
+    return step;
+  }
+};
+
+__device__ __forceinline__ void unfold_entry(uint32_t entry, uint32_t bucket) {
+  store_shared(bucket + (entry & 0xffff), static_cast<uint16_t>(entry >> 16));
 }
 
-__device__ __forceinline__ void unfold_entry(uint32_t entry, int half, bool rows_are_tokens,
-                                             uint32_t to) {
-  const EntryPlace place = entry_place(entry, half, rows_are_tokens);
-  store_shared(to + swizzled(place.row, 2 * place.col), static_cast<uint16_t>(entry >> 16));
-}
-
-// This block's share of the dense rows, to all blocks of its cluster.
+// This block's share of the dense rows, from row `share` on, to all blocks of its cluster.
 template <int kCols>
-__device__ __forceinline__ void copy_boxes(const CUtensorMap& dense_map, int cluster,
-                                           int block_rank, int num_boxes, int first_col,
-                                           int first_row, int plane, uint32_t to, uint32_t full) {
-  const int share = kTileDepth / cluster * block_rank;  // its first row
-  const auto mask = static_cast<uint16_t>((1 << cluster) - 1);
+__device__ __forceinline__ void copy_boxes(const CUtensorMap& dense_map, uint16_t cluster_mask,
+                                           int share, int num_boxes, const FillStep& step,
+                                           uint32_t to, uint32_t full) {
 #pragma unroll
   for (int i = 0; i < WgmmaTraits<kCols>::kBoxes; ++i) {
     if (i == num_boxes) break;
-    const uint32_t box = to + i * kBoxBytes + share * kRowBytes;
-    const int x = first_col + i * kBoxCols;
-    if (cluster > 1) {
-      copy_box_multicast(&dense_map, box, full, mask, x, first_row + share, plane);
-    } else {
-      copy_box(&dense_map, box, full, x, first_row, plane);
-    }
+    copy_box_multicast(&dense_map, to + i * kBoxBytes + share * kRowBytes, full, cluster_mask,
+                       step.first_col + i * kBoxCols, step.first_dense_row + share,
+                       step.dense_plane);
   }
 }
 
 // The same rows, all of them, by this warp: zeros where they are not finite or do not exist.
 template <typename scalar_t, int kCols>
-__device__ __forceinline__ void copy_finite_rows(const Product& p, const Step& step,
+__device__ __forceinline__ void copy_finite_rows(const Product& p, const FillStep& step,
                                                  uint64_t finite, uint32_t to, int lane) {
-  constexpr int kChunkElements = kChunkBytes / static_cast<int>(sizeof(scalar_t));
-  constexpr int kChunks = kCols / kChunkElements;  // of a row
-  const scalar_t* rows = dense_rows<scalar_t>(p, step, kCols);
-  const int num_cols = p.key_dim - step.coords.col_tile * kCols;
+  constexpr int kPieceElements = kPieceBytes / static_cast<int>(sizeof(scalar_t));
+  constexpr int kPieces = kCols / kPieceElements;  // of a row
+  const auto* rows = static_cast<const scalar_t*>(p.dense.data) +
+                     step.dense_plane * p.dense_planes.element_stride +
+                     step.first_dense_row * p.dense.row_stride + step.first_col;
+  const int num_cols = p.key_dim - step.first_col;
 #pragma unroll 4
-  for (int i = lane; i < kTileDepth * kChunks; i += kWarpSize) {
-    const int row = i / kChunks;
-    const int col = (i - row * kChunks) * kChunkElements;
-    uint4 chunk = make_uint4(0, 0, 0, 0);
+  for (int i = lane; i < kTileDepth * kPieces; i += kWarpSize) {
+    const int row = i / kPieces;
+    const int col = (i - row * kPieces) * kPieceElements;
+    uint4 piece = make_uint4(0, 0, 0, 0);
     if ((finite >> row & 1) != 0 && col < num_cols) {
-      chunk = *reinterpret_cast<const uint4*>(rows + row * p.dense.row_stride + col);
+      piece = *reinterpret_cast<const uint4*>(rows + row * p.dense.row_stride + col);
     }
-    const uint32_t byte = static_cast<uint32_t>(2 * (col % kBoxCols));
-    store_shared(to + col / kBoxCols * kBoxBytes + swizzled(row, byte), chunk);
+    const auto byte = static_cast<uint32_t>(2 * (col % kBoxCols));
+    store_shared(to + col / kBoxCols * kBoxBytes + row * kRowBytes + (byte ^ row % 8 * kPieceBytes),
+                 piece);
   }
 }
 
@@ -153,26 +193,38 @@ __device__ __forceinline__ void fill_ring(const Product& p, const CUtensorMap& d
   const int cluster = p.schedule.cluster;
   const int block_rank = static_cast<int>(cluster_rank());
   const WorkerSteps steps(p.schedule);
-  if (warp >= steps.count) return;
+  const auto cluster_mask = static_cast<uint16_t>((1 << cluster) - 1);
+  const int share = kTileDepth / cluster * block_rank;
+  const auto num_dense_rows = static_cast<int>(p.dense.num_rows);
 
-  StepCursor cursor(p, steps.first, block_rank);
+  // Of 32 fills, one in each lane.
+  FillStep read;
 #pragma unroll 1
-  for (int i = 0; i < warp; ++i) cursor.advance();
-#pragma unroll 1
-  for (int i = warp; i < steps.count; i += kFillers) {
-    const Step step = cursor.read();
-    const int second_row = lane + kWarpSize;
-    const bool exists[2] = {lane < step.num_dense_rows, second_row < step.num_dense_rows};
-    const bool finite[2] = {exists[0] && step.finite[lane] != 0,
-                            exists[1] && step.finite[second_row] != 0};
+  for (int i = warp, fill = 0; i < steps.count; i += kFillers, ++fill) {
+    if (fill % kWarpSize == 0) {
+      const int own = i + lane * kFillers;
+      if (own < steps.count) read = FillStep::read<kCols>(p, steps.first + own, block_rank);
+      __syncwarp();
+    }
+    const FillStep step = read.of(fill % kWarpSize);
+    const int num_entries[kBucketsPerStep] = {static_cast<int>(step.num_entries & 0xffff),
+                                              static_cast<int>(step.num_entries >> 16)};
     uint32_t ahead[kBucketsPerStep][kLaneEntries];
 #pragma unroll
     for (int half = 0; half < kBucketsPerStep; ++half) {
+      const uint32_t* entries = step.entries[half] + lane;
 #pragma unroll
       for (int j = 0; j < kLaneEntries; ++j) {
-        const int entry = lane + j * kWarpSize;
-        ahead[half][j] = entry < step.num_entries[half] ? step.entries[half][entry] : 0;
+        if (j % kEntryUnroll == 0 && j * kWarpSize >= num_entries[half]) break;
+        if (lane + j * kWarpSize < num_entries[half]) ahead[half][j] = entries[j * kWarpSize];
       }
+    }
+    bool exists[2], finite[2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int row = lane + k * kWarpSize;
+      exists[k] = step.first_dense_row + row < num_dense_rows;
+      finite[k] = exists[k] && step.finite[row] != 0;
     }
     // The blocks of a cluster see the same dense rows and agree on who copies them.
     const bool all_finite =
@@ -184,16 +236,11 @@ __device__ __forceinline__ void fill_ring(const Product& p, const CUtensorMap& d
     mbarrier_wait(ring.empty(i), Ring<kCols>::parity(i) ^ 1);
     if (all_finite) {
       if (lane == 0) {
-        const TileCoords& coords = step.coords;
-        const int first_col = coords.col_tile * kCols;
         // Columns that are in no box are multiplied, too, but into columns that are not stored.
         const int num_boxes =
-            min(Traits::kBoxes, (p.key_dim - first_col + kBoxCols - 1) / kBoxCols);
-        const int plane = coords.head * p.dense_planes.head + coords.side * p.dense_planes.side +
-                          step.dense_rank * p.dense_planes.rank;
+            min(Traits::kBoxes, (p.key_dim - step.first_col + kBoxCols - 1) / kBoxCols);
         mbarrier_expect_bytes(full, num_boxes * kBoxBytes);
-        copy_boxes<kCols>(dense_map, cluster, block_rank, num_boxes, first_col,
-                          step.first_dense_row, plane, dense, full);
+        copy_boxes<kCols>(dense_map, cluster_mask, share, num_boxes, step, dense, full);
       }
     } else {
       const uint64_t low_rows = __ballot_sync(kFullMask, finite[0]);
@@ -203,46 +250,53 @@ __device__ __forceinline__ void fill_ring(const Product& p, const CUtensorMap& d
     }
 
 #pragma unroll
-    for (int chunk = 0; chunk < Traits::kSparseBytes; chunk += kWarpSize * kChunkBytes) {
-      store_shared(sparse + chunk + lane * kChunkBytes, make_uint4(0, 0, 0, 0));
+    for (int piece = 0; piece < Traits::kSparseBytes; piece += kWarpSize * kPieceBytes) {
+      store_shared(sparse + piece + lane * kPieceBytes, make_uint4(0, 0, 0, 0));
     }
     __syncwarp();
 #pragma unroll
     for (int half = 0; half < kBucketsPerStep; ++half) {
+      const uint32_t bucket = sparse + half * kBucketBytes;
 #pragma unroll
       for (int j = 0; j < kLaneEntries; ++j) {
-        if (j % kEntryUnroll == 0 && j * kWarpSize >= step.num_entries[half]) break;
-        if (lane + j * kWarpSize < step.num_entries[half]) {
-          unfold_entry(ahead[half][j], half, p.rows_are_tokens, sparse);
-        }
+        if (j % kEntryUnroll == 0 && j * kWarpSize >= num_entries[half]) break;
+        if (lane + j * kWarpSize < num_entries[half]) unfold_entry(ahead[half][j], bucket);
       }
 #pragma unroll kEntryUnroll
-      for (int entry = lane + kLaneEntries * kWarpSize; entry < step.num_entries[half];
+      for (int entry = lane + kLaneEntries * kWarpSize; entry < num_entries[half];
            entry += kWarpSize) {
-        unfold_entry(step.entries[half][entry], half, p.rows_are_tokens, sparse);
+        unfold_entry(step.entries[half][entry], bucket);
       }
     }
     fence_shared_writes();
     mbarrier_arrive(full);
+  }
+  // No block may leave while another still arrives at its barriers: until all it has filled is
+  // free.
 #pragma unroll 1
-    for (int j = 0; j < kFillers; ++j) cursor.advance();
+  for (int i = max(steps.count - Traits::kStages, 0); i < steps.count; ++i) {
+    if (i % kFillers == warp) mbarrier_wait(ring.empty(i), Ring<kCols>::parity(i));
   }
 }
 
 // ---- the warpgroups that multiply
 
-// Begins sums += a group's 64 rows of the sparse tile times the dense rows of a stage.
-template <typename scalar_t, int kCols>
+// Begins sums += a group's bucket, or its transposed, times the dense rows of a stage.
+template <typename scalar_t, int kCols, bool kRowsAreTokens>
 __device__ __forceinline__ void multiply_stage(Ring<kCols> ring, int step, int group,
                                                float (&sums)[kSums<kCols>]) {
   mbarrier_wait(ring.full(step), Ring<kCols>::parity(step));
-  const uint64_t sparse = tile_descriptor(ring.sparse(step) + group * kGroupRows * kRowBytes);
+  const uint32_t bucket = ring.sparse(step) + group * kBucketBytes;
+  const uint64_t sparse =
+      kRowsAreTokens ? tile_descriptor(bucket) : transposed_tile_descriptor(bucket, kBucketBytes);
   const uint64_t dense = transposed_tile_descriptor(ring.dense(step), kBoxBytes);
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kTileDepth / 16; ++k) {
-    // 32 bytes along the sparse rows; 16 dense rows. In units of 16 bytes.
-    wgmma_k16_transposed<scalar_t>(sums, sparse + 2 * k, dense + kRowBytes * k);
+    // 16 keys are 32 bytes of each of the bucket's rows, 16 tokens as many rows of it. In units of
+    // 16 bytes.
+    wgmma_k16_transposed<scalar_t, !kRowsAreTokens>(
+        sums, sparse + (kRowsAreTokens ? 2 : kBucketRowBytes) * k, dense + kRowBytes * k);
   }
   wgmma_commit();
 }
@@ -304,7 +358,7 @@ __device__ __forceinline__ void store_partial_rows(float* partial, int first_row
       });
 }
 
-template <typename scalar_t, int kCols>
+template <typename scalar_t, int kCols, bool kRowsAreTokens>
 __device__ __forceinline__ void multiply(const Product& p, Ring<kCols> ring) {
   using Traits = WgmmaTraits<kCols>;
   const int lane = threadIdx.x % kWarpSize;
@@ -320,7 +374,8 @@ __device__ __forceinline__ void multiply(const Product& p, Ring<kCols> ring) {
   const int block_rank = static_cast<int>(cluster_rank());
   const WorkerSteps steps(p.schedule);
   const int64_t tile_steps = p.schedule.tile_steps;
-  int64_t tile = steps.first / tile_steps;
+  const int64_t first_tile = steps.first / tile_steps;
+  int64_t tile = first_tile;
   for (int begun = 0; begun < steps.count; ++tile) {
     const int tile_end =
         static_cast<int>(min((tile + 1) * tile_steps - steps.first, int64_t{steps.count}));
@@ -328,11 +383,11 @@ __device__ __forceinline__ void multiply(const Product& p, Ring<kCols> ring) {
     float sums[kSums<kCols>];
 #pragma unroll
     for (int i = 0; i < kSums<kCols>; ++i) sums[i] = 0.0f;
-    multiply_stage<scalar_t, kCols>(ring, begun, group, sums);
+    multiply_stage<scalar_t, kCols, kRowsAreTokens>(ring, begun, group, sums);
     ++begun;
 #pragma unroll 1
     for (; begun < tile_end; ++begun) {
-      multiply_stage<scalar_t, kCols>(ring, begun, group, sums);
+      multiply_stage<scalar_t, kCols, kRowsAreTokens>(ring, begun, group, sums);
       wgmma_wait<1>();
       release(begun - 1);
     }
@@ -343,7 +398,7 @@ __device__ __forceinline__ void multiply(const Product& p, Ring<kCols> ring) {
     if (whole) {
       store_tile_rows<scalar_t, kCols>(p, TileCoords(p, tile, block_rank), first_row, lane, sums);
     } else {
-      const int64_t slot = p.schedule.slot(steps.worker, tile) * cluster + block_rank;
+      const int64_t slot = p.schedule.slot(steps.worker, first_tile, tile) * cluster + block_rank;
       store_partial_rows<kCols>(p.partials.part(slot, kTileRows * kCols), first_row, lane, sums);
     }
   }
@@ -371,18 +426,21 @@ __global__ void __launch_bounds__(kThreads, 1)
     mbarrier_init_fence();
     prefetch_tensor_map(&dense_map);
   }
-  cluster_sync();
+  cluster_arrive_relaxed();
+  cluster_wait();
+  wait_for_prerequisite_grid();
 
-  if (threadIdx.x < kGroups * kGroupThreads) {
-    take_registers<kMultiplierRegisters>();
-    multiply<scalar_t, kCols>(p, ring);
-  } else {
+  if (threadIdx.x >= kGroups * kGroupThreads) {
     give_up_registers<kFillerRegisters>();
     fill_ring<scalar_t, kCols>(p, dense_map, ring);
+    return;
   }
-  __syncwarp();
-  // No block may leave while another still arrives at its barriers or copies into its memory.
-  cluster_sync();
+  take_registers<kMultiplierRegisters>();
+  if (p.rows_are_tokens) {
+    multiply<scalar_t, kCols, true>(p, ring);
+  } else {
+    multiply<scalar_t, kCols, false>(p, ring);
+  }
 #endif
 }
 
@@ -396,22 +454,10 @@ Status launch_width(const Product& product, DType dtype, Stream stream) {
   ULTRAMEM_RETURN_IF_ERROR(make_tensor_map(&dense_map, dense.data, dtype, product.key_dim,
                                            dense.num_rows, planes.count, dense.row_stride,
                                            planes.element_stride, kTileDepth / schedule.cluster));
-  const auto kernel = product_key_topk_bwd_product_wgmma_kernel<scalar_t, kCols>;
-  constexpr int kBytes = Traits::kSharedBytes + kAlignment;
-  ULTRAMEM_RETURN_IF_ERROR(allow_shared_memory(kernel, kBytes));
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(schedule.cluster);
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(schedule.num_blocks * schedule.cluster));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kBytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return to_status(cudaLaunchKernelEx(&config, kernel, product, dense_map));
+  return launch_overlapping_clusters(
+      product_key_topk_bwd_product_wgmma_kernel<scalar_t, kCols>,
+      dim3(static_cast<unsigned>(schedule.num_blocks * schedule.cluster)), schedule.cluster,
+      kThreads, Traits::kSharedBytes + kAlignment, stream, product, dense_map);
 }
 
 template <typename scalar_t>

@@ -19,6 +19,7 @@ inline constexpr int kPartsAtOnce = 4;
 template <typename scalar_t>
 __global__ void __launch_bounds__(kSumThreads)
     product_key_topk_bwd_sum_kernel(__grid_constant__ const Product p, int tile_cols) {
+  release_dependent_grid();
   const ProductSchedule& schedule = p.schedule;
   const int tile = static_cast<int>(blockIdx.y) / schedule.cluster;
   const int block_rank = static_cast<int>(blockIdx.y) % schedule.cluster;

@@ -232,39 +232,43 @@ __device__ __forceinline__ void wgmma_k16_registers(float (&d)[32], const uint32
   "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, " \
   "%126, %127"
 
-#define ULTRAMEM_WGMMA_TRANSPOSED_192(d, a, b, type)                                     \
+#define ULTRAMEM_WGMMA_TRANSPOSED_192(d, a, b, trans_a, type)                            \
   asm volatile(                                                                          \
       "{\n"                                                                              \
       ".reg .pred p;\n"                                                                  \
       "setp.eq.b32 p, 0, 0;\n"                                                           \
       "wgmma.mma_async.sync.aligned.m64n192k16.f32." type "." type " {" ULTRAMEM_REGS_96 \
-      "}, %96, %97, p, 1, 1, 0, 1;\n"                                                    \
+      "}, %96, %97, p, 1, 1, %98, 1;\n"                                                  \
       "}\n"                                                                              \
       : ULTRAMEM_FLOATS_32(d, 0), ULTRAMEM_FLOATS_32(d, 32), ULTRAMEM_FLOATS_32(d, 64)   \
-      : "l"(a), "l"(b))
+      : "l"(a), "l"(b), "n"(static_cast<int>(trans_a)))
 
-#define ULTRAMEM_WGMMA_TRANSPOSED_256(d, a, b, type)                                      \
+#define ULTRAMEM_WGMMA_TRANSPOSED_256(d, a, b, trans_a, type)                             \
   asm volatile(                                                                           \
       "{\n"                                                                               \
       ".reg .pred p;\n"                                                                   \
       "setp.eq.b32 p, 0, 0;\n"                                                            \
       "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " {" ULTRAMEM_REGS_128 \
-      "}, %128, %129, p, 1, 1, 0, 1;\n"                                                   \
+      "}, %128, %129, p, 1, 1, %130, 1;\n"                                                \
       "}\n"                                                                               \
       : ULTRAMEM_FLOATS_32(d, 0), ULTRAMEM_FLOATS_32(d, 32), ULTRAMEM_FLOATS_32(d, 64),   \
         ULTRAMEM_FLOATS_32(d, 96)                                                         \
-      : "l"(a), "l"(b))
+      : "l"(a), "l"(b), "n"(static_cast<int>(trans_a)))
 
-// d [64, N] += a [64, 16] b [16, N], N = 2 * kCount; b by transposed_tile_descriptor. Threads hold
-// parts of d as above.
-template <typename scalar_t, int kCount>
+// d [64, N] += a [64, 16] b [16, N], N = 2 * kCount; b by transposed_tile_descriptor, and a, if
+// kTransposedA, by that of its transposed. Threads hold parts of d as above.
+template <typename scalar_t, bool kTransposedA, int kCount>
 __device__ __forceinline__ void wgmma_k16_transposed(float (&d)[kCount], uint64_t a, uint64_t b) {
   static_assert(kCount == 96 || kCount == 128, "192 or 256 columns");
   constexpr bool kBFloat16 = !std::is_same<scalar_t, __half>::value;
-  if constexpr (kCount == 96 && kBFloat16) ULTRAMEM_WGMMA_TRANSPOSED_192(d, a, b, "bf16");
-  if constexpr (kCount == 96 && !kBFloat16) ULTRAMEM_WGMMA_TRANSPOSED_192(d, a, b, "f16");
-  if constexpr (kCount == 128 && kBFloat16) ULTRAMEM_WGMMA_TRANSPOSED_256(d, a, b, "bf16");
-  if constexpr (kCount == 128 && !kBFloat16) ULTRAMEM_WGMMA_TRANSPOSED_256(d, a, b, "f16");
+  if constexpr (kCount == 96 && kBFloat16)
+    ULTRAMEM_WGMMA_TRANSPOSED_192(d, a, b, kTransposedA, "bf16");
+  if constexpr (kCount == 96 && !kBFloat16)
+    ULTRAMEM_WGMMA_TRANSPOSED_192(d, a, b, kTransposedA, "f16");
+  if constexpr (kCount == 128 && kBFloat16)
+    ULTRAMEM_WGMMA_TRANSPOSED_256(d, a, b, kTransposedA, "bf16");
+  if constexpr (kCount == 128 && !kBFloat16)
+    ULTRAMEM_WGMMA_TRANSPOSED_256(d, a, b, kTransposedA, "f16");
 }
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
