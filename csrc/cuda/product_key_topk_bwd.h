@@ -99,13 +99,25 @@ struct ProductSchedule {
   int cluster = 1;
   int64_t num_tiles = 0;
   int64_t tile_steps = 0;
-  int64_t num_blocks = 0;
   bool split = false;
   bool disjoint = false;  // as many blocks for every tile: none has parts of two
+  // share_out
+  int num_blocks = 0;
+  int spare_units = 0;
+  int64_t block_units = 0;
 
-  __host__ __device__ int64_t first_step(int64_t block) const {
-    return split ? block * (num_tiles * tile_steps) / num_blocks
-                 : block * num_tiles / num_blocks * tile_steps;
+  // Every block gets as many steps, or tiles where these are not split, and some one more.
+  void share_out(int64_t blocks) {
+    const int64_t units = split ? num_tiles * tile_steps : num_tiles;
+    num_blocks = static_cast<int>(blocks);
+    block_units = units / blocks;
+    spare_units = static_cast<int>(units % blocks);
+  }
+  // Of all units, (block / num_blocks) rounded down, without a division of 64 bits.
+  __host__ __device__ int64_t first_step(int block) const {
+    const auto spare =
+        static_cast<uint32_t>(block * spare_units) / static_cast<uint32_t>(num_blocks);
+    return (block * block_units + spare) * (split ? 1 : tile_steps);
   }
   // The block that does a step of a split schedule.
   __host__ __device__ int64_t block_of(int64_t step) const {

@@ -251,7 +251,7 @@ ProductSchedule make_schedule(int64_t groups, int64_t num_rows, int64_t col_tile
   schedule.split = num_tiles * 100 < rounds * workers * kBusyEnough;
   const int64_t most_blocks =
       schedule.split ? std::max(num_tiles, num_tiles * tile_steps / kMinStepsPerBlock) : num_tiles;
-  schedule.num_blocks = std::min(workers, most_blocks);  // none is without work
+  schedule.share_out(std::min(workers, most_blocks));  // none is without work
   return schedule;
 }
 
@@ -259,7 +259,7 @@ ProductSchedule make_schedule(int64_t groups, int64_t num_rows, int64_t col_tile
 void make_disjoint(ProductSchedule* schedule) {
   const int64_t blocks = schedule->num_blocks / schedule->num_tiles * schedule->num_tiles;
   if (!schedule->split || blocks * 100 < schedule->num_blocks * kBusyEnough) return;
-  schedule->num_blocks = blocks;
+  schedule->share_out(blocks);
   schedule->disjoint = true;
 }
 

@@ -518,8 +518,8 @@ __global__ void __launch_bounds__(ProductTraits<kCols>::kThreads, 1)
     }
   }
   __syncthreads();
-  const int64_t first_step = p.schedule.first_step(blockIdx.x);
-  const int64_t last_step = p.schedule.first_step(blockIdx.x + 1);
+  const int64_t first_step = p.schedule.first_step(static_cast<int>(blockIdx.x));
+  const int64_t last_step = p.schedule.first_step(static_cast<int>(blockIdx.x) + 1);
   if (threadIdx.x < Traits::kMmaThreads) {
     take_registers<Traits::kMmaRegisters>();
     consume<scalar_t, kCols>(p, ring, first_step, last_step);

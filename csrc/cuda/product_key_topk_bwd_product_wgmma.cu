@@ -74,12 +74,12 @@ struct Ring {
 
 // What a block does of the schedule, along with its cluster.
 struct WorkerSteps {
-  int64_t worker;
+  int worker;
   int64_t first;
   int count;
 
   __device__ explicit WorkerSteps(const ProductSchedule& schedule)
-      : worker(blockIdx.x / schedule.cluster),
+      : worker(static_cast<int>(blockIdx.x) / schedule.cluster),
         first(schedule.first_step(worker)),
         count(static_cast<int>(schedule.first_step(worker + 1) - first)) {}
 };
@@ -94,53 +94,61 @@ constexpr int kFullArrivals = 1 + kWarpSize;
 // Entries of a bucket that a lane reads ahead; longer buckets are read in place.
 constexpr int kLaneEntries = 16;
 constexpr int kEntryUnroll = 4;
+constexpr int kLaneRows = kTileDepth / kWarpSize;  // dense
 
-// What a warp needs to know of a step, in the lane that has read it.
+// What a warp needs to know of a step.
 struct FillStep {
-  const uint32_t* entries[kBucketsPerStep];
-  const uint8_t* finite;
+  int64_t first_entry[kBucketsPerStep];
+  int64_t first_finite;      // of the dense rows' flags
   uint32_t num_entries = 0;  // of both buckets, 16 bits each
-  int first_dense_row = 0;
-  int dense_plane = 0;
-  int first_col = 0;
+  int first_dense_row;
+  int dense_plane;
+  int first_col;
   static_assert(kBucketSize * kMaxAxisTopk < 1 << 16);
 
   FillStep() = default;
-  template <int kCols>
-  __device__ static FillStep read(const Product& p, int64_t step, int block_rank) {
-    const Step s = StepCursor(p, step, block_rank).read();
-    FillStep own;
+  __device__ __forceinline__ FillStep(const Product& p, const Step& step, int tile_cols) {
     for (int half = 0; half < kBucketsPerStep; ++half) {
-      own.entries[half] = s.entries[half];
-      own.num_entries |= static_cast<uint32_t>(s.num_entries[half]) << 16 * half;
+      first_entry[half] = step.entries[half] - p.entries;
+      num_entries |= static_cast<uint32_t>(step.num_entries[half]) << 16 * half;
     }
-    own.finite = s.finite;
-    own.first_dense_row = s.first_dense_row;
-    own.dense_plane = s.coords.head * p.dense_planes.head + s.coords.side * p.dense_planes.side +
-                      s.dense_rank * p.dense_planes.rank;
-    own.first_col = s.coords.col_tile * kCols;
-    return own;
+    first_finite = step.finite - p.dense_finite;
+    first_dense_row = step.first_dense_row;
+    dense_plane = step.coords.head * p.dense_planes.head + step.coords.side * p.dense_planes.side +
+                  step.dense_rank * p.dense_planes.rank;
+    first_col = step.coords.col_tile * tile_cols;
   }
 
-  // That of a lane.
+  // The one that this lane has.
   __device__ __forceinline__ FillStep of(int lane) const {
     const auto get = [lane](auto x) { return __shfl_sync(kFullMask, x, lane); };
-    const auto get_pointer = [&](auto pointer) {
-      return reinterpret_cast<decltype(pointer)>(
-          get(reinterpret_cast<unsigned long long>(pointer)));
-    };
     FillStep step;
-    for (int half = 0; half < kBucketsPerStep; ++half) {
-      step.entries[half] = get_pointer(entries[half]);
-    }
-    step.finite = get_pointer(finite);
+    for (int half = 0; half < kBucketsPerStep; ++half)
+      step.first_entry[half] = get(first_entry[half]);
+    step.first_finite = get(first_finite);
     step.num_entries = get(num_entries);
     step.first_dense_row = get(first_dense_row);
     step.dense_plane = get(dense_plane);
     step.first_col = get(first_col);
     return step;
   }
+  __device__ __forceinline__ int count(int half) const {
+    return static_cast<int>(num_entries >> 16 * half & 0xffff);
+  }
 };
+
+__device__ __forceinline__ void load_if(bool wanted, const uint32_t* from, uint32_t& to) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.u32 %0, [%1]; }"
+               : "+r"(to)
+               : "l"(from), "r"(static_cast<int>(wanted))
+               : "memory");
+}
+__device__ __forceinline__ void load_if(bool wanted, const uint8_t* from, uint32_t& to) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.u8 %0, [%1]; }"
+               : "+r"(to)
+               : "l"(from), "r"(static_cast<int>(wanted))
+               : "memory");
+}
 
 __device__ __forceinline__ void unfold_entry(uint32_t entry, uint32_t bucket) {
   store_shared(bucket + (entry & 0xffff), static_cast<uint16_t>(entry >> 16));
@@ -197,42 +205,56 @@ __device__ __forceinline__ void fill_ring(const Product& p, const CUtensorMap& d
   const int share = kTileDepth / cluster * block_rank;
   const auto num_dense_rows = static_cast<int>(p.dense.num_rows);
 
-  // Of 32 fills, one in each lane.
-  FillStep read;
-#pragma unroll 1
-  for (int i = warp, fill = 0; i < steps.count; i += kFillers, ++fill) {
+  FillStep next_steps;  // of 32 fills, one in each lane
+  FillStep step;
+  uint32_t ahead[kBucketsPerStep][kLaneEntries];
+  uint32_t finite[kLaneRows];  // flags of dense rows, and 1 where there is none
+  const auto exists = [&](int k) {
+    return step.first_dense_row + lane + k * kWarpSize < num_dense_rows;
+  };
+  // Everything that a step waits for is asked for ahead of its turn.
+  const auto read_ahead = [&](int i) {
+    const int fill = i / kFillers;
     if (fill % kWarpSize == 0) {
-      const int own = i + lane * kFillers;
-      if (own < steps.count) read = FillStep::read<kCols>(p, steps.first + own, block_rank);
-      __syncwarp();
+      const int own = min(i + lane * kFillers, steps.count - 1);
+      const StepCursor cursor(p, steps.first + own, block_rank);
+      if (fill == 0) wait_for_prerequisite_grid();
+      next_steps = FillStep(p, cursor.read(), kCols);
     }
-    const FillStep step = read.of(fill % kWarpSize);
-    const int num_entries[kBucketsPerStep] = {static_cast<int>(step.num_entries & 0xffff),
-                                              static_cast<int>(step.num_entries >> 16)};
-    uint32_t ahead[kBucketsPerStep][kLaneEntries];
+    step = next_steps.of(fill % kWarpSize);
+    // All addresses are worked out first: a load holds up what changes its own.
+    const uint32_t* entries[kBucketsPerStep];
 #pragma unroll
     for (int half = 0; half < kBucketsPerStep; ++half) {
-      const uint32_t* entries = step.entries[half] + lane;
+      entries[half] = p.entries + step.first_entry[half] + lane;
+      asm volatile("" : "+l"(entries[half]));
+    }
+    const uint8_t* flags = p.dense_finite + step.first_finite + lane;
+    asm volatile("" : "+l"(flags));
+#pragma unroll
+    for (int k = 0; k < kLaneRows; ++k) {
+      finite[k] = 1;
+      load_if(exists(k), flags + k * kWarpSize, finite[k]);
+    }
+#pragma unroll
+    for (int half = 0; half < kBucketsPerStep; ++half) {
 #pragma unroll
       for (int j = 0; j < kLaneEntries; ++j) {
-        if (j % kEntryUnroll == 0 && j * kWarpSize >= num_entries[half]) break;
-        if (lane + j * kWarpSize < num_entries[half]) ahead[half][j] = entries[j * kWarpSize];
+        if (j % kEntryUnroll == 0 && j * kWarpSize >= step.count(half)) break;
+        load_if(lane + j * kWarpSize < step.count(half), entries[half] + j * kWarpSize,
+                ahead[half][j]);
       }
     }
-    bool exists[2], finite[2];
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const int row = lane + k * kWarpSize;
-      exists[k] = step.first_dense_row + row < num_dense_rows;
-      finite[k] = exists[k] && step.finite[row] != 0;
-    }
-    // The blocks of a cluster see the same dense rows and agree on who copies them.
-    const bool all_finite =
-        __all_sync(kFullMask, finite[0] == exists[0] && finite[1] == exists[1]) != 0;
+  };
 
+  if (warp < steps.count) read_ahead(warp);
+#pragma unroll 1
+  for (int i = warp; i < steps.count; i += kFillers) {
     const uint32_t sparse = ring.sparse(i);
     const uint32_t dense = ring.dense(i);
     const uint32_t full = ring.full(i);
+    // The blocks of a cluster see the same dense rows and agree on who copies them.
+    const bool all_finite = __all_sync(kFullMask, finite[0] != 0 && finite[1] != 0) != 0;
     mbarrier_wait(ring.empty(i), Ring<kCols>::parity(i) ^ 1);
     if (all_finite) {
       if (lane == 0) {
@@ -243,8 +265,8 @@ __device__ __forceinline__ void fill_ring(const Product& p, const CUtensorMap& d
         copy_boxes<kCols>(dense_map, cluster_mask, share, num_boxes, step, dense, full);
       }
     } else {
-      const uint64_t low_rows = __ballot_sync(kFullMask, finite[0]);
-      const uint64_t high_rows = __ballot_sync(kFullMask, finite[1]);
+      const uint64_t low_rows = __ballot_sync(kFullMask, exists(0) && finite[0] != 0);
+      const uint64_t high_rows = __ballot_sync(kFullMask, exists(1) && finite[1] != 0);
       copy_finite_rows<scalar_t, kCols>(p, step, high_rows << 32 | low_rows, dense, lane);
       if (lane == 0) mbarrier_arrive(full);  // for the copies; its own are still to be released
     }
@@ -259,17 +281,18 @@ __device__ __forceinline__ void fill_ring(const Product& p, const CUtensorMap& d
       const uint32_t bucket = sparse + half * kBucketBytes;
 #pragma unroll
       for (int j = 0; j < kLaneEntries; ++j) {
-        if (j % kEntryUnroll == 0 && j * kWarpSize >= num_entries[half]) break;
-        if (lane + j * kWarpSize < num_entries[half]) unfold_entry(ahead[half][j], bucket);
+        if (j % kEntryUnroll == 0 && j * kWarpSize >= step.count(half)) break;
+        if (lane + j * kWarpSize < step.count(half)) unfold_entry(ahead[half][j], bucket);
       }
 #pragma unroll kEntryUnroll
-      for (int entry = lane + kLaneEntries * kWarpSize; entry < num_entries[half];
+      for (int entry = lane + kLaneEntries * kWarpSize; entry < step.count(half);
            entry += kWarpSize) {
-        unfold_entry(step.entries[half][entry], bucket);
+        unfold_entry(p.entries[step.first_entry[half] + entry], bucket);
       }
     }
     fence_shared_writes();
     mbarrier_arrive(full);
+    if (i + kFillers < steps.count) read_ahead(i + kFillers);
   }
   // No block may leave while another still arrives at its barriers: until all it has filled is
   // free.
@@ -428,7 +451,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   cluster_arrive_relaxed();
   cluster_wait();
-  wait_for_prerequisite_grid();
 
   if (threadIdx.x >= kGroups * kGroupThreads) {
     give_up_registers<kFillerRegisters>();
@@ -436,6 +458,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
   take_registers<kMultiplierRegisters>();
+  wait_for_prerequisite_grid();
   if (p.rows_are_tokens) {
     multiply<scalar_t, kCols, true>(p, ring);
   } else {

@@ -30,8 +30,7 @@ __global__ void __launch_bounds__(kSumThreads)
   // and the first one here or, with fewer tiles than blocks, in the tile before; with more tiles,
   // the block is the smaller of the two numbers wherever it begins. Disjoint blocks have one each.
   const int most_shared = schedule.disjoint ? 0 : tile;
-  const int64_t begin = first_block * schedule.num_tiles * schedule.tile_steps;
-  const bool begins_here = begin >= first_step * schedule.num_blocks;
+  const bool begins_here = schedule.first_step(first_block) >= first_step;
   const int first_slot =
       first_block + (begins_here ? min(most_shared, first_block) : min(tile - 1, first_block) + 1);
 
