@@ -148,6 +148,8 @@ struct DensePlan {
   bool grad_query_holds_grads = false;
   int64_t grad_query_parts = 0;
   int64_t partial_bytes = 0;  // beside those, of whichever product needs more
+  // Whether the kernel of grad_query sums the parts of grad_keys, which needs them while it writes.
+  bool query_sums_keys = false;
   // Offsets.
   size_t entries, bucket_starts, key_finite, query_finite, max_grad;
 };

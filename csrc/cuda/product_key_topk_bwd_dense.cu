@@ -342,21 +342,10 @@ Status launch_sum(const Product& product, const DensePlan& plan, Stream stream) 
 }
 
 template <typename scalar_t>
-Status launch_product(const Product& product, DType dtype, const DensePlan& plan, Stream stream) {
-#if defined(ULTRAMEM_WITH_SM90A)
-  if (plan.wgmma) {
-    ULTRAMEM_RETURN_IF_ERROR(launch_product_wgmma(product, dtype, plan.tile_cols, stream));
-    return product.schedule.split ? launch_sum<scalar_t>(product, plan, stream) : Status{};
-  }
-#endif
-  if (plan.tile_cols == 256) {
-    ULTRAMEM_RETURN_IF_ERROR((launch_product_of_width<scalar_t, 256>(product, plan, stream)));
-  } else if (plan.tile_cols == 192) {
-    ULTRAMEM_RETURN_IF_ERROR((launch_product_of_width<scalar_t, 192>(product, plan, stream)));
-  } else {
-    ULTRAMEM_RETURN_IF_ERROR((launch_product_of_width<scalar_t, 128>(product, plan, stream)));
-  }
-  return product.schedule.split ? launch_sum<scalar_t>(product, plan, stream) : Status{};
+Status launch_product(const Product& product, const DensePlan& plan, Stream stream) {
+  if (plan.tile_cols == 256) return launch_product_of_width<scalar_t, 256>(product, plan, stream);
+  if (plan.tile_cols == 192) return launch_product_of_width<scalar_t, 192>(product, plan, stream);
+  return launch_product_of_width<scalar_t, 128>(product, plan, stream);
 }
 
 template <typename scalar_t, int kVec>
@@ -389,7 +378,19 @@ Status launch_dense_of_type(const ProductKeyTopkBwdParams& p, const DensePlan& p
   for (const bool rows_are_tokens : {false, true}) {
     if ((rows_are_tokens ? p.grad_query : p.grad_keys) == nullptr) continue;
     const Product product = make_product(p, plan, partials, rows_are_tokens);
-    ULTRAMEM_RETURN_IF_ERROR(launch_product<scalar_t>(product, p.dtype, plan, stream));
+    bool sums = product.schedule.split;
+    if (plan.wgmma) {
+#if defined(ULTRAMEM_WITH_SM90A)
+      const bool sums_keys = rows_are_tokens && plan.query_sums_keys;
+      const Product summed = sums_keys ? make_product(p, plan, partials, false) : Product{};
+      ULTRAMEM_RETURN_IF_ERROR(
+          launch_product_wgmma(product, summed, p.dtype, plan.tile_cols, stream));
+      sums = sums && !plan.query_sums_keys;
+#endif
+    } else {
+      ULTRAMEM_RETURN_IF_ERROR(launch_product<scalar_t>(product, plan, stream));
+    }
+    if (sums) ULTRAMEM_RETURN_IF_ERROR(launch_sum<scalar_t>(product, plan, stream));
   }
   return {};
 }
@@ -462,7 +463,8 @@ void plan_dense(const ProductKeyTopkBwdParams& p, const DeviceLimits& limits, De
     const int64_t grad_bytes =
         p.num_tokens * head_sides * p.tucker_rank * p.axis_topk * int64_t{sizeof(float)};
     plan->grad_query_holds_grads = grad_bytes <= query_bytes;
-    plan->grad_query_parts = std::min(parts, query_bytes / part_bytes);
+    plan->query_sums_keys = plan->wgmma && parts > 0 && !plan->query.split;
+    if (!plan->query_sums_keys) plan->grad_query_parts = std::min(parts, query_bytes / part_bytes);
     parts = std::max(parts - plan->grad_query_parts, plan->query.num_slots());
   }
   plan->partial_bytes = parts * part_bytes;

@@ -16,7 +16,7 @@ namespace ultramem::cuda {
 // max_grad holds the bits of the largest |dS|. The scale brings it to [2^14, 2^15).
 __device__ __forceinline__ int scale_exponent(const uint32_t* max_grad) {
   if (max_grad == nullptr) return 0;
-  const int exponent = static_cast<int>(*max_grad >> 23) - 127;
+  const int exponent = static_cast<int>(__ldcg(max_grad) >> 23) - 127;
   return min(max(14 - exponent, -126), 126);
 }
 
@@ -227,8 +227,8 @@ class StepCursor {
       const uint16_t* starts = p_.bucket_starts +
                                (head_side * p_.token_tiles + token_tile) * (p_.key_tiles + 1) +
                                key_tile;
-      const int first = exists ? starts[0] : 0;
-      const int last = exists ? starts[1] : 0;
+      const int first = exists ? __ldcg(starts) : 0;
+      const int last = exists ? __ldcg(starts + 1) : 0;
       step.entries[half] = p_.entries + plane * p_.entries_per_rank +
                            int64_t{token_tile} * kBucketSize * p_.axis_topk + first;
       step.num_entries[half] = last - first;
@@ -531,7 +531,9 @@ __global__ void __launch_bounds__(ProductTraits<kCols>::kThreads, 1)
 
 // ---- on sm_90 ----------------------------------------------------------------------------------
 
-// The same products where sm90a_available; tile_cols is 256 or 192.
-Status launch_product_wgmma(const Product& product, DType dtype, int tile_cols, Stream stream);
+// The same products where sm90a_available; tile_cols is 256 or 192. Sums the parts of `summed`,
+// which the kernel ahead has left, if its schedule is split.
+Status launch_product_wgmma(const Product& product, const Product& summed, DType dtype,
+                            int tile_cols, Stream stream);
 
 }  // namespace ultramem::cuda

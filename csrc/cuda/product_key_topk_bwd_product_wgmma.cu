@@ -12,6 +12,7 @@
 #include "product_key_common.cuh"
 #include "product_key_topk_bwd.h"
 #include "product_key_topk_bwd_product.cuh"
+#include "product_key_topk_bwd_sum.cuh"
 #include "wgmma.cuh"
 
 namespace ultramem::cuda {
@@ -138,13 +139,13 @@ struct FillStep {
 };
 
 __device__ __forceinline__ void load_if(bool wanted, const uint32_t* from, uint32_t& to) {
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.u32 %0, [%1]; }"
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.cg.u32 %0, [%1]; }"
                : "+r"(to)
                : "l"(from), "r"(static_cast<int>(wanted))
                : "memory");
 }
 __device__ __forceinline__ void load_if(bool wanted, const uint8_t* from, uint32_t& to) {
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.u8 %0, [%1]; }"
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.cg.u8 %0, [%1]; }"
                : "+r"(to)
                : "l"(from), "r"(static_cast<int>(wanted))
                : "memory");
@@ -193,8 +194,8 @@ __device__ __forceinline__ void copy_finite_rows(const Product& p, const FillSte
 }
 
 template <typename scalar_t, int kCols>
-__device__ __forceinline__ void fill_ring(const Product& p, const CUtensorMap& dense_map,
-                                          Ring<kCols> ring) {
+__device__ __forceinline__ void fill_ring(const Product& p, bool waits,
+                                          const CUtensorMap& dense_map, Ring<kCols> ring) {
   using Traits = WgmmaTraits<kCols>;
   const int warp = (static_cast<int>(threadIdx.x) - kGroups * kGroupThreads) / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
@@ -214,14 +215,14 @@ __device__ __forceinline__ void fill_ring(const Product& p, const CUtensorMap& d
   };
   // Everything that a step waits for is asked for ahead of its turn.
   const auto read_ahead = [&](int i) {
-    const int fill = i / kFillers;
-    if (fill % kWarpSize == 0) {
+    const int turn = i / kFillers;
+    if (turn % kWarpSize == 0) {
       const int own = min(i + lane * kFillers, steps.count - 1);
       const StepCursor cursor(p, steps.first + own, block_rank);
-      if (fill == 0) wait_for_prerequisite_grid();
+      if (turn == 0 && waits) wait_for_prerequisite_grid();
       next_steps = FillStep(p, cursor.read(), kCols);
     }
-    step = next_steps.of(fill % kWarpSize);
+    step = next_steps.of(turn % kWarpSize);
     // All addresses are worked out first: a load holds up what changes its own.
     const uint32_t* entries[kBucketsPerStep];
 #pragma unroll
@@ -247,9 +248,7 @@ __device__ __forceinline__ void fill_ring(const Product& p, const CUtensorMap& d
     }
   };
 
-  if (warp < steps.count) read_ahead(warp);
-#pragma unroll 1
-  for (int i = warp; i < steps.count; i += kFillers) {
+  const auto fill = [&](int i) {
     const uint32_t sparse = ring.sparse(i);
     const uint32_t dense = ring.dense(i);
     const uint32_t full = ring.full(i);
@@ -287,18 +286,28 @@ __device__ __forceinline__ void fill_ring(const Product& p, const CUtensorMap& d
 #pragma unroll kEntryUnroll
       for (int entry = lane + kLaneEntries * kWarpSize; entry < step.count(half);
            entry += kWarpSize) {
-        unfold_entry(p.entries[step.first_entry[half] + entry], bucket);
+        unfold_entry(__ldcg(p.entries + step.first_entry[half] + entry), bucket);
       }
     }
     fence_shared_writes();
     mbarrier_arrive(full);
+  };
+
+  // Once round before the first, so that there is one place that reads.
+#pragma unroll 1
+  for (int i = warp - kFillers; i < steps.count; i += kFillers) {
+    if (i >= 0) fill(i);
     if (i + kFillers < steps.count) read_ahead(i + kFillers);
   }
-  // No block may leave while another still arrives at its barriers: until all it has filled is
-  // free.
+}
+
+// No block may leave while another still arrives at its barriers: until all it has filled is free.
+template <int kCols>
+__device__ __forceinline__ void drain_ring(const Product& p, Ring<kCols> ring) {
+  const int count = WorkerSteps(p.schedule).count;
 #pragma unroll 1
-  for (int i = max(steps.count - Traits::kStages, 0); i < steps.count; ++i) {
-    if (i % kFillers == warp) mbarrier_wait(ring.empty(i), Ring<kCols>::parity(i));
+  for (int i = max(count - WgmmaTraits<kCols>::kStages, 0); i < count; ++i) {
+    mbarrier_wait(ring.empty(i), Ring<kCols>::parity(i));
   }
 }
 
@@ -326,22 +335,21 @@ __device__ __forceinline__ void multiply_stage(Ring<kCols> ring, int step, int g
 
 // A thread holds, of each eight columns, two neighbouring ones of row lane / 4 of its warp and of
 // the row eight below. Even and odd lanes swap halves of two such eights, so that each stores four
-// columns of one of them: `store(row, column, first pair, second pair)`, where `narrow` has made
-// something else of a pair before.
+// columns of one of them: from first_col() on, `store(column, first pair, second pair)` of the one
+// row or the other, where `narrow` has made something else of a pair before.
+__device__ __forceinline__ int first_col(int lane) { return lane % 2 * 8 + lane % 4 / 2 * 4; }
+
 template <int kCount, typename Narrow, typename Store>
-__device__ __forceinline__ void store_sums(const float (&sums)[kCount], int lane,
-                                           const Narrow& narrow, const Store& store) {
+__device__ __forceinline__ void store_row(const float (&sums)[kCount], int lane, bool lower,
+                                          const Narrow& narrow, const Store& store) {
   const bool odd = lane % 2 != 0;
-  const int lane_col = (odd ? 8 : 0) + lane % 4 / 2 * 4;
+  const int low = lower ? 2 : 0;
 #pragma unroll
-  for (int low = 0; low < 2; ++low) {
-#pragma unroll
-    for (int i = 0; i < kCount; i += 8) {
-      const auto left = narrow(sums[i + 2 * low], sums[i + 2 * low + 1]);
-      const auto right = narrow(sums[i + 4 + 2 * low], sums[i + 4 + 2 * low + 1]);
-      const auto received = __shfl_xor_sync(kFullMask, odd ? left : right, 1);
-      store(lane / 4 + 8 * low, 2 * i + lane_col, odd ? received : left, odd ? right : received);
-    }
+  for (int i = 0; i < kCount; i += 8) {
+    const auto left = narrow(sums[i + low], sums[i + low + 1]);
+    const auto right = narrow(sums[i + 4 + low], sums[i + 4 + low + 1]);
+    const auto received = __shfl_xor_sync(kFullMask, odd ? left : right, 1);
+    store(2 * i, odd ? received : left, odd ? right : received);
   }
 }
 
@@ -351,34 +359,42 @@ __device__ __forceinline__ void store_tile_rows(const Product& p, const TileCoor
                                                 int first_row, int lane,
                                                 const float (&sums)[kSums<kCols>]) {
   const float unscale = power_of_two(-scale_exponent(p.max_grad));
-  const int64_t tile_row = int64_t{coords.row_tile} * kTileRows + first_row;
-  const int tile_col = coords.col_tile * kCols;
-  auto* out = static_cast<scalar_t*>(p.out.data) + coords.offset(p.out, coords.rank) +
-              tile_row * p.out.row_stride + tile_col;
-  store_sums(
-      sums, lane,
-      [&](float x, float y) { return pack_rounded<scalar_t>(x * unscale, y * unscale); },
-      [&](int row, int col, uint32_t first, uint32_t second) {
-        if (tile_row + row < p.out.num_rows && tile_col + col < p.key_dim) {
-          *reinterpret_cast<uint2*>(out + row * p.out.row_stride + col) = make_uint2(first, second);
-        }
-      });
+  const int64_t row = int64_t{coords.row_tile} * kTileRows + first_row + lane / 4;
+  const int col = coords.col_tile * kCols + first_col(lane);
+  int64_t offset = coords.offset(p.out, coords.rank) + row * p.out.row_stride + col;
+#pragma unroll
+  for (int lower = 0; lower < 2; ++lower) {
+    const int num_cols = row + 8 * lower < p.out.num_rows ? p.key_dim - col : 0;
+    // Or it would be worked out again for every store.
+    asm volatile("" : "+l"(offset));
+    auto* out = static_cast<scalar_t*>(p.out.data) + offset;
+    store_row(
+        sums, lane, lower != 0,
+        [&](float x, float y) { return pack_rounded<scalar_t>(x * unscale, y * unscale); },
+        [&](int i, uint32_t first, uint32_t second) {
+          if (i < num_cols) *reinterpret_cast<uint2*>(out + i) = make_uint2(first, second);
+        });
+    offset += 8 * p.out.row_stride;
+  }
 }
 
 // Scaled and unrounded, of a part of a tile.
 template <int kCols>
 __device__ __forceinline__ void store_partial_rows(float* partial, int first_row, int lane,
                                                    const float (&sums)[kSums<kCols>]) {
-  partial += first_row * kCols;
-  store_sums(
-      sums, lane,
-      [](float x, float y) {
-        return uint64_t{__float_as_uint(y)} << 32 | uint64_t{__float_as_uint(x)};
-      },
-      [&](int row, int col, uint64_t first, uint64_t second) {
-        *reinterpret_cast<ulonglong2*>(partial + row * kCols + col) =
-            make_ulonglong2(first, second);
-      });
+  partial += (first_row + lane / 4) * kCols + first_col(lane);
+#pragma unroll
+  for (int lower = 0; lower < 2; ++lower) {
+    store_row(
+        sums, lane, lower != 0,
+        [](float x, float y) {
+          return uint64_t{__float_as_uint(y)} << 32 | uint64_t{__float_as_uint(x)};
+        },
+        [&](int i, uint64_t first, uint64_t second) {
+          *reinterpret_cast<ulonglong2*>(partial + 8 * lower * kCols + i) =
+              make_ulonglong2(first, second);
+        });
+  }
 }
 
 template <typename scalar_t, int kCols, bool kRowsAreTokens>
@@ -430,14 +446,22 @@ __device__ __forceinline__ void multiply(const Product& p, Ring<kCols> ring) {
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
 // One block an SM, in clusters of p.schedule.cluster. Clusters take the schedule's steps in order,
-// tile after tile, and the ring is filled ahead across tiles while results are stored.
+// tile after tile, and the ring is filled ahead across tiles while results are stored. If `summed`
+// is split, its product is the kernel ahead, and the parts it leaves are summed while the ring is
+// filled for the first time.
+//
+// A product lets what follows begin once it has seen the end of the kernel ahead of it. So one with
+// parts to sum, which begins while these are made, finds complete what both products read; it reads
+// past the L1 cache. It waits for the kernel ahead before it sums.
 template <typename scalar_t, int kCols>
 __global__ void __launch_bounds__(kThreads, 1)
     product_key_topk_bwd_product_wgmma_kernel(const __grid_constant__ Product p,
+                                              const __grid_constant__ Product summed,
                                               const __grid_constant__ CUtensorMap dense_map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Traits = WgmmaTraits<kCols>;
   extern __shared__ unsigned char shared_bytes[];
+  const bool sums = summed.schedule.split;
   const int cluster = p.schedule.cluster;
   Ring<kCols> ring;
   ring.base = (shared_address(shared_bytes) + kAlignment - 1) / kAlignment * kAlignment;
@@ -454,11 +478,17 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (threadIdx.x >= kGroups * kGroupThreads) {
     give_up_registers<kFillerRegisters>();
-    fill_ring<scalar_t, kCols>(p, dense_map, ring);
+    fill_ring<scalar_t, kCols>(p, !sums, dense_map, ring);
+    drain_ring<kCols>(p, ring);
     return;
   }
   take_registers<kMultiplierRegisters>();
-  wait_for_prerequisite_grid();
+  if (sums) {  // while the ring is filled
+    sum_share<scalar_t, kGroups * kGroupThreads, kCols>(summed, static_cast<int>(threadIdx.x));
+  } else {
+    wait_for_prerequisite_grid();
+  }
+  release_dependent_grid();
   if (p.rows_are_tokens) {
     multiply<scalar_t, kCols, true>(p, ring);
   } else {
@@ -468,7 +498,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <typename scalar_t, int kCols>
-Status launch_width(const Product& product, DType dtype, Stream stream) {
+Status launch_width(const Product& product, const Product& summed, DType dtype, Stream stream) {
   using Traits = WgmmaTraits<kCols>;
   const ProductSchedule& schedule = product.schedule;
   const RowSet& dense = product.dense;
@@ -480,13 +510,14 @@ Status launch_width(const Product& product, DType dtype, Stream stream) {
   return launch_overlapping_clusters(
       product_key_topk_bwd_product_wgmma_kernel<scalar_t, kCols>,
       dim3(static_cast<unsigned>(schedule.num_blocks * schedule.cluster)), schedule.cluster,
-      kThreads, Traits::kSharedBytes + kAlignment, stream, product, dense_map);
+      kThreads, Traits::kSharedBytes + kAlignment, stream, product, summed, dense_map);
 }
 
 template <typename scalar_t>
-Status launch_type(const Product& product, DType dtype, int tile_cols, Stream stream) {
-  if (tile_cols == 256) return launch_width<scalar_t, 256>(product, dtype, stream);
-  return launch_width<scalar_t, 192>(product, dtype, stream);
+Status launch_type(const Product& product, const Product& summed, DType dtype, int tile_cols,
+                   Stream stream) {
+  if (tile_cols == 256) return launch_width<scalar_t, 256>(product, summed, dtype, stream);
+  return launch_width<scalar_t, 192>(product, summed, dtype, stream);
 }
 
 #define ULTRAMEM_REGISTER_PRODUCT_WGMMA(id, type_name, scalar_t, cols)                    \
@@ -500,9 +531,12 @@ ULTRAMEM_REGISTER_PRODUCT_WGMMA(f16, "fp16", __half, 192);
 
 }  // namespace
 
-Status launch_product_wgmma(const Product& product, DType dtype, int tile_cols, Stream stream) {
-  if (dtype == DType::kFloat16) return launch_type<__half>(product, dtype, tile_cols, stream);
-  return launch_type<__nv_bfloat16>(product, dtype, tile_cols, stream);
+Status launch_product_wgmma(const Product& product, const Product& summed, DType dtype,
+                            int tile_cols, Stream stream) {
+  if (dtype == DType::kFloat16) {
+    return launch_type<__half>(product, summed, dtype, tile_cols, stream);
+  }
+  return launch_type<__nv_bfloat16>(product, summed, dtype, tile_cols, stream);
 }
 
 }  // namespace ultramem::cuda
