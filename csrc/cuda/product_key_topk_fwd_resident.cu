@@ -365,12 +365,10 @@ class ListEnds {
     return is_full(row) ? kSlots + 1 : abs(added) / Lists::kScoreStride;
   }
 
-  // Adds the keys of a tile that are above the bounds. Where there might be no room for all, a
-  // bound becomes infinite. Unless kAll of the tile's keys exist, none does from num_keys on.
-  template <bool kAll>
+  // Adds the keys of a tile that are above the bounds, which NaN is not. Where there might be no room
+  // for all, a bound becomes infinite.
   __device__ __forceinline__ void append(const Scores& scores, const float (&filter)[kPlanes],
-                                         int first_key, int num_keys, int lane,
-                                         float (&bounds)[2]) {
+                                         int first_key, int lane, float (&bounds)[2]) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       if (is_full(row)) bounds[row] = __uint_as_float(kInfinityBits);
@@ -386,9 +384,7 @@ class ListEnds {
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         const int i = of_column + row * 2;
-        bool passes = rank_at(scores, filter, i) > bounds[row];
-        if constexpr (!kAll) passes &= id < num_keys;
-        if (passes) {
+        if (rank_at(scores, filter, i) > bounds[row]) {
           const float of_key[kPlanes] = {scores[0][i], scores[1][i]};
           store_shared_floats<kPlanes>(next_[row], of_key);
           store_shared_u16(next_[row] + to_ids_ + row * (Lists::kEightIds - Lists::kEightScores),
@@ -496,12 +492,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 
   ListEnds ends(shared + kListsOffset, warp, lane);
-  products.round([&](int first_key, const Scores& scores) {
-    if (first_key + kKeys <= num_keys) {
-      ends.append<true>(scores, filter, first_key, num_keys, lane, bounds);
-    } else {
-      ends.append<false>(scores, filter, first_key, num_keys, lane, bounds);
+  products.round([&](int first_key, Scores& scores) {
+    if (first_key + kKeys > num_keys) {
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) {
+        if (first_key + column_of(i, lane) >= num_keys) scores[0][i] = __uint_as_float(kNanBits);
+      }
     }
+    ends.append(scores, filter, first_key, lane, bounds);
   });
   products.finish();
 
