@@ -94,9 +94,12 @@ Status launch_gather(const ProductKeyTopkBwdParams& p, const GatherWorkspace& wo
 // be split between blocks, whose partial sums a second kernel adds in the order of the blocks.
 //
 // In a cluster, blocks take neighbouring rows of tiles in step and share what they load. A tile of
-// the schedule then stands for one of each of them, and a block of it for the cluster.
+// the schedule then stands for one of each of them, and a block of it for the cluster. Where a
+// plane (head, side and rank) has an odd number of rows of tiles, the last ones of two planes are
+// taken together, too, without sharing anything.
 struct ProductSchedule {
   int cluster = 1;
+  bool odd_rows = false;
   int64_t num_tiles = 0;
   int64_t tile_steps = 0;
   bool split = false;

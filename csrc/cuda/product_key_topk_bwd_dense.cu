@@ -217,10 +217,7 @@ constexpr int64_t kMaxDenseKeys = 65536;  // the counts of buckets fit in shared
 // Whole tiles are preferred where they keep this share of the machine busy, in percent.
 constexpr int64_t kBusyEnough = 90;
 constexpr int64_t kMinStepsPerBlock = 4;
-// Blocks that load together. Where the last of a column of tiles lacks a partner, one tile's worth
-// of work is wasted; from this many tiles on that costs less than loading alone.
-constexpr int kCluster = 2;
-constexpr int64_t kMinTilesWithWaste = 7;
+constexpr int kCluster = 2;  // blocks that load together
 
 struct TileWidth {
   int cols;
@@ -232,19 +229,15 @@ constexpr TileWidth kTileWidths[] = {{256, 16, ProductTraits<256>::kStageBytes, 
                                      {192, 17, ProductTraits<192>::kStageBytes, true},
                                      {128, 20, ProductTraits<128>::kStageBytes, false}};
 
-int choose_cluster(int64_t num_rows, const DeviceLimits& limits) {
-  const int64_t tiles = ceil_div(num_rows, kTileRows);
-  const bool worth_it = tiles % kCluster == 0 || tiles >= kMinTilesWithWaste;
-  return limits.wgmma && worth_it && limits.num_sms >= kCluster ? kCluster : 1;
-}
-
-// groups: of matrices [num_rows, columns], col_tiles wide.
+// groups: of matrices [num_rows, columns], col_tiles wide, an even number.
 ProductSchedule make_schedule(int64_t groups, int64_t num_rows, int64_t col_tiles,
                               int64_t tile_steps, const DeviceLimits& limits) {
   ProductSchedule schedule;
-  schedule.cluster = choose_cluster(num_rows, limits);
+  schedule.cluster = limits.wgmma && limits.num_sms >= kCluster ? kCluster : 1;
   const int64_t workers = limits.num_sms / schedule.cluster;
-  const int64_t num_tiles = groups * ceil_div(num_rows, kTileRows * schedule.cluster) * col_tiles;
+  const int64_t row_tiles = ceil_div(num_rows, kTileRows);
+  schedule.odd_rows = row_tiles % schedule.cluster != 0;
+  const int64_t num_tiles = groups * row_tiles / schedule.cluster * col_tiles;
   schedule.num_tiles = num_tiles;
   schedule.tile_steps = tile_steps;
   const int64_t rounds = ceil_div(num_tiles, workers);
@@ -311,8 +304,9 @@ Product make_product(const ProductKeyTopkBwdParams& p, const DensePlan& plan, fl
   product.out_ranks = rows_are_tokens ? p.num_queries : p.tucker_rank;
   product.token_tiles = static_cast<int>(token_tiles(p));
   product.key_tiles = static_cast<int>(key_tiles(p));
-  product.row_tiles =
-      static_cast<int>(ceil_div(product.out.num_rows, kTileRows * product.schedule.cluster));
+  product.row_tiles = static_cast<int>(
+      ceil_div(product.out.num_rows,
+               kTileRows * (product.schedule.odd_rows ? 1 : product.schedule.cluster)));
   product.col_tiles = static_cast<int>(ceil_div(p.key_dim, plan.tile_cols));
   product.dense_tiles = static_cast<int>(ceil_div(product.dense.num_rows, kTileDepth));
   return product;

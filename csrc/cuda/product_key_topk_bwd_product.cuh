@@ -93,7 +93,7 @@ struct Product {
   int out_ranks;    // Q or R
   int token_tiles;  // of 64
   int key_tiles;    // of 64
-  int row_tiles;    // of 128 * cluster, of the output
+  int row_tiles;    // of the output: of 128 rows if schedule.odd_rows, else of 128 * cluster
   int col_tiles;
   int dense_tiles;  // of 64: steps of one rank. A shared query takes the steps of all ranks.
 };
@@ -159,13 +159,24 @@ struct TileCoords {
   int rank;  // of the output
   int row_tile;
   int col_tile;
+  bool shares;  // dense rows, with the other blocks of the cluster
 
   // Of the block of this rank in its cluster.
   __device__ TileCoords(const Product& p, int tile, int block_rank) {
     col_tile = tile % p.col_tiles;
     tile /= p.col_tiles;
-    row_tile = tile % p.row_tiles * p.schedule.cluster + block_rank;
-    const int group = tile / p.row_tiles;
+    int group = tile / p.row_tiles;
+    row_tile = tile - group * p.row_tiles;
+    shares = !p.schedule.odd_rows || row_tile < p.row_tiles - 1;
+    if (p.schedule.odd_rows) {
+      // Of two planes: pairs of tiles of the one, then of the other, then the last of both.
+      const int pairs = p.row_tiles / 2;
+      const int second = shares ? row_tile >= pairs : block_rank;
+      group = 2 * group + second;
+      row_tile = shares ? 2 * (row_tile - second * pairs) + block_rank : p.row_tiles - 1;
+    } else {
+      row_tile = row_tile * p.schedule.cluster + block_rank;
+    }
     rank = group % p.out_ranks;
     side = group / p.out_ranks % 2;
     head = group / p.out_ranks / 2;

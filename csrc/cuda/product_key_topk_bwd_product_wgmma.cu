@@ -105,6 +105,7 @@ struct FillStep {
   int first_dense_row;
   int dense_plane;
   int first_col;
+  int shares;  // whether others need its dense rows, too
   static_assert(kBucketSize * kMaxAxisTopk < 1 << 16);
 
   FillStep() = default;
@@ -118,6 +119,7 @@ struct FillStep {
     dense_plane = step.coords.head * p.dense_planes.head + step.coords.side * p.dense_planes.side +
                   step.dense_rank * p.dense_planes.rank;
     first_col = step.coords.col_tile * tile_cols;
+    shares = step.coords.shares;
   }
 
   // The one that this lane has.
@@ -131,6 +133,7 @@ struct FillStep {
     step.first_dense_row = get(first_dense_row);
     step.dense_plane = get(dense_plane);
     step.first_col = get(first_col);
+    step.shares = get(shares);
     return step;
   }
   __device__ __forceinline__ int count(int half) const {
@@ -155,21 +158,20 @@ __device__ __forceinline__ void unfold_entry(uint32_t entry, uint32_t bucket) {
   store_shared(bucket + (entry & 0xffff), static_cast<uint16_t>(entry >> 16));
 }
 
-// This block's share of the dense rows, from row `share` on, to all blocks of its cluster.
+// Rows of a block's dense rows, from `row` on, to the blocks of the cluster in `mask`.
 template <int kCols>
-__device__ __forceinline__ void copy_boxes(const CUtensorMap& dense_map, uint16_t cluster_mask,
-                                           int share, int num_boxes, const FillStep& step,
-                                           uint32_t to, uint32_t full) {
+__device__ __forceinline__ void copy_boxes(const CUtensorMap& dense_map, uint16_t mask, int row,
+                                           int num_boxes, const FillStep& step, uint32_t to,
+                                           uint32_t full) {
 #pragma unroll
   for (int i = 0; i < WgmmaTraits<kCols>::kBoxes; ++i) {
     if (i == num_boxes) break;
-    copy_box_multicast(&dense_map, to + i * kBoxBytes + share * kRowBytes, full, cluster_mask,
-                       step.first_col + i * kBoxCols, step.first_dense_row + share,
-                       step.dense_plane);
+    copy_box_multicast(&dense_map, to + i * kBoxBytes + row * kRowBytes, full, mask,
+                       step.first_col + i * kBoxCols, step.first_dense_row + row, step.dense_plane);
   }
 }
 
-// The same rows, all of them, by this warp: zeros where they are not finite or do not exist.
+// A block's dense rows, by this warp: zeros where they are not finite or do not exist.
 template <typename scalar_t, int kCols>
 __device__ __forceinline__ void copy_finite_rows(const Product& p, const FillStep& step,
                                                  uint64_t finite, uint32_t to, int lane) {
@@ -202,8 +204,7 @@ __device__ __forceinline__ void fill_ring(const Product& p, bool waits,
   const int cluster = p.schedule.cluster;
   const int block_rank = static_cast<int>(cluster_rank());
   const WorkerSteps steps(p.schedule);
-  const auto cluster_mask = static_cast<uint16_t>((1 << cluster) - 1);
-  const int share = kTileDepth / cluster * block_rank;
+  const int share_rows = kTileDepth / cluster;  // that a block copies for all
   const auto num_dense_rows = static_cast<int>(p.dense.num_rows);
 
   FillStep next_steps;  // of 32 fills, one in each lane
@@ -252,7 +253,7 @@ __device__ __forceinline__ void fill_ring(const Product& p, bool waits,
     const uint32_t sparse = ring.sparse(i);
     const uint32_t dense = ring.dense(i);
     const uint32_t full = ring.full(i);
-    // The blocks of a cluster see the same dense rows and agree on who copies them.
+    // Blocks that share their dense rows see the same flags and agree on who copies them.
     const bool all_finite = __all_sync(kFullMask, finite[0] != 0 && finite[1] != 0) != 0;
     mbarrier_wait(ring.empty(i), Ring<kCols>::parity(i) ^ 1);
     if (all_finite) {
@@ -261,7 +262,14 @@ __device__ __forceinline__ void fill_ring(const Product& p, bool waits,
         const int num_boxes =
             min(Traits::kBoxes, (p.key_dim - step.first_col + kBoxCols - 1) / kBoxCols);
         mbarrier_expect_bytes(full, num_boxes * kBoxBytes);
-        copy_boxes<kCols>(dense_map, cluster_mask, share, num_boxes, step, dense, full);
+        const int to_all = (1 << cluster) - 1;
+        const auto mask = static_cast<uint16_t>(step.shares != 0 ? to_all : 1 << block_rank);
+        const int first_row = step.shares != 0 ? block_rank * share_rows : 0;
+        const int num_rows = step.shares != 0 ? share_rows : kTileDepth;
+#pragma unroll 1
+        for (int row = first_row; row < first_row + num_rows; row += share_rows) {
+          copy_boxes<kCols>(dense_map, mask, row, num_boxes, step, dense, full);
+        }
       }
     } else {
       const uint64_t low_rows = __ballot_sync(kFullMask, exists(0) && finite[0] != 0);

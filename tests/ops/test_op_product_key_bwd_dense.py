@@ -108,7 +108,7 @@ def test_large_shapes(name: str) -> None:
 @pytest.mark.gpu
 def test_peak_memory() -> None:
     """Of a forward and backward at shape S, beyond inputs, outputs and gradients: 7 MB saved for
-    the backward, 4 MB of its workspace and on sm_90 12 MB of parts of the keys' gradient, which
+    the backward, 4 MB of its workspace and on sm_90 17 MB of parts of the keys' gradient, which
     otherwise are where the gradient of the query goes."""
     leaves = trainable(make_inputs(Case(8192, 1138, 192, 32, 32), "cuda", torch.bfloat16))
     for _ in range(2):  # the first may allocate what is kept
@@ -120,7 +120,7 @@ def test_peak_memory() -> None:
         peak = torch.cuda.max_memory_allocated() - before
         peak -= sum(tensor.nbytes for tensor in (scores, indices, upstream, *grads))
         del scores, indices, upstream, grads
-    assert peak <= 26e6
+    assert peak <= 30e6
 
 
 @pytest.mark.parametrize("exponent", [-60, -20, 12, 60])
