@@ -146,7 +146,8 @@ Status launch_clusters_as(bool overlapping, void (*kernel)(Arguments...), dim3 g
 }
 
 // `launch_overlapping` of clusters. The kernel ahead may be any: this one calls
-// `wait_for_prerequisite_grid` before it reads or writes any tensor.
+// `wait_for_prerequisite_grid` before it reads or writes a tensor that may not be there yet or is
+// still needed.
 template <typename... Arguments>
 Status launch_overlapping_clusters(void (*kernel)(Arguments...), dim3 grid, int cluster_blocks,
                                    int block_threads, int shared_bytes, Stream stream,

@@ -367,8 +367,8 @@ __global__ void __launch_bounds__(kReduceThreads)
 
 struct Workspace {
   int64_t num_slices;  // of the tokens
-  // Offsets. Partial sums of the dense path overlay dS, which is grouped into buckets before. Not
-  // used where grad_query holds dS.
+  // Offsets. Partial sums of the dense path overlay dS, which is grouped into buckets before; they
+  // are all that is there where grad_query holds dS.
   size_t grad_axis_scores;
   size_t core_partials;
   DensePlan dense;

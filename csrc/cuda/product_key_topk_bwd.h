@@ -91,7 +91,7 @@ Status launch_gather(const ProductKeyTopkBwdParams& p, const GatherWorkspace& wo
 
 // How the steps of a product (each 64 deep, into one tile of the output) are spread over blocks.
 // Tiles are taken in order. Where whole tiles would leave the machine half idle, a tile's steps may
-// be split between blocks, whose partial sums a second kernel adds in the order of the blocks.
+// be split between blocks, whose partial sums a later kernel adds in the order of the blocks.
 //
 // In a cluster, blocks take neighbouring rows of tiles in step and share what they load. A tile of
 // the schedule then stands for one of each of them, and a block of it for the cluster. Where a
@@ -147,12 +147,11 @@ struct DensePlan {
   ProductSchedule query;
   ProductSchedule keys;
   // Until the last product writes it, grad_query is memory for dS, which is grouped into buckets
-  // first, and then for parts of tiles of grad_keys.
+  // first, and then for parts of tiles of grad_keys, unless the kernel of grad_query sums these.
   bool grad_query_holds_grads = false;
+  bool query_sums_keys = false;
   int64_t grad_query_parts = 0;
   int64_t partial_bytes = 0;  // beside those, of whichever product needs more
-  // Whether the kernel of grad_query sums the parts of grad_keys, which needs them while it writes.
-  bool query_sums_keys = false;
   // Offsets.
   size_t entries, bucket_starts, key_finite, query_finite, max_grad;
 };

@@ -368,7 +368,7 @@ Status launch_dense_of_type(const ProductKeyTopkBwdParams& p, const DensePlan& p
       p.axis_topk % kPacket == 0 && is_aligned(p.axis_indices)
           ? (launch_buckets<scalar_t, kPacket>(p, plan, grad_axis_scores, core_partials, stream))
           : (launch_buckets<scalar_t, 1>(p, plan, grad_axis_scores, core_partials, stream)));
-  // Last the one that writes grad_query, which holds dS and parts of grad_keys before.
+  // Last the one that writes grad_query, which may hold dS and parts of grad_keys before.
   for (const bool rows_are_tokens : {false, true}) {
     if ((rows_are_tokens ? p.grad_query : p.grad_keys) == nullptr) continue;
     const Product product = make_product(p, plan, partials, rows_are_tokens);

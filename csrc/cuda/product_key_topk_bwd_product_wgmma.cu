@@ -1,10 +1,11 @@
 // The products of the dense path of the backward on sm_90: see product_key_topk_bwd_product.cuh.
 //
-// Two warpgroups multiply 64 rows each by up to 256 columns. Each warp of a third one fills every
-// fourth stage of the ring alone: it unfolds the entries of dS, and one of its lanes has the dense
-// rows copied as boxes of 64 columns (TMA), the operand that wgmma transposes. The blocks of a
-// cluster take neighbouring rows of the output and need the same dense rows in the same step: each
-// copies its share of them to all.
+// Two warpgroups multiply a bucket of dS each, or its transposed, by up to 256 columns. Each warp
+// of a third one fills the ring for every fourth step alone: it unfolds the entries of dS, and one
+// of its lanes has the dense rows copied as boxes of 64 columns (TMA), which wgmma transposes. The
+// blocks of a cluster take neighbouring rows of the output and need the same dense rows in the same
+// step: each copies its share of them to all. (Not the last ones of two planes: see
+// ProductSchedule.)
 #include "cluster.cuh"
 #include "common.cuh"
 #include "kernel_registry.h"
@@ -309,7 +310,9 @@ __device__ __forceinline__ void fill_ring(const Product& p, bool waits,
   }
 }
 
-// No block may leave while another still arrives at its barriers: until all it has filled is free.
+// No block may leave while another still arrives at its barriers, or waits for what it copies:
+// until all that was filled is free. All warps wait for all stages, since only who has filled one
+// knows that its last phase has begun.
 template <int kCols>
 __device__ __forceinline__ void drain_ring(const Product& p, Ring<kCols> ring) {
   const int count = WorkerSteps(p.schedule).count;
@@ -458,9 +461,9 @@ __device__ __forceinline__ void multiply(const Product& p, Ring<kCols> ring) {
 // is split, its product is the kernel ahead, and the parts it leaves are summed while the ring is
 // filled for the first time.
 //
-// A product lets what follows begin once it has seen the end of the kernel ahead of it. So one with
-// parts to sum, which begins while these are made, finds complete what both products read; it reads
-// past the L1 cache. It waits for the kernel ahead before it sums.
+// A product lets what follows begin once it has seen the end of the kernel ahead of it, and not
+// before. So one with parts to sum, which begins while these are made, finds complete what both
+// products read; it reads past the L1 cache. It waits for the kernel ahead before it sums.
 template <typename scalar_t, int kCols>
 __global__ void __launch_bounds__(kThreads, 1)
     product_key_topk_bwd_product_wgmma_kernel(const __grid_constant__ Product p,

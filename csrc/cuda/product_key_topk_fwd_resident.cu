@@ -365,8 +365,8 @@ class ListEnds {
     return is_full(row) ? kSlots + 1 : abs(added) / Lists::kScoreStride;
   }
 
-  // Adds the keys of a tile that are above the bounds, which NaN is not. Where there might be no room
-  // for all, a bound becomes infinite.
+  // Adds the keys of a tile that are above the bounds, which NaN is not. Where there might be no
+  // room for all, a bound becomes infinite.
   __device__ __forceinline__ void append(const Scores& scores, const float (&filter)[kPlanes],
                                          int first_key, int lane, float (&bounds)[2]) {
 #pragma unroll

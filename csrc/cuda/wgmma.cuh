@@ -75,7 +75,7 @@ __device__ __forceinline__ uint64_t tile_descriptor(uint32_t address) {
 }
 
 // Describes a tile in shared memory whose rows are the reduced dimension, as boxes of 64 columns
-// side by side, box_bytes apart: the operand that the instruction transposes. Within a box a row is
+// side by side, box_bytes apart: an operand that the instruction transposes. Within a box a row is
 // 128 swizzled bytes. Of the two strides, the leading one (bits 16 on) leads from 64 columns to the
 // next 64, box_bytes; the other (bits 32 on) from eight rows to the next eight, 1024. `address` is
 // that of the first row, a multiple of 1024, plus 2048 bytes for each step of 16 rows.

@@ -61,10 +61,14 @@ CASES = {
     "more_kept_than_query": Case(300, 400, 40, 128, 64, rank=4, shared_query=True),
     "additive": Case(500, 170, 64, 20, 20, rank=1, heads=2, cores=1, mode="additive"),
 }
-# Blocks take many tiles, or share one between many.
+# Blocks take many tiles, or share one between many. On sm_90 with its 132 multiprocessors the parts
+# of the keys' gradient are summed by the next kernel, but for "small"; a plane has three rows of
+# tiles; there are more tiles than blocks, some of them shared.
 LARGE = {
     "many_tokens": Case(4200, 150, 192, 8, 8),
     "small": Case(1000, 1138, 192, 32, 32),
+    "odd_rows_of_keys": Case(4000, 330, 192, 8, 8),
+    "many_heads": Case(300, 130, 64, 8, 8, heads=20),
 }
 
 
@@ -98,11 +102,41 @@ def test_shapes(device: str, dtype: torch.dtype, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float16"])
 @pytest.mark.gpu
-def test_large_shapes(name: str) -> None:
+def test_large_shapes(dtype: torch.dtype, name: str) -> None:
     case = LARGE[name]
-    query, keys, core = make_inputs(case, "cuda", torch.bfloat16)
+    query, keys, core = make_inputs(case, "cuda", dtype)
     check_product_key_topk(query, keys, core, topk=case.topk, axis_topk=case.axis_topk)
+
+
+def scores_at(
+    query: Tensor, keys: Tensor, core: Tensor, indices: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """Of one head, [T, M, C], by gathered rows in float64; and what they were made of."""
+    leaves = [x.detach().double().requires_grad_() for x in (query, keys, core)]
+    num_keys = keys.shape[3]
+    axes = [
+        torch.einsum("trk,rtmk->trm", leaves[0][:, side, 0], leaves[1][0, side][:, kept[:, 0]])
+        for side, kept in enumerate((indices // num_keys, indices % num_keys))
+    ]
+    return torch.einsum("trm,crs,tsm->tmc", axes[0], leaves[2][:, 0], axes[1]), leaves
+
+
+@pytest.mark.gpu
+def test_blocks_of_many_steps() -> None:
+    """A warp that unfolds dS knows of 32 of its steps at a time. Each row of tiles is compared."""
+    case = Case(65536, 600, 64, 8, 8)
+    query, keys, core = leaves = trainable(make_inputs(case, "cuda", torch.bfloat16))
+    scores, indices = forward(leaves, case)
+    reference, doubles = scores_at(query, keys, core, indices)
+    upstream = torch.randn_like(scores)
+    grads = torch.autograd.grad(scores, leaves[:2], upstream)
+    expected = torch.autograd.grad(reference, doubles[:2], upstream[:, 0].double())
+    for grad, right, rows in zip(grads, expected, (0, 3), strict=True):
+        error = (grad.double() - right).movedim(rows, 0)
+        for part, whole in zip(error.split(64), right.movedim(rows, 0).split(64), strict=True):
+            assert part.norm() < 0.01 * whole.norm()
 
 
 @pytest.mark.gpu
@@ -220,7 +254,8 @@ def test_keys_nobody_kept_have_zero_gradient(device: str) -> None:
         assert not grad[0, side][:, others].any()
 
 
-# Tokens and keys with a whole and with a broken tile of their own.
+# Tokens and keys with a whole and with a broken tile of their own: three rows of tiles of either.
+SPOILED = Case(257, 290, 64, 8, 8)
 SPOILED_TOKENS = [5, 256]
 
 
@@ -229,9 +264,8 @@ SPOILED_TOKENS = [5, 256]
 def test_spoiled_gradients_stay_with_their_tokens_and_keys(
     device: str, dtype: torch.dtype, value: float
 ) -> None:
-    case = Case(257, 130, 64, 8, 8)
-    leaves = trainable(make_inputs(case, device, dtype))
-    scores, indices = forward(leaves, case)
+    leaves = trainable(make_inputs(SPOILED, device, dtype))
+    scores, indices = forward(leaves, SPOILED)
     upstream = torch.ones_like(scores)
     upstream[SPOILED_TOKENS, 0, 3, 1] = value
     check_spoiled(leaves, scores, indices, upstream, slots=[3])
@@ -242,11 +276,10 @@ def test_spoiled_gradients_stay_with_their_tokens_and_keys(
 def test_spoiled_queries_stay_with_their_tokens_and_keys(
     device: str, dtype: torch.dtype, value: float
 ) -> None:
-    case = Case(257, 130, 64, 8, 8)
-    inputs = make_inputs(case, device, dtype)
+    inputs = make_inputs(SPOILED, device, dtype)
     inputs[0][SPOILED_TOKENS, 0, 0, 1, 17] = value
     leaves = trainable(inputs)
-    scores, indices = forward(leaves, case)
+    scores, indices = forward(leaves, SPOILED)
     check_spoiled(leaves, scores, indices, torch.ones_like(scores), slots=range(8), spoiled_side=0)
 
 
@@ -282,15 +315,16 @@ def check_spoiled(
 def test_spoiled_keys_that_nobody_keeps_leak_no_gradient(
     device: str, dtype: torch.dtype, value: float
 ) -> None:
-    case = Case(257, 130, 64, 8, 8, rank=1, cores=1)
+    case = SPOILED._replace(rank=1, cores=1)
+    last = case.num_keys - 1
     inputs = make_inputs(case, device, dtype)
     # Positive first components: a key of -inf or NaN there ranks last.
     inputs[0][..., 0] = inputs[0][..., 0].abs() + 0.5
     inputs[1][0, 0, 0, 7, 0] = value
-    inputs[1][0, 1, 0, 129, 0] = value
+    inputs[1][0, 1, 0, last, 0] = value
     leaves = trainable(inputs)
     scores, indices = forward(leaves, case)
-    assert not (indices // 130 == 7).any()
-    assert not (indices % 130 == 129).any()
+    assert not (indices // case.num_keys == 7).any()
+    assert not (indices % case.num_keys == last).any()
     for grad in torch.autograd.grad(scores.sum(), leaves):
         assert torch.isfinite(grad).all()
