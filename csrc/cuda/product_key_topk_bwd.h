@@ -99,12 +99,12 @@ Status launch_gather(const ProductKeyTopkBwdParams& p, const GatherWorkspace& wo
 // taken together, too, without sharing anything.
 struct ProductSchedule {
   int cluster = 1;
-  bool odd_rows = false;
+  bool odd_rows = false;  // of tiles of a plane, if in a cluster
   int64_t num_tiles = 0;
   int64_t tile_steps = 0;
   bool split = false;
   bool disjoint = false;  // as many blocks for every tile: none has parts of two
-  // share_out
+  // Of share_out:
   int num_blocks = 0;
   int spare_units = 0;
   int64_t block_units = 0;

@@ -335,8 +335,13 @@ Status launch_sum(const Product& product, const DensePlan& plan, Stream stream) 
                             product, plan.tile_cols);
 }
 
+// `summed` as launch_product_wgmma takes it.
 template <typename scalar_t>
-Status launch_product(const Product& product, const DensePlan& plan, Stream stream) {
+Status launch_product(const Product& product, const Product& summed, DType dtype,
+                      const DensePlan& plan, Stream stream) {
+#if defined(ULTRAMEM_WITH_SM90A)
+  if (plan.wgmma) return launch_product_wgmma(product, summed, dtype, plan.tile_cols, stream);
+#endif
   if (plan.tile_cols == 256) return launch_product_of_width<scalar_t, 256>(product, plan, stream);
   if (plan.tile_cols == 192) return launch_product_of_width<scalar_t, 192>(product, plan, stream);
   return launch_product_of_width<scalar_t, 128>(product, plan, stream);
@@ -372,19 +377,13 @@ Status launch_dense_of_type(const ProductKeyTopkBwdParams& p, const DensePlan& p
   for (const bool rows_are_tokens : {false, true}) {
     if ((rows_are_tokens ? p.grad_query : p.grad_keys) == nullptr) continue;
     const Product product = make_product(p, plan, partials, rows_are_tokens);
-    bool sums = product.schedule.split;
-    if (plan.wgmma) {
-#if defined(ULTRAMEM_WITH_SM90A)
-      const bool sums_keys = rows_are_tokens && plan.query_sums_keys;
-      const Product summed = sums_keys ? make_product(p, plan, partials, false) : Product{};
-      ULTRAMEM_RETURN_IF_ERROR(
-          launch_product_wgmma(product, summed, p.dtype, plan.tile_cols, stream));
-      sums = sums && !plan.query_sums_keys;
-#endif
-    } else {
-      ULTRAMEM_RETURN_IF_ERROR(launch_product<scalar_t>(product, plan, stream));
+    const bool sums_keys = rows_are_tokens && plan.query_sums_keys;
+    const Product summed = sums_keys ? make_product(p, plan, partials, false) : Product{};
+    ULTRAMEM_RETURN_IF_ERROR(launch_product<scalar_t>(product, summed, p.dtype, plan, stream));
+    // A kernel of grad_query that sums begins ahead of this one's end: nothing may come in between.
+    if (product.schedule.split && !plan.query_sums_keys) {
+      ULTRAMEM_RETURN_IF_ERROR(launch_sum<scalar_t>(product, plan, stream));
     }
-    if (sums) ULTRAMEM_RETURN_IF_ERROR(launch_sum<scalar_t>(product, plan, stream));
   }
   return {};
 }

@@ -127,8 +127,9 @@ struct FillStep {
   __device__ __forceinline__ FillStep of(int lane) const {
     const auto get = [lane](auto x) { return __shfl_sync(kFullMask, x, lane); };
     FillStep step;
-    for (int half = 0; half < kBucketsPerStep; ++half)
+    for (int half = 0; half < kBucketsPerStep; ++half) {
       step.first_entry[half] = get(first_entry[half]);
+    }
     step.first_finite = get(first_finite);
     step.num_entries = get(num_entries);
     step.first_dense_row = get(first_dense_row);
@@ -142,6 +143,7 @@ struct FillStep {
   }
 };
 
+// Past the L1 cache; `to` stays what it was where it is not wanted.
 __device__ __forceinline__ void load_if(bool wanted, const uint32_t* from, uint32_t& to) {
   asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.cg.u32 %0, [%1]; }"
                : "+r"(to)
