@@ -16,17 +16,15 @@
 #include "common.cuh"
 #include "kernel_registry.h"
 #include "product_key_common.cuh"
+#include "product_key_topk_bwd_buckets.cuh"
 #include "product_key_topk_bwd_core.cuh"
+#include "product_key_topk_bwd_scores.cuh"
 
 namespace ultramem::cuda {
 namespace {
 
 // ---- scores: dg -> dS, dcore -------------------------------------------------------------------
 
-// A warp takes a token and head, and its lanes 32 kept pairs at a time, each of which adds a vector
-// of R to its row of dS and one to its column. Lanes whose pairs share a row (or a column) add up
-// in a tree that only depends on which lanes these are, and one of them adds the sum to shared
-// memory: hot rows cost no more than others, and every sum has a fixed order.
 constexpr int kScoresThreads = 256;
 constexpr int kScoresWarps = kScoresThreads / kWarpSize;
 // Blocks of a multiprocessor, for small cores. All of them are to be resident at once on the larger
@@ -63,53 +61,6 @@ struct ScoresLayout {
   }
 };
 
-__device__ __forceinline__ bool is_finite(float x) {
-  return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u;
-}
-
-// Finds the key rows that are not finite: those with a 16-bit element whose exponent is all ones.
-__device__ __forceinline__ void check_keys(const ProductKeyTopkBwdParams& p, uint8_t* key_finite,
-                                           int64_t block, int64_t num_blocks) {
-  const uint32_t low = p.dtype == DType::kBFloat16 ? 0x7f80u : 0x7c00u;
-  const uint32_t high = low << 16;
-  const int lane = threadIdx.x % kWarpSize;
-  const int64_t block_warps = blockDim.x / kWarpSize;
-  const int64_t num_rows = int64_t{2} * p.num_heads * p.tucker_rank * p.num_keys;
-  const int chunks = static_cast<int>(p.key_dim / 8);
-  const auto* keys = static_cast<const uint4*>(p.keys);
-  for (int64_t row = block * block_warps + threadIdx.x / kWarpSize; row < num_rows;
-       row += num_blocks * block_warps) {
-    bool finite = true;
-#pragma unroll 4
-    for (int i = lane; i < chunks; i += kWarpSize) {
-      const uint4 chunk = keys[row * chunks + i];
-      const uint32_t words[] = {chunk.x, chunk.y, chunk.z, chunk.w};
-#pragma unroll
-      for (const uint32_t word : words) {
-        finite = finite && (word & low) != low && (word & high) != high;
-      }
-    }
-    finite = __all_sync(kFullMask, finite);
-    if (lane == 0) key_finite[row] = finite ? 1 : 0;
-  }
-}
-
-// By a warp. Packets need 16-byte aligned addresses and a multiple of four. The scores are there
-// after cp_async_wait<0>.
-__device__ __forceinline__ void load_scores(const float* from, float* to, int count, int lane,
-                                            bool in_packets) {
-  if (in_packets) {
-#pragma unroll 1
-    for (int i = lane * kPacket; i < count; i += kWarpSize * kPacket) {
-      cp_async_16(shared_address(to + i), from + i);
-    }
-  } else {
-#pragma unroll 1
-    for (int i = lane; i < count; i += kWarpSize) cp_async_4(shared_address(to + i), from + i);
-  }
-  cp_async_commit();
-}
-
 __device__ __forceinline__ void store_grads(const float* from, float* to, int count, int lane,
                                             bool in_packets) {
   if (in_packets) {
@@ -121,65 +72,6 @@ __device__ __forceinline__ void store_grads(const float* from, float* to, int co
 #pragma unroll 1
     for (int i = lane; i < count; i += kWarpSize) to[i] = from[i];
   }
-}
-
-// How the lanes of a line (a row or column) add up: in every round those of even rank take in the
-// next lane's part, and those of odd rank are done.
-struct LineLanes {
-  uint32_t above;  // the line's lanes above this one that are not done
-  uint32_t rank;   // of this lane among those
-  bool is_first;   // whether this lane ends with the sum
-
-  // A lane that is in no line has 0.
-  __device__ LineLanes(uint32_t lanes, int lane) {
-    const uint32_t below = (1u << lane) - 1;
-    above = lanes & ~below & ~(1u << lane);
-    rank = __popc(lanes & below);
-    is_first = lanes != 0 && rank == 0;
-  }
-
-  template <int kRank>
-  __device__ void add_round(float (&parts)[kRank]) {
-    const int next = (__ffs(above) - 1) & (kWarpSize - 1);
-#pragma unroll
-    for (int r = 0; r < kRank; ++r) {
-      const float part = __shfl_sync(kFullMask, parts[r], next);
-      if (above != 0) parts[r] += part;
-    }
-    above &= ~__ballot_sync(kFullMask, (rank & 1) != 0);
-    rank >>= 1;
-  }
-};
-
-// The pair of a lane.
-template <int kCores>
-struct KeptPair {
-  int position = 0;  // row * m + col
-  float grads[kCores] = {};
-};
-
-// The pair of this index in [T, H, M].
-template <int kCores>
-__device__ __forceinline__ KeptPair<kCores> load_pair(const ProductKeyTopkBwdParams& p,
-                                                      int64_t index, bool exists, int C) {
-  KeptPair<kCores> pair;
-  if (!exists) return pair;
-  pair.position = p.grid_positions[index];
-#pragma unroll
-  for (int c = 0; c < kCores; ++c) {
-    if (c < C) pair.grads[c] = static_cast<const float*>(p.grad_scores)[index * C + c];
-  }
-  return pair;
-}
-
-// Whether any score of each (side, rank), one to a lane, is finite. Nearly always the first is.
-__device__ __forceinline__ bool any_score_finite(const float* scores, int m, int planes, int lane) {
-  bool finite = lane >= planes || is_finite(scores[lane * m]);
-  if (!__all_sync(kFullMask, finite)) {
-#pragma unroll 1
-    for (int i = 1; i < m && !finite; ++i) finite = is_finite(scores[lane * m + i]);
-  }
-  return finite;
 }
 
 // grad_axis_scores [T, H, 2, R, m]; core_partials [slices, H, C, R, R], or null. Grid: slice of the
@@ -208,28 +100,15 @@ __global__ void __launch_bounds__(kScoresThreads, kExact ? kScoresResidency : 1)
   auto* grads = reinterpret_cast<float*>(own_bytes + layout.grads);
   auto* line_lanes = reinterpret_cast<uint32_t*>(own_bytes + layout.lanes);
 
-  const int m = p.axis_topk;
-  const int M = p.topk;
-  const int R = kExact ? kRank : p.tucker_rank;
-  const int C = kExact ? kCores : p.num_cores;
-  const int core_size = C * R * R;
+  const PairTerms<kRank, kCores, kExact> terms(p, core);
+  const int m = terms.m, M = terms.M, R = terms.R, C = terms.C;
   const int num_scores = 2 * R * m;
-  const SmallDivisor by_m(m);
-  // Which has a rank and a core of one.
-  const bool additive = (!kExact || (kRank == 1 && kCores == 1)) && p.mode == ScoreMode::kAdditive;
   const bool in_packets =
       num_scores % kPacket == 0 && reinterpret_cast<uintptr_t>(p.axis_scores) % 16 == 0;
   const int head = static_cast<int>(blockIdx.x % p.num_heads);
   const int slice = static_cast<int>(blockIdx.x / p.num_heads);
 
-  // Additive scores are Tucker scores whose other factor and core are one.
-#pragma unroll 1
-  for (int i = thread; i < core_size; i += kScoresThreads) {
-    const int c = i / (R * R);
-    core[i] = additive ? 1.0f
-                       : static_cast<const float*>(
-                             p.core)[(int64_t{c} * p.num_heads + head) * R * R + i - c * R * R];
-  }
+  load_core(p, terms, head, core, thread, kScoresThreads);
 #pragma unroll 1
   for (int i = lane; i < 2 * m; i += kWarpSize) line_lanes[i] = 0;
   __syncthreads();
@@ -244,8 +123,9 @@ __global__ void __launch_bounds__(kScoresThreads, kExact ? kScoresResidency : 1)
     int64_t next_index = token_head * M + lane;
     KeptPair<kCores> next_pair = load_pair<kCores>(p, next_index, lane < M, C);
     __syncwarp();  // the previous token's parts have been read
-    load_scores(static_cast<const float*>(p.axis_scores) + token_head * num_scores, scores,
-                num_scores, lane, in_packets);
+    load_words(static_cast<const float*>(p.axis_scores) + token_head * num_scores, scores,
+               num_scores, lane, in_packets);
+    cp_async_commit();
     // A part of shared memory ends at a multiple of a packet.
 #pragma unroll 1
     for (int i = lane * kPacket; i < num_scores; i += kWarpSize * kPacket) {
@@ -263,60 +143,33 @@ __global__ void __launch_bounds__(kScoresThreads, kExact ? kScoresResidency : 1)
       const KeptPair<kCores> pair = next_pair;
       next_index += kWarpSize;
       next_pair = load_pair<kCores>(p, next_index, first + kWarpSize + lane < M, C);
-      const int row = by_m.quotient(pair.position);
+      const int row = terms.by_m.quotient(pair.position);
       const int col = pair.position - row * m;
       const bool exists = first + lane < M;
-      float to_row[kRank] = {};
-      float to_col[kRank] = {};
+      PairParts<kRank> parts;
       if (exists) {
         atomicOr(&line_lanes[row], 1u << lane);
         atomicOr(&line_lanes[m + col], 1u << lane);
-        float row_scores[kRank];
-        float col_scores[kRank];
-#pragma unroll
-        for (int r = 0; r < kRank; ++r) {
-          row_scores[r] = r >= R || additive ? 1.0f : scores[r * m + row];
-          col_scores[r] = r >= R || additive ? 1.0f : scores[(R + r) * m + col];
-        }
-#pragma unroll
-        for (int r = 0; r < kRank; ++r) {
-#pragma unroll
-          for (int s = 0; s < kRank; ++s) {
-            if (r >= R || s >= R) continue;
-            const float product = row_scores[r] * col_scores[s];
-            float weight = 0.0f;
-#pragma unroll
-            for (int c = 0; c < kCores; ++c) {
-              if (c >= C) break;
-              weight = fmaf(pair.grads[c], core[(c * R + r) * R + s], weight);
-              grad_core[c][r][s] = fmaf(pair.grads[c], product, grad_core[c][r][s]);
-            }
-            to_row[r] = fmaf(weight, col_scores[s], to_row[r]);
-            to_col[s] = fmaf(weight, row_scores[r], to_col[s]);
-          }
-        }
+        const PairScores<kRank> of_keys(terms, scores, row, col);
+        parts = PairParts<kRank>(terms, pair, of_keys, grad_core);
       }
-
       __syncwarp();
-      LineLanes row_lanes(exists ? line_lanes[row] : 0, lane);
-      LineLanes col_lanes(exists ? line_lanes[m + col] : 0, lane);
+      const LineLanes row_lanes(exists ? line_lanes[row] : 0, lane);
+      const LineLanes col_lanes(exists ? line_lanes[m + col] : 0, lane);
       __syncwarp();
       if (row_lanes.is_first) line_lanes[row] = 0;
       if (col_lanes.is_first) line_lanes[m + col] = 0;
-      while (__any_sync(kFullMask, (row_lanes.above | col_lanes.above) != 0)) {
-        row_lanes.add_round(to_row);
-        col_lanes.add_round(to_col);
-      }
+      parts.sum_lines(row_lanes, col_lanes);
       // All are read before any is written, so that the reads do not wait for each other.
 #pragma unroll
       for (int r = 0; r < kRank; ++r) {
-        if (r < R && row_lanes.is_first) to_row[r] += grads[r * m + row];
-        if (r < R && col_lanes.is_first) to_col[r] += grads[(R + r) * m + col];
+        if (r < R && row_lanes.is_first) parts.to_row[r] += grads[r * m + row];
+        if (r < R && col_lanes.is_first) parts.to_col[r] += grads[(R + r) * m + col];
       }
 #pragma unroll
       for (int r = 0; r < kRank; ++r) {
-        if (r < R && row_lanes.is_first) grads[r * m + row] = to_row[r];
-        if (r < R && col_lanes.is_first) grads[(R + r) * m + col] = to_col[r];
+        if (r < R && row_lanes.is_first) grads[r * m + row] = parts.to_row[r];
+        if (r < R && col_lanes.is_first) grads[(R + r) * m + col] = parts.to_col[r];
       }
       __syncwarp();
     }
@@ -334,6 +187,7 @@ __global__ void __launch_bounds__(kScoresThreads, kExact ? kScoresResidency : 1)
     if (lane == 0) atomicMax(findings.max_grad, max_grad);
   }
   if (core_partials == nullptr) return;
+  const int core_size = C * R * R;
 #pragma unroll
   for (int c = 0; c < kCores; ++c) {
 #pragma unroll
@@ -358,9 +212,9 @@ __global__ void __launch_bounds__(kScoresThreads, kExact ? kScoresResidency : 1)
 
 constexpr int kReduceThreads = 256;
 
-__global__ void __launch_bounds__(kReduceThreads)
-    product_key_topk_bwd_core_kernel(ProductKeyTopkBwdParams p, CorePartials partials) {
-  sum_core_partials(p, partials, (int64_t{blockIdx.x} * kReduceThreads + threadIdx.x) / kWarpSize);
+__global__ void __launch_bounds__(kReduceThreads) product_key_topk_bwd_core_kernel(CoreSums sums) {
+  const auto thread = static_cast<int>(blockIdx.x * kReduceThreads + threadIdx.x);
+  sum_core(sums, thread / kWarpSize, static_cast<int>(gridDim.x * kReduceThreads / kWarpSize));
 }
 
 // ---- launches ----------------------------------------------------------------------------------
@@ -386,15 +240,18 @@ Status plan_workspace(const ProductKeyTopkBwdParams& p, Workspace* workspace,
   DeviceLimits limits;
   ULTRAMEM_RETURN_IF_ERROR(device_limits(&limits));
   plan_dense(p, limits, &workspace->dense);
-  workspace->num_slices = std::min(ceil_div(p.num_tokens, kScoresWarps), kMaxTokenSlices);
+  const DensePlan& dense = workspace->dense;
+  workspace->num_slices = dense.entries_at_once
+                              ? ceil_div(p.num_tokens, kBucketSize)
+                              : std::min(ceil_div(p.num_tokens, kScoresWarps), kMaxTokenSlices);
   const int64_t grad_axis_scores_bytes =
       p.num_tokens * p.num_heads * 2 * p.tucker_rank * p.axis_topk * int64_t{sizeof(float)};
-  workspace->grad_axis_scores =
-      layout.take(std::max(workspace->dense.grad_query_holds_grads ? 0 : grad_axis_scores_bytes,
-                           workspace->dense.partial_bytes));
+  workspace->grad_axis_scores = layout.take(
+      std::max(dense.entries_at_once || dense.grad_query_holds_grads ? 0 : grad_axis_scores_bytes,
+               dense.partial_bytes));
   workspace->core_partials = layout.take(workspace->num_slices * p.num_heads * p.num_cores *
                                          p.tucker_rank * p.tucker_rank * sizeof(float));
-  if (workspace->dense.applies) {
+  if (dense.applies) {
     lay_out_dense(p, &workspace->dense, layout);
   } else {
     lay_out_gather(p, &workspace->gather, layout);
@@ -436,11 +293,11 @@ Status launch_scores(const ProductKeyTopkBwdParams& p, const Workspace& workspac
                                                                    stream);
 }
 
-Status launch_core(const ProductKeyTopkBwdParams& p, const CorePartials& partials, Stream stream) {
-  if (partials.data == nullptr) return {};
-  const int64_t num_blocks = ceil_div(core_elements(p) * kWarpSize, kReduceThreads);
+Status launch_core(const CoreSums& sums, Stream stream) {
+  if (sums.partials == nullptr) return {};
+  const int64_t num_blocks = ceil_div(sums.num_elements() * kWarpSize, kReduceThreads);
   product_key_topk_bwd_core_kernel<<<static_cast<unsigned>(num_blocks), kReduceThreads, 0,
-                                     stream>>>(p, partials);
+                                     stream>>>(sums);
   return launch_status();
 }
 
@@ -495,18 +352,25 @@ Status product_key_topk_bwd(const ProductKeyTopkBwdParams& params, Stream stream
   Workspace workspace;
   WorkspaceLayout layout;
   ULTRAMEM_RETURN_IF_ERROR(plan_workspace(params, &workspace, layout));
+  const DensePlan& dense = workspace.dense;
   const bool wants_core = params.grad_core != nullptr && params.mode == ScoreMode::kTucker;
-  CorePartials core_partials;
-  core_partials.num_slices = workspace.num_slices;
-  if (wants_core) core_partials.data = workspace_piece<float>(params, workspace.core_partials);
-  ULTRAMEM_RETURN_IF_ERROR(launch_scores(params, workspace, core_partials.data, stream));
-  const float* grad_axis_scores = workspace.grads(params);
-  if (workspace.dense.applies) {
-    return launch_dense(params, workspace.dense, grad_axis_scores, core_partials,
-                        workspace_piece<float>(params, workspace.grad_axis_scores), stream);
+  float* core_partials =
+      wants_core ? workspace_piece<float>(params, workspace.core_partials) : nullptr;
+  const CoreSums core_sums{
+      core_partials,    workspace.num_slices, static_cast<float*>(params.grad_core),
+      params.num_heads, params.num_cores,     params.tucker_rank * params.tucker_rank};
+  const float* grad_axis_scores = nullptr;
+  if (dense.entries_at_once) {
+    ULTRAMEM_RETURN_IF_ERROR(launch_entries(params, dense, core_partials, stream));
+  } else {
+    ULTRAMEM_RETURN_IF_ERROR(launch_scores(params, workspace, core_partials, stream));
+    grad_axis_scores = workspace.grads(params);
   }
-  ULTRAMEM_RETURN_IF_ERROR(launch_core(params, core_partials, stream));
-  return launch_gather(params, workspace.gather, grad_axis_scores, stream);
+  const bool dense_sums = dense_sums_core(params, dense);
+  if (!dense_sums) ULTRAMEM_RETURN_IF_ERROR(launch_core(core_sums, stream));
+  if (!dense.applies) return launch_gather(params, workspace.gather, grad_axis_scores, stream);
+  return launch_dense(params, dense, grad_axis_scores, dense_sums ? core_sums : CoreSums{},
+                      workspace_piece<float>(params, workspace.grad_axis_scores), stream);
 }
 
 }  // namespace ultramem::cuda

@@ -59,15 +59,19 @@ inline Status device_limits(DeviceLimits* limits) {
 
 // ---- dcore -------------------------------------------------------------------------------------
 
-// What slices of the tokens add to dcore.
-struct CorePartials {
-  float* data = nullptr;  // [slices, H, C, R, R]; null where dcore is not wanted
+// What slices of the tokens add to dcore, and where their sums go.
+struct CoreSums {
+  const float* partials = nullptr;  // [slices, H, C, R, R]; null where dcore is not wanted
   int64_t num_slices = 0;
-};
+  float* grad_core = nullptr;  // [C, H, R, R]
+  int num_heads = 0;
+  int num_cores = 0;
+  int matrix = 0;  // R * R
 
-__host__ __device__ inline int64_t core_elements(const ProductKeyTopkParams& p) {
-  return int64_t{p.num_heads} * p.num_cores * p.tucker_rank * p.tucker_rank;
-}
+  __host__ __device__ int64_t num_elements() const {
+    return int64_t{num_heads} * num_cores * matrix;
+  }
+};
 
 // ---- gathered rows -----------------------------------------------------------------------------
 
@@ -141,9 +145,10 @@ struct ProductSchedule {
 
 struct DensePlan {
   bool applies = false;
-  bool wgmma = false;  // whether launch_product_wgmma takes the products
-  int tile_cols = 0;   // of the output
-  int num_stages = 0;  // of the ring in shared memory; not where wgmma
+  bool wgmma = false;            // whether launch_product_wgmma takes the products
+  bool entries_at_once = false;  // whether launch_entries makes the buckets, and no dS before
+  int tile_cols = 0;             // of the output
+  int num_stages = 0;            // of the ring in shared memory; not where wgmma
   ProductSchedule query;
   ProductSchedule keys;
   // Until the last product writes it, grad_query is memory for dS, which is grouped into buckets
@@ -173,10 +178,19 @@ struct ScoresFindings {
 };
 ScoresFindings scores_findings(const ProductKeyTopkBwdParams& p, const DensePlan& plan);
 
-// Sums core_partials, too. `partials` has plan.partial_bytes and may overlay grad_axis_scores, and
-// grad_axis_scores grad_query.
+// dg to entries in buckets, and parts of dcore [token_tiles, H, C, R, R], or null, for bfloat16 and
+// short lists of kept keys: one kernel in place of that of the scores and that of the buckets.
+bool entries_apply(const ProductKeyTopkBwdParams& p, const DeviceLimits& limits);
+Status launch_entries(const ProductKeyTopkBwdParams& p, const DensePlan& plan, float* core_partials,
+                      Stream stream);
+
+// Whether launch_dense makes the sums of dcore: where a kernel of a product has time for it.
+bool dense_sums_core(const ProductKeyTopkBwdParams& p, const DensePlan& plan);
+
+// `partials` has plan.partial_bytes and may overlay grad_axis_scores, and grad_axis_scores
+// grad_query. Without plan.entries_at_once, grad_axis_scores is dS.
 Status launch_dense(const ProductKeyTopkBwdParams& p, const DensePlan& plan,
-                    const float* grad_axis_scores, const CorePartials& core_partials,
-                    float* partials, Stream stream);
+                    const float* grad_axis_scores, const CoreSums& core_sums, float* partials,
+                    Stream stream);
 
 }  // namespace ultramem::cuda

@@ -1,5 +1,5 @@
-// The last sums of dcore, which are too short for a launch of their own: the dense path makes them
-// beside its buckets.
+// The last sums of dcore, which are too short for a launch of their own where another kernel has
+// time for them.
 #pragma once
 
 #include "common.cuh"
@@ -7,23 +7,22 @@
 
 namespace ultramem::cuda {
 
-// A warp per element sums over the slices of tokens.
-__device__ __forceinline__ void sum_core_partials(const ProductKeyTopkBwdParams& p,
-                                                  const CorePartials& partials, int64_t element) {
-  const int64_t num_elements = core_elements(p);  // of [H, C, R, R]
-  if (element >= num_elements) return;
+// A warp per element sums over the slices of tokens: this warp of so many.
+__device__ __forceinline__ void sum_core(const CoreSums& core, int warp, int num_warps) {
+  const auto num_elements = static_cast<int>(core.num_elements());
   const int lane = threadIdx.x % kWarpSize;
-  float sum = 0.0f;
+  for (int element = warp; element < num_elements; element += num_warps) {
+    float sum = 0.0f;
 #pragma unroll 8
-  for (int64_t slice = lane; slice < partials.num_slices; slice += kWarpSize) {
-    sum += partials.data[slice * num_elements + element];
+    for (int64_t slice = lane; slice < core.num_slices; slice += kWarpSize) {
+      sum += __ldcg(core.partials + slice * num_elements + element);
+    }
+    sum = warp_sum(sum);
+    if (lane != 0) continue;
+    const int c = element / core.matrix % core.num_cores;
+    const int head = element / core.matrix / core.num_cores;
+    core.grad_core[(c * core.num_heads + head) * core.matrix + element % core.matrix] = sum;
   }
-  sum = warp_sum(sum);
-  if (lane != 0) return;
-  const int64_t matrix = int64_t{p.tucker_rank} * p.tucker_rank;
-  const int64_t c = element / matrix % p.num_cores;
-  const int64_t head = element / matrix / p.num_cores;
-  static_cast<float*>(p.grad_core)[(c * p.num_heads + head) * matrix + element % matrix] = sum;
 }
 
 }  // namespace ultramem::cuda

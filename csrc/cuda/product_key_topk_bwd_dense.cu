@@ -19,7 +19,7 @@
 #include "kernel_registry.h"
 #include "product_key_common.cuh"
 #include "product_key_topk_bwd.h"
-#include "product_key_topk_bwd_core.cuh"
+#include "product_key_topk_bwd_buckets.cuh"
 #include "product_key_topk_bwd_product.cuh"
 #include "product_key_topk_bwd_sum.cuh"
 
@@ -50,25 +50,6 @@ struct BucketLayout {
   }
 };
 
-// counts [num_counts + 1] becomes its exclusive sums. By one warp.
-__device__ __forceinline__ void exclusive_sums(uint32_t* counts, int num_counts, int lane) {
-  uint32_t total = 0;
-#pragma unroll 1
-  for (int base = 0; base < num_counts; base += kWarpSize) {
-    const int i = base + lane;
-    const uint32_t count = i < num_counts ? counts[i] : 0;
-    uint32_t sum = count;
-#pragma unroll
-    for (int delta = 1; delta < kWarpSize; delta *= 2) {
-      const uint32_t below = __shfl_up_sync(kFullMask, sum, delta);
-      if (lane >= delta) sum += below;
-    }
-    if (i < num_counts) counts[i] = total + sum - count;
-    total += __shfl_sync(kFullMask, sum, kWarpSize - 1);
-  }
-  if (lane == 0) counts[num_counts] = total;
-}
-
 // One bit for each of `count` flags, by all warps of the block.
 __device__ __forceinline__ void gather_bits(const uint8_t* flags, int count, uint32_t* bits) {
   const int lane = threadIdx.x % kWarpSize;
@@ -91,25 +72,19 @@ struct EntryPacket {
   Packet<float, kVec> grads = {};
 };
 
-// Grid: blocks that sum core_partials; then tile of 64 tokens, (head, side, rank).
+// Grid: tile of 64 tokens, (head, side, rank).
 //   entries [H, 2, R, T * m]: those of a tile of tokens lie where its rows of dS would, by bucket
 //   bucket_starts [H, 2, token_tiles, key_tiles + 1], counted from the tile's first entry
 // The order within a bucket is whatever the atomics make it, and has no effect. kVec divides m.
 template <typename scalar_t, int kVec>
 __global__ void __launch_bounds__(kBucketThreads, 4)
     product_key_topk_bwd_buckets_kernel(ProductKeyTopkBwdParams p, ScoresFindings findings,
-                                        const float* grad_axis_scores, CorePartials core_partials,
-                                        int core_blocks, uint32_t* entries,
+                                        const float* grad_axis_scores, uint32_t* entries,
                                         uint16_t* bucket_starts) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   release_dependent_grid();
   const int thread = threadIdx.x;
-  const int block = static_cast<int>(blockIdx.x) - core_blocks;
-  if (block < 0) {
-    wait_for_prerequisite_grid();
-    sum_core_partials(p, core_partials, blockIdx.x * kBucketWarps + thread / kWarpSize);
-    return;
-  }
+  const auto block = static_cast<int>(blockIdx.x);
   const BucketLayout layout(p.axis_topk, p.num_keys);
   auto* counts = reinterpret_cast<uint32_t*>(shared_bytes + layout.counts);
   auto* key_bits = reinterpret_cast<uint32_t*>(shared_bytes + layout.key_bits);
@@ -229,15 +204,19 @@ constexpr TileWidth kTileWidths[] = {{256, 16, ProductTraits<256>::kStageBytes, 
                                      {192, 17, ProductTraits<192>::kStageBytes, true},
                                      {128, 20, ProductTraits<128>::kStageBytes, false}};
 
-// groups: of matrices [num_rows, columns], col_tiles wide, an even number.
+// groups: of matrices [num_rows, columns], col_tiles wide, an even number. Where these have an odd
+// number of rows of tiles, the last ones of two are taken together, or else alone, with a partner
+// that does nothing.
 ProductSchedule make_schedule(int64_t groups, int64_t num_rows, int64_t col_tiles,
-                              int64_t tile_steps, const DeviceLimits& limits) {
+                              int64_t tile_steps, bool together, const DeviceLimits& limits) {
   ProductSchedule schedule;
   schedule.cluster = limits.wgmma && limits.num_sms >= kCluster ? kCluster : 1;
   const int64_t workers = limits.num_sms / schedule.cluster;
   const int64_t row_tiles = ceil_div(num_rows, kTileRows);
-  schedule.odd_rows = row_tiles % schedule.cluster != 0;
-  const int64_t num_tiles = groups * row_tiles / schedule.cluster * col_tiles;
+  schedule.odd_rows = together && row_tiles % schedule.cluster != 0;
+  const int64_t num_tiles = (schedule.odd_rows ? groups * row_tiles / schedule.cluster
+                                               : groups * ceil_div(row_tiles, schedule.cluster)) *
+                            col_tiles;
   schedule.num_tiles = num_tiles;
   schedule.tile_steps = tile_steps;
   const int64_t rounds = ceil_div(num_tiles, workers);
@@ -335,12 +314,14 @@ Status launch_sum(const Product& product, const DensePlan& plan, Stream stream) 
                             product, plan.tile_cols);
 }
 
-// `summed` as launch_product_wgmma takes it.
+// `summed` and `core_sums` as launch_product_wgmma takes them.
 template <typename scalar_t>
-Status launch_product(const Product& product, const Product& summed, DType dtype,
-                      const DensePlan& plan, Stream stream) {
+Status launch_product(const Product& product, const Product& summed, const CoreSums& core_sums,
+                      DType dtype, const DensePlan& plan, Stream stream) {
 #if defined(ULTRAMEM_WITH_SM90A)
-  if (plan.wgmma) return launch_product_wgmma(product, summed, dtype, plan.tile_cols, stream);
+  if (plan.wgmma) {
+    return launch_product_wgmma(product, summed, core_sums, dtype, plan.tile_cols, stream);
+  }
 #endif
   if (plan.tile_cols == 256) return launch_product_of_width<scalar_t, 256>(product, plan, stream);
   if (plan.tile_cols == 192) return launch_product_of_width<scalar_t, 192>(product, plan, stream);
@@ -349,37 +330,37 @@ Status launch_product(const Product& product, const Product& summed, DType dtype
 
 template <typename scalar_t, int kVec>
 Status launch_buckets(const ProductKeyTopkBwdParams& p, const DensePlan& plan,
-                      const float* grad_axis_scores, const CorePartials& core_partials,
-                      Stream stream) {
+                      const float* grad_axis_scores, Stream stream) {
   const BucketLayout layout(p.axis_topk, p.num_keys);
   ULTRAMEM_RETURN_IF_ERROR(
       allow_shared_memory(product_key_topk_bwd_buckets_kernel<scalar_t, kVec>, layout.bytes));
-  const auto core_blocks = core_partials.data != nullptr
-                               ? static_cast<int>(ceil_div(core_elements(p), kBucketWarps))
-                               : 0;
-  const int64_t num_blocks = core_blocks + token_tiles(p) * 2 * p.num_heads * p.tucker_rank;
-  return launch_overlapping(product_key_topk_bwd_buckets_kernel<scalar_t, kVec>,
-                            dim3(static_cast<unsigned>(num_blocks)), kBucketThreads, layout.bytes,
-                            stream, p, scores_findings(p, plan), grad_axis_scores, core_partials,
-                            core_blocks, workspace_piece<uint32_t>(p, plan.entries),
-                            workspace_piece<uint16_t>(p, plan.bucket_starts));
+  const int64_t num_blocks = token_tiles(p) * 2 * p.num_heads * p.tucker_rank;
+  return launch_overlapping(
+      product_key_topk_bwd_buckets_kernel<scalar_t, kVec>, dim3(static_cast<unsigned>(num_blocks)),
+      kBucketThreads, layout.bytes, stream, p, scores_findings(p, plan), grad_axis_scores,
+      workspace_piece<uint32_t>(p, plan.entries), workspace_piece<uint16_t>(p, plan.bucket_starts));
 }
 
 template <typename scalar_t>
 Status launch_dense_of_type(const ProductKeyTopkBwdParams& p, const DensePlan& plan,
-                            const float* grad_axis_scores, const CorePartials& core_partials,
+                            const float* grad_axis_scores, const CoreSums& core_sums,
                             float* partials, Stream stream) {
-  ULTRAMEM_RETURN_IF_ERROR(
-      p.axis_topk % kPacket == 0 && is_aligned(p.axis_indices)
-          ? (launch_buckets<scalar_t, kPacket>(p, plan, grad_axis_scores, core_partials, stream))
-          : (launch_buckets<scalar_t, 1>(p, plan, grad_axis_scores, core_partials, stream)));
+  if (!plan.entries_at_once) {
+    ULTRAMEM_RETURN_IF_ERROR(
+        p.axis_topk % kPacket == 0 && is_aligned(p.axis_indices)
+            ? (launch_buckets<scalar_t, kPacket>(p, plan, grad_axis_scores, stream))
+            : (launch_buckets<scalar_t, 1>(p, plan, grad_axis_scores, stream)));
+  }
+  CoreSums to_sum = core_sums;
   // Last the one that writes grad_query, which may hold dS and parts of grad_keys before.
   for (const bool rows_are_tokens : {false, true}) {
     if ((rows_are_tokens ? p.grad_query : p.grad_keys) == nullptr) continue;
     const Product product = make_product(p, plan, partials, rows_are_tokens);
     const bool sums_keys = rows_are_tokens && plan.query_sums_keys;
     const Product summed = sums_keys ? make_product(p, plan, partials, false) : Product{};
-    ULTRAMEM_RETURN_IF_ERROR(launch_product<scalar_t>(product, summed, p.dtype, plan, stream));
+    ULTRAMEM_RETURN_IF_ERROR(
+        launch_product<scalar_t>(product, summed, to_sum, p.dtype, plan, stream));
+    to_sum = {};
     // A kernel of grad_query that sums begins ahead of this one's end: nothing may come in between.
     if (product.schedule.split && !plan.query_sums_keys) {
       ULTRAMEM_RETURN_IF_ERROR(launch_sum<scalar_t>(product, plan, stream));
@@ -439,18 +420,28 @@ void plan_dense(const ProductKeyTopkBwdParams& p, const DeviceLimits& limits, De
   const int64_t head_sides = int64_t{2} * p.num_heads;
   const int64_t inner_ranks = p.tucker_rank / p.num_queries;
   plan->query = make_schedule(head_sides * p.num_queries, p.num_tokens, col_tiles,
-                              inner_ranks * key_tiles(p), limits);
-  plan->keys =
-      make_schedule(head_sides * p.tucker_rank, p.num_keys, col_tiles, token_tiles(p), limits);
+                              inner_ranks * key_tiles(p), true, limits);
+  const int64_t part_bytes = int64_t{kTileRows} * plan->tile_cols * int64_t{sizeof(float)};
+  const int64_t query_bytes =
+      p.num_tokens * head_sides * p.num_queries * p.key_dim * element_size(p.dtype);
+  const auto keys_schedule = [&](bool together) {
+    ProductSchedule schedule = make_schedule(head_sides * p.tucker_rank, p.num_keys, col_tiles,
+                                             token_tiles(p), together, limits);
+    if (schedule.num_slots() * part_bytes > query_bytes) make_disjoint(&schedule);
+    return schedule;
+  };
+  plan->keys = keys_schedule(true);
+  if (plan->keys.odd_rows && plan->keys.split && !plan->keys.disjoint) {
+    // One part a block is worth more than the tile that is wasted.
+    const ProductSchedule alone = keys_schedule(false);
+    if (alone.disjoint) plan->keys = alone;
+  }
   // Tiles of the products and blocks of the buckets are counted in 32 bits.
   constexpr int64_t kMaxInt = 0x7fffffff;
   plan->applies = std::max(plan->query.num_tiles, plan->keys.num_tiles) < kMaxInt / (32 * kCluster);
   if (!plan->applies) return;
+  plan->entries_at_once = entries_apply(p, limits);
 
-  const int64_t part_bytes = int64_t{kTileRows} * plan->tile_cols * int64_t{sizeof(float)};
-  const int64_t query_bytes =
-      p.num_tokens * head_sides * p.num_queries * p.key_dim * element_size(p.dtype);
-  if (plan->keys.num_slots() * part_bytes > query_bytes) make_disjoint(&plan->keys);
   int64_t parts = p.grad_keys != nullptr ? plan->keys.num_slots() : 0;
   if (p.grad_query != nullptr) {
     const int64_t grad_bytes =
@@ -482,13 +473,17 @@ ScoresFindings scores_findings(const ProductKeyTopkBwdParams& p, const DensePlan
   return findings;
 }
 
+bool dense_sums_core(const ProductKeyTopkBwdParams& p, const DensePlan& plan) {
+  return plan.applies && plan.wgmma && (p.grad_query != nullptr || p.grad_keys != nullptr);
+}
+
 Status launch_dense(const ProductKeyTopkBwdParams& p, const DensePlan& plan,
-                    const float* grad_axis_scores, const CorePartials& core_partials,
-                    float* partials, Stream stream) {
+                    const float* grad_axis_scores, const CoreSums& core_sums, float* partials,
+                    Stream stream) {
   if (p.dtype == DType::kFloat16) {
-    return launch_dense_of_type<__half>(p, plan, grad_axis_scores, core_partials, partials, stream);
+    return launch_dense_of_type<__half>(p, plan, grad_axis_scores, core_sums, partials, stream);
   }
-  return launch_dense_of_type<__nv_bfloat16>(p, plan, grad_axis_scores, core_partials, partials,
+  return launch_dense_of_type<__nv_bfloat16>(p, plan, grad_axis_scores, core_sums, partials,
                                              stream);
 }
 

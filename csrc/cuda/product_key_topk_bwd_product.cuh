@@ -8,6 +8,7 @@
 #include "mma.cuh"
 #include "product_key_common.cuh"
 #include "product_key_topk_bwd.h"
+#include "product_key_topk_bwd_buckets.cuh"
 
 namespace ultramem::cuda {
 
@@ -22,22 +23,6 @@ __device__ __forceinline__ int scale_exponent(const uint32_t* max_grad) {
 
 __device__ __forceinline__ float power_of_two(int exponent) {
   return __uint_as_float(static_cast<uint32_t>(127 + exponent) << 23);
-}
-
-// ---- buckets: the entries of dS by tokens and keys ---------------------------------------------
-
-inline constexpr int kBucketSize = 64;  // tokens, and keys
-
-// A bucket unfolded: tokens by keys of two bytes, in rows whose 16-byte pieces are swizzled as
-// wgmma takes them.
-inline constexpr int kBucketRowBytes = 2 * kBucketSize;
-__device__ __forceinline__ uint32_t bucket_offset(uint32_t token, uint32_t byte) {
-  return token * kBucketRowBytes + (byte ^ token % 8 * 16);
-}
-
-// An entry is its value, rounded, in the upper half; below it where the unfolded bucket has it.
-__device__ __forceinline__ uint32_t pack_entry(uint16_t value, uint32_t token, uint32_t key) {
-  return static_cast<uint32_t>(value) << 16 | bucket_offset(token, 2 * key);
 }
 
 // ---- products: unfolded dS times rows ----------------------------------------------------------
@@ -271,7 +256,7 @@ struct EntryPlace {
 };
 __device__ __forceinline__ EntryPlace entry_place(uint32_t entry, int half, bool rows_are_tokens) {
   const uint32_t token = entry / kBucketRowBytes % kBucketSize;
-  const uint32_t key = bucket_offset(token, entry) % kBucketRowBytes / 2;
+  const uint32_t key = bucket_offset(token, entry / 2) % kBucketRowBytes / 2;
   return {half * kBucketSize + (rows_are_tokens ? token : key), rows_are_tokens ? key : token};
 }
 
@@ -543,8 +528,9 @@ __global__ void __launch_bounds__(ProductTraits<kCols>::kThreads, 1)
 // ---- on sm_90 ----------------------------------------------------------------------------------
 
 // The same products where sm90a_available; tile_cols is 256 or 192. Sums the parts of `summed`,
-// which the kernel ahead has left, if its schedule is split.
-Status launch_product_wgmma(const Product& product, const Product& summed, DType dtype,
-                            int tile_cols, Stream stream);
+// which the kernel ahead has left, if its schedule is split, or else those of core_sums, if there
+// are any.
+Status launch_product_wgmma(const Product& product, const Product& summed,
+                            const CoreSums& core_sums, DType dtype, int tile_cols, Stream stream);
 
 }  // namespace ultramem::cuda

@@ -12,6 +12,7 @@
 #include "mma.cuh"
 #include "product_key_common.cuh"
 #include "product_key_topk_bwd.h"
+#include "product_key_topk_bwd_core.cuh"
 #include "product_key_topk_bwd_product.cuh"
 #include "product_key_topk_bwd_sum.cuh"
 #include "wgmma.cuh"
@@ -470,6 +471,7 @@ template <typename scalar_t, int kCols>
 __global__ void __launch_bounds__(kThreads, 1)
     product_key_topk_bwd_product_wgmma_kernel(const __grid_constant__ Product p,
                                               const __grid_constant__ Product summed,
+                                              const __grid_constant__ CoreSums core_sums,
                                               const __grid_constant__ CUtensorMap dense_map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Traits = WgmmaTraits<kCols>;
@@ -496,12 +498,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
   take_registers<kMultiplierRegisters>();
-  if (sums) {  // while the ring is filled
+  // While the ring is filled there is time for sums.
+  if (sums) {
     sum_share<scalar_t, kGroups * kGroupThreads, kCols>(summed, static_cast<int>(threadIdx.x));
+    release_dependent_grid();
   } else {
     wait_for_prerequisite_grid();
+    release_dependent_grid();
+    if (core_sums.partials != nullptr) {
+      sum_core(core_sums, static_cast<int>(blockIdx.x * kMultiplierWarps + threadIdx.x / kWarpSize),
+               static_cast<int>(gridDim.x * kMultiplierWarps));
+    }
   }
-  release_dependent_grid();
   if (p.rows_are_tokens) {
     multiply<scalar_t, kCols, true>(p, ring);
   } else {
@@ -511,7 +519,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <typename scalar_t, int kCols>
-Status launch_width(const Product& product, const Product& summed, DType dtype, Stream stream) {
+Status launch_width(const Product& product, const Product& summed, const CoreSums& core_sums,
+                    DType dtype, Stream stream) {
   using Traits = WgmmaTraits<kCols>;
   const ProductSchedule& schedule = product.schedule;
   const RowSet& dense = product.dense;
@@ -523,14 +532,16 @@ Status launch_width(const Product& product, const Product& summed, DType dtype, 
   return launch_overlapping_clusters(
       product_key_topk_bwd_product_wgmma_kernel<scalar_t, kCols>,
       dim3(static_cast<unsigned>(schedule.num_blocks * schedule.cluster)), schedule.cluster,
-      kThreads, Traits::kSharedBytes + kAlignment, stream, product, summed, dense_map);
+      kThreads, Traits::kSharedBytes + kAlignment, stream, product, summed, core_sums, dense_map);
 }
 
 template <typename scalar_t>
-Status launch_type(const Product& product, const Product& summed, DType dtype, int tile_cols,
-                   Stream stream) {
-  if (tile_cols == 256) return launch_width<scalar_t, 256>(product, summed, dtype, stream);
-  return launch_width<scalar_t, 192>(product, summed, dtype, stream);
+Status launch_type(const Product& product, const Product& summed, const CoreSums& core_sums,
+                   DType dtype, int tile_cols, Stream stream) {
+  if (tile_cols == 256) {
+    return launch_width<scalar_t, 256>(product, summed, core_sums, dtype, stream);
+  }
+  return launch_width<scalar_t, 192>(product, summed, core_sums, dtype, stream);
 }
 
 #define ULTRAMEM_REGISTER_PRODUCT_WGMMA(id, type_name, scalar_t, cols)                    \
@@ -544,12 +555,12 @@ ULTRAMEM_REGISTER_PRODUCT_WGMMA(f16, "fp16", __half, 192);
 
 }  // namespace
 
-Status launch_product_wgmma(const Product& product, const Product& summed, DType dtype,
-                            int tile_cols, Stream stream) {
+Status launch_product_wgmma(const Product& product, const Product& summed,
+                            const CoreSums& core_sums, DType dtype, int tile_cols, Stream stream) {
   if (dtype == DType::kFloat16) {
-    return launch_type<__half>(product, summed, dtype, tile_cols, stream);
+    return launch_type<__half>(product, summed, core_sums, dtype, tile_cols, stream);
   }
-  return launch_type<__nv_bfloat16>(product, summed, dtype, tile_cols, stream);
+  return launch_type<__nv_bfloat16>(product, summed, core_sums, dtype, tile_cols, stream);
 }
 
 }  // namespace ultramem::cuda

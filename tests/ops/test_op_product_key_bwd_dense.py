@@ -57,6 +57,8 @@ CASES = {
     "rank_1": Case(330, 129, 48, 10, 10, rank=1, cores=1),
     "rank_3": Case(281, 100, 96, 10, 30, rank=3, heads=2, cores=3),
     "rank_4_shared": Case(300, 128, 40, 16, 64, rank=4, heads=2, shared_query=True, cores=4),
+    "kept_64": Case(300, 300, 64, 64, 100, heads=2),
+    "rank_1_kept_36": Case(330, 200, 48, 36, 40, rank=1, heads=3, cores=1),
     "many_kept": Case(300, 180, 104, 128, 768),
     "more_kept_than_query": Case(300, 400, 40, 128, 64, rank=4, shared_query=True),
     "additive": Case(500, 170, 64, 20, 20, rank=1, heads=2, cores=1, mode="additive"),
@@ -126,7 +128,7 @@ def scores_at(
 @pytest.mark.gpu
 def test_blocks_of_many_steps() -> None:
     """A warp that unfolds dS knows of 32 of its steps at a time. Each row of tiles is compared."""
-    case = Case(65536, 600, 64, 8, 8)
+    case = Case(65536, 600, 64, 16, 16)
     query, keys, core = leaves = trainable(make_inputs(case, "cuda", torch.bfloat16))
     scores, indices = forward(leaves, case)
     reference, doubles = scores_at(query, keys, core, indices)
