@@ -61,6 +61,22 @@ struct ScoresLayout {
   }
 };
 
+// By a warp. Packets need 16-byte aligned addresses and a multiple of four. The scores are there
+// after cp_async_wait<0>.
+__device__ __forceinline__ void load_scores(const float* from, float* to, int count, int lane,
+                                            bool in_packets) {
+  if (in_packets) {
+#pragma unroll 1
+    for (int i = lane * kPacket; i < count; i += kWarpSize * kPacket) {
+      cp_async_16(shared_address(to + i), from + i);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = lane; i < count; i += kWarpSize) cp_async_4(shared_address(to + i), from + i);
+  }
+  cp_async_commit();
+}
+
 __device__ __forceinline__ void store_grads(const float* from, float* to, int count, int lane,
                                             bool in_packets) {
   if (in_packets) {
@@ -78,7 +94,7 @@ __device__ __forceinline__ void store_grads(const float* from, float* to, int co
 // tokens and head; then, where they are asked for, blocks that check keys. R and C are kRank and
 // kCores if kExact, and at most these if not.
 template <int kRank, int kCores, bool kExact>
-__global__ void __launch_bounds__(kScoresThreads, kExact ? kScoresResidency : 1)
+__global__ void __launch_bounds__(kScoresThreads, kExact ? kScoresResidency : 2)
     product_key_topk_bwd_scores_kernel(ProductKeyTopkBwdParams p, int64_t num_slices,
                                        float* grad_axis_scores, float* core_partials,
                                        ScoresFindings findings) {
@@ -123,9 +139,8 @@ __global__ void __launch_bounds__(kScoresThreads, kExact ? kScoresResidency : 1)
     int64_t next_index = token_head * M + lane;
     KeptPair<kCores> next_pair = load_pair<kCores>(p, next_index, lane < M, C);
     __syncwarp();  // the previous token's parts have been read
-    load_words(static_cast<const float*>(p.axis_scores) + token_head * num_scores, scores,
-               num_scores, lane, in_packets);
-    cp_async_commit();
+    load_scores(static_cast<const float*>(p.axis_scores) + token_head * num_scores, scores,
+                num_scores, lane, in_packets);
     // A part of shared memory ends at a multiple of a packet.
 #pragma unroll 1
     for (int i = lane * kPacket; i < num_scores; i += kWarpSize * kPacket) {
@@ -154,22 +169,24 @@ __global__ void __launch_bounds__(kScoresThreads, kExact ? kScoresResidency : 1)
         parts = PairParts<kRank>(terms, pair, of_keys, grad_core);
       }
       __syncwarp();
-      const LineLanes row_lanes(exists ? line_lanes[row] : 0, lane);
-      const LineLanes col_lanes(exists ? line_lanes[m + col] : 0, lane);
+      const uint32_t row_lanes = exists ? line_lanes[row] : 0;
+      const uint32_t col_lanes = exists ? line_lanes[m + col] : 0;
+      const bool first_in_row = is_first_lane(row_lanes, lane);
+      const bool first_in_col = is_first_lane(col_lanes, lane);
       __syncwarp();
-      if (row_lanes.is_first) line_lanes[row] = 0;
-      if (col_lanes.is_first) line_lanes[m + col] = 0;
-      parts.sum_lines(row_lanes, col_lanes);
+      if (first_in_row) line_lanes[row] = 0;
+      if (first_in_col) line_lanes[m + col] = 0;
+      parts.sum_lines(LineLanes(row_lanes, lane), LineLanes(col_lanes, lane));
       // All are read before any is written, so that the reads do not wait for each other.
 #pragma unroll
       for (int r = 0; r < kRank; ++r) {
-        if (r < R && row_lanes.is_first) parts.to_row[r] += grads[r * m + row];
-        if (r < R && col_lanes.is_first) parts.to_col[r] += grads[(R + r) * m + col];
+        if (r < R && first_in_row) parts.to_row[r] += grads[r * m + row];
+        if (r < R && first_in_col) parts.to_col[r] += grads[(R + r) * m + col];
       }
 #pragma unroll
       for (int r = 0; r < kRank; ++r) {
-        if (r < R && row_lanes.is_first) grads[r * m + row] = parts.to_row[r];
-        if (r < R && col_lanes.is_first) grads[(R + r) * m + col] = parts.to_col[r];
+        if (r < R && first_in_row) grads[r * m + row] = parts.to_row[r];
+        if (r < R && first_in_col) grads[(R + r) * m + col] = parts.to_col[r];
       }
       __syncwarp();
     }

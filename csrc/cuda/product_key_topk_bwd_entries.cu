@@ -54,6 +54,18 @@ struct EntriesLayout {
   }
 };
 
+// Copies `count` words of each of a warp's tokens, of all heads of which the array has as many, to
+// shared memory, by packets. They are there once the lanes have waited for their copies.
+template <typename T>
+__device__ __forceinline__ void load_tokens(const T* from, T* to, int count, int num_tokens,
+                                            int num_heads, int lane) {
+  static_assert(sizeof(T) == 4 && kOwnTokens == 2);
+#pragma unroll 1
+  for (int i = lane * kPacket; i < num_tokens * count; i += kWarpSize * kPacket) {
+    cp_async_16(shared_address(to + i), from + i + (i < count ? 0 : (num_heads - 1) * count));
+  }
+}
+
 // By a thread.
 __device__ __forceinline__ bool key_is_finite(const ProductKeyTopkBwdParams& p, int64_t row) {
   const FiniteElements elements(p.dtype);
@@ -71,9 +83,7 @@ struct OwnLine {
                         // first its place in the bucket, then in `sorted`; in the upper half the
                         // key, then where the unfolded bucket has it
 
-  __device__ __forceinline__ bool is_first(int lane) const {
-    return lanes != 0 && (lanes & ((1u << lane) - 1)) == 0;
-  }
+  __device__ __forceinline__ bool is_first(int lane) const { return is_first_lane(lanes, lane); }
   __device__ __forceinline__ void count(uint32_t of_line, int32_t key, uint32_t* counts, int lane) {
     lanes = of_line;
     if (!is_first(lane)) return;
@@ -155,22 +165,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     pairs[t] = load_pair<kCores>(p, (token_head + t * p.num_heads) * terms.M + lane,
                                  has_pair && t < num_own, kCores);
   }
-#pragma unroll
-  for (int t = 0; t < kOwnTokens; ++t) {
-    if (t >= num_own) break;
-    const int64_t own_keys = (token_head + t * p.num_heads) * (2 * m);
-    load_words(p.axis_indices + own_keys, ids + t * 2 * m, 2 * m, lane);
-    load_words(static_cast<const float*>(p.axis_scores) + own_keys * kRank,
-               scores + t * kPlanes * m, kPlanes * m, lane);
-  }
-  cp_async_commit();
+  const int num_tokens = max(num_own, 0);
+  load_tokens(p.axis_indices + token_head * (2 * m), ids, 2 * m, num_tokens, p.num_heads, lane);
+  load_tokens(static_cast<const float*>(p.axis_scores) + token_head * (kPlanes * m), scores,
+              kPlanes * m, num_tokens, p.num_heads, lane);
 #pragma unroll 1
   for (int i = thread; i < 2 * (key_tiles + 1); i += kThreads) counts[i] = 0;
 #pragma unroll 1
   for (int i = lane; i < kOwnTokens * 2 * m; i += kWarpSize) line_lanes[i] = 0;
   load_core(p, terms, head, core, thread, kThreads);
   check_keys(p, findings.key_finite, blockIdx.x, gridDim.x);
-  cp_async_wait<0>();
+  cp_async_wait_all();
   __syncthreads();
 
   OwnLine rows[kOwnTokens], cols[kOwnTokens];

@@ -60,50 +60,37 @@ __device__ __forceinline__ void check_keys(const ProductKeyTopkBwdParams& p, uin
   }
 }
 
-// Copies words to shared memory, by a warp: packets, which need 16-byte aligned addresses and a
-// multiple of four. They are there once the lanes have waited for their copies.
-template <typename T>
-__device__ __forceinline__ void load_words(const T* from, T* to, int count, int lane,
-                                           bool in_packets = true) {
-  static_assert(sizeof(T) == 4);
-  if (in_packets) {
-#pragma unroll 1
-    for (int i = lane * kPacket; i < count; i += kWarpSize * kPacket) {
-      cp_async_16(shared_address(to + i), from + i);
-    }
-  } else {
-#pragma unroll 1
-    for (int i = lane; i < count; i += kWarpSize) cp_async_4(shared_address(to + i), from + i);
-  }
-}
-
-// How the lanes of a line (a row or column) add up: in every round those of even rank take in the
-// next lane's part, and those of odd rank are done.
-struct LineLanes {
-  uint32_t above;  // the line's lanes above this one that are not done
-  uint32_t rank;   // of this lane among those
-  bool is_first;   // whether this lane ends with the sum
-
+// How the lanes of a line (a row or column) add up: each knows the next of its line, takes in that
+// one's part and then knows its next, so that in every round a part is of twice as many lanes.
+class LineLanes {
+ public:
   // A lane that is in no line has 0.
-  __device__ LineLanes(uint32_t lanes, int lane) {
-    const uint32_t below = (1u << lane) - 1;
-    above = lanes & ~below & ~(1u << lane);
-    rank = __popc(lanes & below);
-    is_first = lanes != 0 && rank == 0;
+  __device__ __forceinline__ LineLanes(uint32_t lanes, int lane) {
+    next_ = __clz(static_cast<int>(__brev(lanes & (0xfffffffeu << lane))));
   }
+
+  // Whether this lane's part is not that of all that follow in its line.
+  __device__ __forceinline__ bool goes_on() const { return next_ < kWarpSize; }
 
   template <int kRank>
-  __device__ void add_round(float (&parts)[kRank]) {
-    const int next = (__ffs(above) - 1) & (kWarpSize - 1);
+  __device__ __forceinline__ void add_round(float (&parts)[kRank]) {
 #pragma unroll
     for (int r = 0; r < kRank; ++r) {
-      const float part = __shfl_sync(kFullMask, parts[r], next);
-      if (above != 0) parts[r] += part;
+      const float part = __shfl_sync(kFullMask, parts[r], next_);
+      if (goes_on()) parts[r] += part;
     }
-    above &= ~__ballot_sync(kFullMask, (rank & 1) != 0);
-    rank >>= 1;
+    const int next = __shfl_sync(kFullMask, next_, next_);
+    if (goes_on()) next_ = next;
   }
+
+ private:
+  int next_;  // 32 if there is none
 };
+
+// Whether a lane is the first of some.
+__device__ __forceinline__ bool is_first_lane(uint32_t lanes, int lane) {
+  return (lanes & ((2u << lane) - 1)) == 1u << lane;
+}
 
 // The pair of a lane.
 template <int kCores>
@@ -212,7 +199,7 @@ struct PairParts {
 
   // The first lane of each line gets its sum.
   __device__ __forceinline__ void sum_lines(LineLanes rows, LineLanes cols) {
-    while (__any_sync(kFullMask, (rows.above | cols.above) != 0)) {
+    while (__any_sync(kFullMask, rows.goes_on() || cols.goes_on())) {
       rows.add_round(to_row);
       cols.add_round(to_col);
     }
