@@ -2,4 +2,4 @@ __version__ = "0.1.0"
 
 # ultramem::kApiVersion of csrc/include/ultramem/types.h: what these Python files ask of the native
 # library.
-NATIVE_API_VERSION = 5
+NATIVE_API_VERSION = 6

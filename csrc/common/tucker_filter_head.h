@@ -77,6 +77,7 @@ ULTRAMEM_SVD_FUNCTION void tucker_filter_head(const TuckerFilterParams& params, 
     const double unit = i == 0 ? 1 : 0;
     u.store(head * R + i, degenerate ? unit : svd.left[i][0]);
     t.store(head * R + i, degenerate ? unit : svd.right[i][0]);
+    if (params.sigma == nullptr) continue;
     sigma.store(head * R + i, svd.sigma[i]);
     ULTRAMEM_SVD_UNROLL
     for (int j = 0; j < R; ++j) {

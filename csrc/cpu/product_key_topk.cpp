@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/own_filter.h"
 #include "kernel_table.h"
 #include "row_groups.h"
 
@@ -51,7 +52,8 @@ Status check(const ProductKeyTopkParams& p) {
 
 Status check_fwd(const ProductKeyTopkParams& p) {
   const Status status = check(p);
-  if (status.ok() && p.mode == ScoreMode::kTucker && (p.u == nullptr || p.t == nullptr)) {
+  if (status.ok() && p.mode == ScoreMode::kTucker && (p.u == nullptr || p.t == nullptr) &&
+      !computes_filter(p)) {
     return Status::invalid_argument("product_key_topk: u or t is null");
   }
   return status;
@@ -93,7 +95,12 @@ Status product_key_topk_fwd(const ProductKeyTopkParams& params, const Executor& 
   if (params.workspace == nullptr) {
     return Status::invalid_argument("product_key_topk: workspace is null");
   }
-  kernel_table().product_key_topk_fwd(params, executor);
+  const ProductKeyTopkParams filtered = with_filter(params);
+  if (computes_filter(params)) {
+    const Status filter_status = tucker_filter(filter_params(filtered));
+    if (!filter_status.ok()) return filter_status;
+  }
+  kernel_table().product_key_topk_fwd(filtered, executor);
   return {};
 }
 

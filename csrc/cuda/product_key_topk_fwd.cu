@@ -6,6 +6,7 @@
 // same kernels take, a token's result does not depend on how many they are.
 #include "block_topk.cuh"
 #include "common.cuh"
+#include "common/own_filter.h"
 #include "device.h"
 #include "kernel_registry.h"
 #include "product_key_common.cuh"
@@ -356,6 +357,14 @@ AxisStage axis_stage(const ProductKeyTopkParams& p) {
   return axis_mma_applies(p) ? AxisStage::kMma : AxisStage::kGeneric;
 }
 
+Status check_fwd(const ProductKeyTopkParams& p) {
+  ULTRAMEM_RETURN_IF_ERROR(check_product_key_topk(p));
+  if (p.mode == ScoreMode::kTucker && (p.u == nullptr || p.t == nullptr) && !computes_filter(p)) {
+    return Status::invalid_argument("product_key_topk: u or t is null");
+  }
+  return {};
+}
+
 }  // namespace
 
 size_t product_key_topk_fwd_workspace(const ProductKeyTopkParams& params) {
@@ -378,19 +387,22 @@ size_t product_key_topk_fwd_workspace(const ProductKeyTopkParams& params) {
   }
 }
 
-Status product_key_topk_fwd_axes(const ProductKeyTopkParams& params, Stream stream) {
-  ULTRAMEM_RETURN_IF_ERROR(check_product_key_topk(params));
-  if (params.num_tokens == 0) return {};
+Status product_key_topk_fwd_axes(const ProductKeyTopkParams& given, Stream stream) {
+  ULTRAMEM_RETURN_IF_ERROR(check_fwd(given));
+  if (given.num_tokens == 0) return {};
+  const ProductKeyTopkParams params = with_filter(given);
+  const bool filter_ahead = computes_filter(given);
+  if (filter_ahead) ULTRAMEM_RETURN_IF_ERROR(tucker_filter(filter_params(params), stream));
   switch (axis_stage(params)) {
     case AxisStage::kSmall:
       return launch_axis_small(params, stream);
 #if defined(ULTRAMEM_WITH_SM90A)
     case AxisStage::kSplit:
-      return launch_axis_split(params, stream);
+      return launch_axis_split(params, stream, filter_ahead);
     case AxisStage::kCandidates:
       return launch_axis_candidates(params, stream);
     case AxisStage::kResident:
-      return launch_axis_resident(params, stream);
+      return launch_axis_resident(params, stream, filter_ahead);
     case AxisStage::kLists:
       return launch_axis_lists(params, stream);
 #endif
@@ -401,9 +413,10 @@ Status product_key_topk_fwd_axes(const ProductKeyTopkParams& params, Stream stre
   }
 }
 
-Status product_key_topk_fwd_grid(const ProductKeyTopkParams& params, Stream stream) {
-  ULTRAMEM_RETURN_IF_ERROR(check_product_key_topk(params));
-  if (params.num_tokens == 0) return {};
+Status product_key_topk_fwd_grid(const ProductKeyTopkParams& given, Stream stream) {
+  ULTRAMEM_RETURN_IF_ERROR(check_fwd(given));
+  if (given.num_tokens == 0) return {};
+  const ProductKeyTopkParams params = with_filter(given);
   return launch_grid(params, stream, axis_stage(params) != AxisStage::kGeneric);
 }
 
@@ -411,13 +424,18 @@ bool product_key_topk_fwd_joined(const ProductKeyTopkParams& params) {
   return check_product_key_topk(params).ok() && params.num_tokens > 0 && token_applies(params);
 }
 
-Status product_key_topk_fwd(const ProductKeyTopkParams& params, Stream stream) {
-  if (product_key_topk_fwd_joined(params)) {
+Status product_key_topk_fwd(const ProductKeyTopkParams& given, Stream stream) {
+  ULTRAMEM_RETURN_IF_ERROR(check_fwd(given));
+  if (product_key_topk_fwd_joined(given)) {
+    const ProductKeyTopkParams params = with_filter(given);
+    if (computes_filter(given)) {
+      ULTRAMEM_RETURN_IF_ERROR(tucker_filter(filter_params(params), stream));
+    }
     ULTRAMEM_RETURN_IF_ERROR(launch_small_scores(params, stream));
     return launch_token(params, small_score_stride(params), stream);
   }
-  ULTRAMEM_RETURN_IF_ERROR(product_key_topk_fwd_axes(params, stream));
-  return product_key_topk_fwd_grid(params, stream);
+  ULTRAMEM_RETURN_IF_ERROR(product_key_topk_fwd_axes(given, stream));
+  return product_key_topk_fwd_grid(given, stream);
 }
 
 }  // namespace ultramem::cuda

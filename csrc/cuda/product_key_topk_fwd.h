@@ -23,7 +23,9 @@ inline Status launch_axis_lists(const ProductKeyTopkParams& params, Stream strea
 // axis_split_applies. Needs axis_split_workspace(params) bytes of workspace.
 bool axis_split_applies(const ProductKeyTopkParams& params);
 size_t axis_split_workspace(const ProductKeyTopkParams& params);
-Status launch_axis_split(const ProductKeyTopkParams& params, Stream stream);
+// filter_ahead: the kernel ahead on the stream is that of the filter and nothing else is still
+// under way, so that all but the filter may be read at once.
+Status launch_axis_split(const ProductKeyTopkParams& params, Stream stream, bool filter_ahead);
 
 // Of the rest, where axis_candidates_applies: R up to 2 and either large m or tokens for no more
 // blocks than run at once. Needs axis_candidates_workspace(params) bytes of workspace.
@@ -57,7 +59,8 @@ inline bool axis_resident_applies(const ProductKeyTopkParams& p) {
          p.axis_topk <= kAxisResidentMaxTopk;
 }
 size_t axis_resident_workspace(const ProductKeyTopkParams& params);
-Status launch_axis_resident(const ProductKeyTopkParams& params, Stream stream);
+// filter_ahead as of launch_axis_split.
+Status launch_axis_resident(const ProductKeyTopkParams& params, Stream stream, bool filter_ahead);
 
 // On those of sm_80 and later as well, for few tokens, where axis_small_applies. Needs
 // axis_small_workspace(params) bytes of workspace.

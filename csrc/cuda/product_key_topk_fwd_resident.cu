@@ -422,6 +422,7 @@ __device__ __forceinline__ bool is_left_over(uint32_t shared, bool says_so) {
 template <typename scalar_t, int kBoxes>
 __global__ void __launch_bounds__(kThreads, 1)
     product_key_topk_fwd_axis_resident_kernel(ProductKeyTopkParams p, int32_t* left_over,
+                                              bool filter_ahead,
                                               const __grid_constant__ CUtensorMap query_map,
                                               const __grid_constant__ CUtensorMap key_map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -434,7 +435,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto num_keys = static_cast<int>(p.num_keys);
   const int64_t warp_token = int64_t{blockIdx.x} * kTokens + warp * Lists::kTokensOfWarp;
 
-  release_dependent_grid();
   const Stages stages{shared};
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
@@ -449,12 +449,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warp >= kMultipliers / kWarpSize) {
     give_up_registers<kCopierRegisters>();
     if (threadIdx.x == kMultipliers) {
+      // What is copied is there if the filter alone is not.
+      if (!filter_ahead) wait_for_prerequisite_grid();
       copy_queries<kBoxes>(p, &query_map, stages);
       copy_keys<kBoxes>(p, &key_map, stages);
     }
     return;
   }
   take_registers<kMultiplierRegisters>();
+  // In this order: what the grid stage reads before it waits must be there when it begins.
+  wait_for_prerequisite_grid();
+  release_dependent_grid();
 
   Queries<kBoxes> queries;
   mbarrier_wait(stages.queries(), 0);
@@ -542,24 +547,23 @@ ULTRAMEM_REGISTER_RESIDENT(fp16, __half, 2);
 ULTRAMEM_REGISTER_RESIDENT(fp16, __half, 3);
 
 template <typename scalar_t, int kBoxes>
-Status launch(const ProductKeyTopkParams& p, Stream stream) {
+Status launch(const ProductKeyTopkParams& p, Stream stream, bool filter_ahead) {
   CUtensorMap query_map, key_map;
   ULTRAMEM_RETURN_IF_ERROR(make_axis_maps(p, kTokens, kKeys, &query_map, &key_map));
   const auto kernel = product_key_topk_fwd_axis_resident_kernel<scalar_t, kBoxes>;
   ULTRAMEM_RETURN_IF_ERROR(allow_shared_memory(kernel, kSharedBytes));
   const dim3 grid(static_cast<unsigned>(ceil_div(p.num_tokens, kTokens)),
                   static_cast<unsigned>(2 * p.num_heads));
-  kernel<<<grid, kThreads, kSharedBytes, stream>>>(p, static_cast<int32_t*>(p.workspace), query_map,
-                                                   key_map);
-  return launch_status();
+  return launch_overlapping(kernel, grid, kThreads, kSharedBytes, stream, p,
+                            static_cast<int32_t*>(p.workspace), filter_ahead, query_map, key_map);
 }
 
 template <typename scalar_t>
-Status launch_boxes(const ProductKeyTopkParams& p, Stream stream) {
+Status launch_boxes(const ProductKeyTopkParams& p, Stream stream, bool filter_ahead) {
   static_assert(kMaxBoxes == 3);
-  if (p.key_dim <= kBoxColumns) return launch<scalar_t, 1>(p, stream);
-  if (p.key_dim <= 2 * kBoxColumns) return launch<scalar_t, 2>(p, stream);
-  return launch<scalar_t, 3>(p, stream);
+  if (p.key_dim <= kBoxColumns) return launch<scalar_t, 1>(p, stream, filter_ahead);
+  if (p.key_dim <= 2 * kBoxColumns) return launch<scalar_t, 2>(p, stream, filter_ahead);
+  return launch<scalar_t, 3>(p, stream, filter_ahead);
 }
 
 }  // namespace
@@ -568,10 +572,10 @@ size_t axis_resident_workspace(const ProductKeyTopkParams& p) {
   return sizeof(int32_t) * static_cast<size_t>(2 * p.num_heads * ceil_div(p.num_tokens, kTokens));
 }
 
-Status launch_axis_resident(const ProductKeyTopkParams& params, Stream stream) {
+Status launch_axis_resident(const ProductKeyTopkParams& params, Stream stream, bool filter_ahead) {
   ULTRAMEM_RETURN_IF_ERROR(params.dtype == DType::kFloat16
-                               ? launch_boxes<__half>(params, stream)
-                               : launch_boxes<__nv_bfloat16>(params, stream));
+                               ? launch_boxes<__half>(params, stream, filter_ahead)
+                               : launch_boxes<__nv_bfloat16>(params, stream, filter_ahead));
   return launch_axis_marked_lists(params, stream, static_cast<const int32_t*>(params.workspace));
 }
 

@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     product_key_topk_fwd_split_kernel(const __grid_constant__ ProductKeyTopkParams p,
                                       const __grid_constant__ Plan plan,
                                       const __grid_constant__ Candidates<kBlocks, true> candidates,
-                                      int64_t first_chunk_token,
+                                      int64_t first_chunk_token, bool filter_ahead,
                                       const __grid_constant__ Maps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) unsigned char shared_bytes[];  // as swizzled tiles are
@@ -328,9 +328,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   cluster_arrive_relaxed();
   cluster_wait();
-  // In this order: what the grid stage reads before it waits must be there when it begins.
-  wait_for_prerequisite_grid();
-  release_dependent_grid();
+  // What is copied is there if the filter alone is not.
+  if (!filter_ahead || warp < 2 * kWarps) {
+    // In this order: what the grid stage reads before it waits must be there when it begins.
+    wait_for_prerequisite_grid();
+    release_dependent_grid();
+  }
 
   if (warp >= 2 * kWarps) {
     give_up_registers<kCopierRegisters>();
@@ -420,7 +423,7 @@ struct Workspace {
 };
 
 template <typename scalar_t, int kBoxes>
-Status launch(const ProductKeyTopkParams& p, Stream stream) {
+Status launch(const ProductKeyTopkParams& p, Stream stream, bool filter_ahead) {
   Maps maps;
   ULTRAMEM_RETURN_IF_ERROR(maps.make(p));
   const auto kernel = product_key_topk_fwd_split_kernel<scalar_t, kBoxes>;
@@ -430,18 +433,19 @@ Status launch(const ProductKeyTopkParams& p, Stream stream) {
     const Plan plan(p, candidates.tokens_from(first, p.num_tokens));
     const int clusters = std::min(plan.works, clusters_at_once());
     const dim3 grid(static_cast<unsigned>(kBlocks * clusters));
-    ULTRAMEM_RETURN_IF_ERROR(launch_overlapping_clusters(kernel, grid, kBlocks, kThreads,
-                                                         Shared<kBoxes>::kBytes, stream, p, plan,
-                                                         candidates, first, maps));
+    ULTRAMEM_RETURN_IF_ERROR(
+        launch_overlapping_clusters(kernel, grid, kBlocks, kThreads, Shared<kBoxes>::kBytes, stream,
+                                    p, plan, candidates, first, filter_ahead && first == 0, maps));
     ULTRAMEM_RETURN_IF_ERROR(launch_pick(p, candidates, first, stream));
   }
   return {};
 }
 
 template <typename scalar_t>
-Status launch_boxes(const ProductKeyTopkParams& p, Stream stream) {
-  return p.key_dim <= kFewBoxes * kBoxColumns ? launch<scalar_t, kFewBoxes>(p, stream)
-                                              : launch<scalar_t, kManyBoxes>(p, stream);
+Status launch_boxes(const ProductKeyTopkParams& p, Stream stream, bool filter_ahead) {
+  return p.key_dim <= kFewBoxes * kBoxColumns
+             ? launch<scalar_t, kFewBoxes>(p, stream, filter_ahead)
+             : launch<scalar_t, kManyBoxes>(p, stream, filter_ahead);
 }
 
 }  // namespace
@@ -459,9 +463,9 @@ bool axis_split_applies(const ProductKeyTopkParams& p) {
 
 size_t axis_split_workspace(const ProductKeyTopkParams& p) { return Workspace(p).bytes; }
 
-Status launch_axis_split(const ProductKeyTopkParams& p, Stream stream) {
-  return p.dtype == DType::kFloat16 ? launch_boxes<__half>(p, stream)
-                                    : launch_boxes<__nv_bfloat16>(p, stream);
+Status launch_axis_split(const ProductKeyTopkParams& p, Stream stream, bool filter_ahead) {
+  return p.dtype == DType::kFloat16 ? launch_boxes<__half>(p, stream, filter_ahead)
+                                    : launch_boxes<__nv_bfloat16>(p, stream, filter_ahead);
 }
 
 }  // namespace ultramem::cuda

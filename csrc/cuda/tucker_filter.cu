@@ -1,5 +1,6 @@
 // The leading singular pair of the summed cores, one thread a head: a few hundred float64
 // operations that need no more than one launch.
+#include "async_copy.cuh"
 #include "common.cuh"
 #include "common/tucker_filter_head.h"
 #include "kernel_registry.h"
@@ -13,6 +14,8 @@ constexpr int kThreads = 32;
 template <int R>
 __global__ void __launch_bounds__(kThreads)
     tucker_filter_kernel(const __grid_constant__ TuckerFilterParams params) {
+  // Launched as usual, it begins when all before it has ended: who begins early finds all of that.
+  release_dependent_grid();
   const int64_t head = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (head < params.num_heads) tucker_filter_head<R>(params, head);
 }

@@ -87,16 +87,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> product_key_topk(
   check_topk(context, params, topk, axis_topk);
   const ScalarType acc = scalar_type(accumulation_dtype(params.dtype));
   if (params.mode == ScoreMode::kTucker) {
-    context.check(u.has_value() && t.has_value(), "u and t are required in tucker mode");
-    context.check_shape("u", *u, "[H, R]", {params.num_heads, params.tucker_rank});
-    context.check_dtype("u", *u, acc);
-    context.check_shape("t", *t, "[H, R]", {params.num_heads, params.tucker_rank});
-    context.check_dtype("t", *t, acc);
+    context.check(u.has_value() == t.has_value(), "u and t go together");
+    if (u.has_value()) {
+      context.check_shape("u", *u, "[H, R]", {params.num_heads, params.tucker_rank});
+      context.check_dtype("u", *u, acc);
+      context.check_shape("t", *t, "[H, R]", {params.num_heads, params.tucker_rank});
+      context.check_dtype("t", *t, acc);
+    }
   } else {
     context.check(!u.has_value() && !t.has_value(), "u and t must be None in additive mode");
   }
   params.u = data_or_null(u);
   params.t = data_or_null(t);
+  const bool has_own_filter = params.mode == ScoreMode::kTucker && !u.has_value();
+  Tensor own_filter =
+      context.empty({has_own_filter ? 2 : 0, params.num_heads, params.tucker_rank}, acc);
+  if (has_own_filter) params.own_filter = own_filter.mutable_data_ptr();
   params.topk = static_cast<int32_t>(topk);
   params.axis_topk = static_cast<int32_t>(axis_topk);
 

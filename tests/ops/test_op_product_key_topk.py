@@ -132,6 +132,34 @@ def test_filter_given_equals_default(device: str) -> None:
     assert torch.equal(default[1], given_filter[1])
 
 
+@pytest.mark.parametrize("key_dim", [64, 192, 256, 512])
+@pytest.mark.parametrize("tokens", [2, 700, 9000])
+@pytest.mark.gpu
+def test_filter_and_inputs_just_written(tokens: int, key_dim: int) -> None:
+    """On a GPU the first kernel begins while the filter is computed, but not before its inputs are
+    there: each time all of them are written right ahead of the call."""
+    data = Data(7, "cuda")
+    sources = [
+        (data.normal(tokens, 2, 1, 2, key_dim), data.normal(1, 2, 2, 600, key_dim))
+        for _ in range(2)
+    ]
+    cores = [data.cores(2, 1, 2) for _ in range(2)]
+    expected = []
+    for (query, keys), core in zip(sources, cores, strict=True):
+        u, t, _ = ops.tucker_filter(core)
+        query, keys = query.bfloat16(), keys.bfloat16()
+        expected.append(ops.product_key_topk(query, keys, core, topk=32, u=u, t=t))
+    query, keys = (torch.zeros_like(x, dtype=torch.bfloat16) for x in sources[0])
+    core = torch.zeros_like(cores[0])
+    for turn in range(6):
+        query.copy_(sources[turn % 2][0])
+        keys.copy_(sources[turn % 2][1])
+        core.copy_(cores[turn % 2])
+        scores, indices = ops.product_key_topk(query, keys, core, topk=32)
+        assert torch.equal(scores, expected[turn % 2][0])
+        assert torch.equal(indices, expected[turn % 2][1])
+
+
 @pytest.mark.parametrize("mode", ["tucker", "additive"])
 def test_kept_keys_of_the_axes(device: str, mode: str) -> None:
     data = Data(8, device)

@@ -16,7 +16,6 @@ from ._checks import (
 )
 from ._common import accumulation_cast, cast_for_autocast, check_rank, register
 from ._rms_norm import rms_norm
-from ._tucker import tucker_filter
 
 _MAX_AXIS_TOPK = 128
 _MAX_TOPK = 1024
@@ -91,7 +90,8 @@ def product_key_topk(
         core: [C, H, R, R], any float dtype; None in additive mode.
         topk: M, at most min(axis_topk^2, 1024).
         axis_topk: m, at most min(n, 128); default min(n, topk, 128).
-        u, t: [H, R], the filter; default ``tucker_filter(core)``. Detached.
+        u, t: [H, R], the filter; default ``tucker_filter(core)``, on a GPU without waiting for it.
+            Detached.
         key_norm_weight: [Kd]; keys are then RMS-normalised first (and rounded to their dtype, so
             that normalising them ahead gives the same). None: they are used as they are.
         mode: "tucker", or "additive" for plain product keys (score = S_row + S_col, R = C = 1;
@@ -133,10 +133,9 @@ def product_key_topk(
         core = accumulation_cast("product_key_topk", "core", core, query.dtype)
         if (u is None) != (t is None):
             raise ValueError("product_key_topk: u and t go together: give both or neither")
-        if u is None or t is None:
-            u, t, _ = tucker_filter(core.detach())
-        u = accumulation_cast("product_key_topk", "u", u.detach(), query.dtype)
-        t = accumulation_cast("product_key_topk", "t", t.detach(), query.dtype)
+        if u is not None and t is not None:
+            u = accumulation_cast("product_key_topk", "u", u.detach(), query.dtype)
+            t = accumulation_cast("product_key_topk", "t", t.detach(), query.dtype)
     scores, indices, axis_indices, _, _ = torch.ops.ultramem.product_key_topk(
         query, keys, core, u, t, topk, axis_topk, mode
     )
@@ -154,12 +153,14 @@ def _check_tucker_arguments(
     rank: int,
     dtype: torch.dtype,
 ) -> None:
-    if core is None or u is None or t is None:
-        missing = "core is" if core is None else "u and t are"
-        raise RuntimeError(f"{checks.op}: {missing} required in tucker mode")
+    if core is None:
+        raise RuntimeError(f"{checks.op}: core is required in tucker mode")
     checks.shape("core", core, "[C, H, R, R]", (None, heads, rank, rank))
     checks.has_dtype("core", core, dtype)
     check_cores(checks, core.shape[0])
+    if u is None or t is None:
+        checks.check(u is None and t is None, "u and t go together")
+        return
     for name, vector in (("u", u), ("t", t)):
         checks.shape(name, vector, "[H, R]", (heads, rank))
         checks.has_dtype(name, vector, dtype)

@@ -44,9 +44,10 @@ inline constexpr int64_t kTensorCore80MaxKeys = 65536;
 inline constexpr int64_t kTensorCore80MinTokenHeads = 64;
 
 // Invalid: sizes outside what is noted beside them, another rank than 1 or more cores than one in
-// additive mode, and, in Tucker mode, a null core, u or t. Additive mode finds the M best sums only
-// with axis_topk >= min(topk, n); less is the caller's choice. All outputs of the forward are
-// written; the backward reads the last three of them.
+// additive mode, and, in Tucker mode, a null core and, of the forward, a null u or t, unless both
+// are and own_filter is not. Additive mode finds the M best sums only with axis_topk >= min(topk,
+// n); less is the caller's choice. All outputs of the forward are written; the backward reads the
+// last three of them.
 struct ProductKeyTopkParams {
   int64_t num_tokens = 0;   // T
   int64_t num_keys = 0;     // n, per side, below 2^31
@@ -65,6 +66,9 @@ struct ProductKeyTopkParams {
   const void* core = nullptr;   // [C, H, R, R] acc; null in additive mode
   const void* u = nullptr;      // [H, R] acc, from tucker_filter; null in additive mode
   const void* t = nullptr;      // [H, R] acc; null in additive mode
+  // [2, H, R] acc: where u and t are null, the forward computes both, like tucker_filter, and
+  // leaves them here. On a GPU that takes less time than to do so ahead of it.
+  void* own_filter = nullptr;
 
   void* scores = nullptr;             // [T, H, M, C] acc, in descending order of their sums
   int64_t* indices = nullptr;         // [T, H, M], row * n + col
@@ -113,9 +117,9 @@ size_t product_key_topk_fwd_workspace(const ProductKeyTopkParams& params);
 bool product_key_topk_fwd_joined(const ProductKeyTopkParams& params);
 // Runs on the path above, with the compute capability of the current device.
 Status product_key_topk_fwd(const ProductKeyTopkParams& params, Stream stream);
-// Its two halves, one after the other on a stream. The first leaves axis_indices and axis_scores;
-// the second needs no workspace, whose memory may be that of scores, indices and grid_positions,
-// which the first does not touch.
+// Its two halves, one after the other on a stream. The first leaves axis_indices, axis_scores and
+// own_filter, where that is to be computed; the second needs no workspace, whose memory may be that
+// of scores, indices and grid_positions, which the first does not touch.
 Status product_key_topk_fwd_axes(const ProductKeyTopkParams& params, Stream stream);
 Status product_key_topk_fwd_grid(const ProductKeyTopkParams& params, Stream stream);
 size_t product_key_topk_bwd_workspace(const ProductKeyTopkBwdParams& params);

@@ -12,7 +12,8 @@
 namespace ultramem {
 inline namespace ULTRAMEM_API {
 
-// Invalid: another dtype, R or C outside 1..4, a negative H. All outputs are written.
+// Invalid: another dtype, R or C outside 1..4, a negative H. All outputs are written, but for
+// sigma, left and right where sigma is null.
 struct TuckerFilterParams {
   int32_t num_cores = 1;          // C
   int32_t num_heads = 1;          // H
@@ -25,7 +26,7 @@ struct TuckerFilterParams {
   // equal (to 1e-9 of the first), or it is not finite (sigma, left and right are then NaN).
   void* u = nullptr;      // [H, R]
   void* t = nullptr;      // [H, R]
-  void* sigma = nullptr;  // [H, R], descending
+  void* sigma = nullptr;  // [H, R], descending; null: not wanted, nor left and right
   // Cbar = left diag(sigma) right^T; column i belongs to sigma_i. Kept for sigma's gradient.
   void* left = nullptr;   // [H, R, R]
   void* right = nullptr;  // [H, R, R]
