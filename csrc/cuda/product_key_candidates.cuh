@@ -24,6 +24,24 @@ static_assert(kTensorCore90MaxKeys <= 0x10000 && kTensorCore80MaxKeys <= 0x10000
 // Records of a line of memory, 128 bytes.
 inline constexpr int kLineRecords = 8;
 
+// A kernel that finds candidates takes up works, tiles of kWorkTokens tokens of a head and side, in
+// the order of their numbers. Of the first of them it says when their lists are complete, so that
+// they are picked from while others are still being filled.
+inline constexpr int kWorkTokens = 128;
+struct EarlyWorks {
+  static constexpr int kGroupTokens = 16;
+  static constexpr int kGroups = kWorkTokens / kGroupTokens;
+  // Not yet; yes; no, and they will only be when that kernel has ended.
+  enum State : int32_t { kUnknown, kComplete, kLate };
+
+  int32_t* states;  // [works, groups of tokens, lists], zeros at first
+  int count;
+
+  __host__ __device__ int32_t* state(int work, int group, int lists) const {
+    return states + (work * kGroups + group) * lists;
+  }
+};
+
 // Of the rows (head and side, token of the chunk), in workspace, kLists of a row. As records,
 // scores of up to two ranks and the id are 16 bytes side by side, the last four unused, for kernels
 // that write one at a time; the L2 cache keeps these until they are read.
@@ -34,6 +52,7 @@ struct Candidates {
   int32_t* counts;  // [rows, kLists]
   int32_t capacities[kLists];
   int32_t chunk_tokens;  // the last chunk may have fewer
+  EarlyWorks early;      // of a chunk
 
   __host__ __device__ int capacity() const { return before(kLists - 1) + capacities[kLists - 1]; }
   __host__ __device__ int capacity_of(int list) const {
@@ -95,12 +114,15 @@ size_t place_candidates(const ProductKeyTopkParams& p, Candidates<kLists, kRecor
   const size_t scores =
       align_up(places * (kRecords ? sizeof(float4) : p.tucker_rank * sizeof(float)));
   const size_t ids = kRecords ? 0 : align_up(places * sizeof(uint16_t));
+  const size_t states =
+      align_up(candidates->early.count * EarlyWorks::kGroups * kLists * sizeof(int32_t));
   if (auto* base = static_cast<char*>(p.workspace); base != nullptr) {
     candidates->counts = reinterpret_cast<int32_t*>(base);
     candidates->scores = reinterpret_cast<float*>(base + counts);
     if (!kRecords) candidates->ids = reinterpret_cast<uint16_t*>(base + counts + scores);
+    candidates->early.states = reinterpret_cast<int32_t*>(base + counts + scores + ids);
   }
-  return counts + scores + ids;
+  return counts + scores + ids + states;
 }
 
 inline constexpr uint32_t kNoId = 0xffffffffu;

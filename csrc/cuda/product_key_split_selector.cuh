@@ -324,12 +324,25 @@ class Selector {
     const uint32_t found =
         load_shared_u32(place) + load_shared_u32(place + Shared<kBoxes>::kCountsToOwn);
     const bool is_short = __any_sync(kFullMask, found < static_cast<uint32_t>(p_.axis_topk));
+    if (last < kAgain) tell_state(Work{last / 2 - 1}.index(), is_short);
     if (lane_ == 0) {
       // Done again, by a bound that is certain, it is not short.
       if (is_short && last < kAgain) shared_.mark(last / 2 - 1);
       expect_counts();
     }
     set_word(kTurn, last - 1);
+  }
+
+  // Whether the warp's lists of a work are complete or will be filled again.
+  __device__ __forceinline__ void tell_state(int work, bool is_short) const {
+    static_assert(kWarpTokens == EarlyWorks::kGroupTokens && kTokens == kWorkTokens);
+    if (work >= candidates_.early.count) return;
+    int32_t* state = candidates_.early.state(work, warp(), kBlocks) + block_;
+    const int32_t value = is_short ? EarlyWorks::kLate : EarlyWorks::kComplete;
+    __syncwarp();  // what other lanes have written
+    if (lane_ == 0) {
+      asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(state), "r"(value) : "memory");
+    }
   }
 
   // Words of the warp: how many works it has had, times two, one more while it has not looked at

@@ -12,6 +12,7 @@ namespace ultramem::cuda {
 namespace {
 
 constexpr int kWarps = 4;
+constexpr int kWorkBlocks = kWorkTokens / kWarps;
 
 // A warp's shared memory.
 struct RowLayout {
@@ -164,24 +165,51 @@ constexpr int pick_blocks(int entries, bool records) {
   return entries <= 6 ? 9 : entries <= 8 ? 8 : entries <= 12 ? (records ? 7 : 6) : 4;
 }
 
-// Grid: rows of the chunk, a warp each. kEntries candidates a lane, and mostly no more than
-// kFewEntries.
+// Waits until the lists of a work's group of tokens are complete, or known to be late: whether they
+// are complete.
+template <int kLists>
+__device__ __forceinline__ bool wait_for_lists(const EarlyWorks& early, int work, int group,
+                                               int lane) {
+  const int32_t* state = early.state(work, group, kLists) + lane % kLists;
+  while (true) {
+    int32_t value;
+    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(state) : "memory");
+    if (__any_sync(kFullMask, value == EarlyWorks::kLate)) return false;
+    if (__all_sync(kFullMask, value == EarlyWorks::kComplete)) return true;
+    __nanosleep(200);
+  }
+}
+
+// Grid: rows of the chunk, a warp each, work by work. kEntries candidates a lane, and mostly no
+// more than kFewEntries.
 template <int kPlanes, int kEntries, int kFewEntries, int kLists, bool kRecords>
 __global__ void __launch_bounds__(kWarps* kWarpSize, pick_blocks(kEntries, kRecords))
     product_key_topk_fwd_pick_kernel(
         const __grid_constant__ ProductKeyTopkParams p,
         const __grid_constant__ Candidates<kLists, kRecords> candidates, int64_t first_token,
-        const __grid_constant__ RowLayout layout) {
+        int tiles, const __grid_constant__ RowLayout layout) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   const int warp = threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
-  const int chunk_token = static_cast<int>(blockIdx.x * kWarps) + warp;
-  const int64_t token = first_token + chunk_token;
-  // First what was written last, which the L2 cache still has where it could not keep everything.
-  const int head_side = static_cast<int>(gridDim.y - 1 - blockIdx.y);
+  // Works that may be complete ahead of the others; then first what was written last, which the L2
+  // cache still has where it could not keep everything.
+  const int turn = static_cast<int>(blockIdx.x) / kWorkBlocks;
+  const bool is_early = turn < candidates.early.count;
+  const int works = static_cast<int>(gridDim.x) / kWorkBlocks;
+  const int work = is_early ? turn : works - 1 - (turn - candidates.early.count);
+  int head_side = 0, tile = work;
+  for (; tile >= tiles; tile -= tiles) ++head_side;
   const int head = head_side / 2, side = head_side % 2;
+  const int work_token = static_cast<int>(blockIdx.x) % kWorkBlocks * kWarps + warp;
+  const int chunk_token = tile * kWorkTokens + work_token;
+  const int64_t token = first_token + chunk_token;
 
-  wait_for_prerequisite_grid();
+  // What follows takes the end of this kernel for the end of the one ahead: works that are not
+  // early wait for that.
+  if (!is_early || !wait_for_lists<kLists>(candidates.early, work,
+                                           work_token / EarlyWorks::kGroupTokens, lane)) {
+    wait_for_prerequisite_grid();
+  }
   release_dependent_grid();
   if (token >= p.num_tokens) return;
   float filter[kPlanes];
@@ -256,10 +284,10 @@ Status launch(const ProductKeyTopkParams& p, const Candidates<kLists, kRecords>&
   const int64_t bytes = int64_t{kWarps} * layout.bytes;
   ULTRAMEM_RETURN_IF_ERROR(allow_shared_memory(kernel, bytes));
   const int64_t num_tokens = candidates.tokens_from(first_token, p.num_tokens);
-  const dim3 grid(static_cast<unsigned>(ceil_div(num_tokens, kWarps)),
-                  static_cast<unsigned>(2 * p.num_heads));
+  const auto tiles = static_cast<int>(ceil_div(num_tokens, kWorkTokens));
+  const dim3 grid(static_cast<unsigned>(2 * p.num_heads * tiles * kWorkBlocks));
   return launch_overlapping(kernel, grid, kWarps * kWarpSize, bytes, stream, p, candidates,
-                            first_token, layout);
+                            first_token, tiles, layout);
 }
 
 }  // namespace

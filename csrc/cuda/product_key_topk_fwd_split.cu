@@ -149,6 +149,17 @@ __device__ __forceinline__ bool has_to_be_done(const Shared<kBoxes>& shared, Wor
   return !again || shared.is_marked(work.number);
 }
 
+// By a warp of each block: of none of its works is anything known.
+__device__ __forceinline__ void clear_states(const EarlyWorks& early, int lane) {
+  for (Work work{0}; work.index() < early.count; ++work.number) {
+    if (lane < EarlyWorks::kGroups) {
+      *(early.state(work.index(), lane, kBlocks) + cluster_rank()) = EarlyWorks::kUnknown;
+    }
+  }
+  __threadfence();
+  __syncwarp();
+}
+
 // Copies the block's queries, and keys of its rank in both rounds, for all its work. What a block
 // looks at comes first in its tiles. `again`: 0 or, for works that are done again, 1; as a bool it
 // would be a register too many.
@@ -329,9 +340,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   cluster_arrive_relaxed();
   cluster_wait();
   // What is copied is there if the filter alone is not.
-  if (!filter_ahead || warp < 2 * kWarps) {
-    // In this order: what the grid stage reads before it waits must be there when it begins.
-    wait_for_prerequisite_grid();
+  if (!filter_ahead || warp < 2 * kWarps) wait_for_prerequisite_grid();
+  if (warp == kWarps) {
+    clear_states(candidates.early, lane);
+    // In this order: what the grid stage reads before it waits must be there when it begins, and no
+    // work may seem to be complete.
     release_dependent_grid();
   }
 
@@ -397,6 +410,19 @@ constexpr size_t kMaxWorkspace = 136 << 20;
 
 int clusters_at_once() { return std::max(multiprocessors() / kBlocks, 1); }
 
+// Of so many works those whose lists are picked from before the last ones are complete: as many as
+// those multiprocessors manage, about, that have no work in the last turn.
+int early_works(int works) {
+  // While a work is under way two multiprocessors pick of about six at B, four at M.
+  constexpr int kPickedMeanwhile = 5;
+  const int clusters = clusters_at_once();
+  const int turns = static_cast<int>(ceil_div(works, clusters));
+  // Beyond, a work may be done again because another one has to be.
+  if (turns > 32 * kMarkWords) return 0;
+  const int idle = turns * clusters - works;
+  return std::min(kPickedMeanwhile * idle, (turns - 1) * clusters);
+}
+
 struct Workspace {
   Candidates<kBlocks, true> candidates{};
   size_t bytes;
@@ -404,7 +430,7 @@ struct Workspace {
   // All tokens at once where there is room. Otherwise in chunks, for which all multiprocessors have
   // the same number of works each as often as fit: the next chunk's candidates overwrite those of
   // the last.
-  explicit Workspace(const ProductKeyTopkParams& p) {
+  explicit Workspace(const ProductKeyTopkParams& p) : num_head_sides(2 * p.num_heads) {
     for (int32_t& capacity : candidates.capacities) capacity = Schedule::of(p).capacity;
     const int64_t tiles = ceil_div(p.num_tokens, kTokens);
     place(p, tiles);
@@ -418,8 +444,11 @@ struct Workspace {
  private:
   void place(const ProductKeyTopkParams& p, int64_t tiles) {
     candidates.chunk_tokens = static_cast<int>(kTokens * tiles);
+    candidates.early.count = early_works(static_cast<int>(num_head_sides * tiles));
     bytes = place_candidates(p, &candidates);
   }
+
+  int num_head_sides;
 };
 
 template <typename scalar_t, int kBoxes>
@@ -428,9 +457,11 @@ Status launch(const ProductKeyTopkParams& p, Stream stream, bool filter_ahead) {
   ULTRAMEM_RETURN_IF_ERROR(maps.make(p));
   const auto kernel = product_key_topk_fwd_split_kernel<scalar_t, kBoxes>;
   const Workspace workspace(p);
-  const Candidates<kBlocks, true>& candidates = workspace.candidates;
+  Candidates<kBlocks, true> candidates = workspace.candidates;
   for (int64_t first = 0; first < p.num_tokens; first += candidates.chunk_tokens) {
     const Plan plan(p, candidates.tokens_from(first, p.num_tokens));
+    // The last chunk may have fewer works.
+    candidates.early.count = std::min(workspace.candidates.early.count, early_works(plan.works));
     const int clusters = std::min(plan.works, clusters_at_once());
     const dim3 grid(static_cast<unsigned>(kBlocks * clusters));
     ULTRAMEM_RETURN_IF_ERROR(
