@@ -58,6 +58,8 @@ CASES = {
     "rank_3": Case(281, 100, 96, 10, 30, rank=3, heads=2, cores=3),
     "rank_4_shared": Case(300, 128, 40, 16, 64, rank=4, heads=2, shared_query=True, cores=4),
     "kept_64": Case(300, 300, 64, 64, 100, heads=2),
+    "kept_64_of_few": Case(300, 300, 64, 64, 32, heads=2),
+    "odd_number_kept": Case(300, 200, 64, 15, 20),
     "rank_1_kept_36": Case(330, 200, 48, 36, 40, rank=1, heads=3, cores=1),
     "many_kept": Case(300, 180, 104, 128, 768),
     "more_kept_than_query": Case(300, 400, 40, 128, 64, rank=4, shared_query=True),
@@ -310,6 +312,44 @@ def check_spoiled(
         others[kept.unique()] = False
         assert finite[others].all()
     assert not torch.isfinite(grad_keys).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "float16"])
+def test_a_key_that_is_not_finite_spoils_its_rank_alone(device: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs(SPOILED, device, dtype)
+    # Positive first components, and a filter that is one: the key is the first row of every token.
+    inputs[0][..., 0] = inputs[0][..., 0].abs() + 0.5
+    inputs[1][0, 0, 0, 7, 0] = math.inf
+    leaves = trainable(inputs)
+    filters = torch.ones(1, 2, device=device)
+    scores, indices = ops.product_key_topk(
+        *leaves, topk=SPOILED.topk, axis_topk=SPOILED.axis_topk, u=filters, t=filters
+    )
+    rows = indices // SPOILED.num_keys
+    assert (rows == 7).any(-1).all()
+    grad_query, grad_keys = torch.autograd.grad(scores.sum(), leaves[:2])
+    assert not torch.isfinite(grad_query[:, 0, 0, 0]).all(-1).any()
+    assert torch.isfinite(grad_query[:, 0, 0, 1]).all()
+    others = torch.ones(SPOILED.num_keys, dtype=torch.bool, device=device)
+    others[rows.unique()] = False
+    assert torch.isfinite(grad_keys[0, 0, :, others]).all()
+    assert torch.isfinite(grad_keys[0, 0, 1]).all()
+
+
+def test_a_score_that_overflows_spoils_no_finite_row(device: str) -> None:
+    """Query and key are finite, and so is the gradient of their side, though their score is not."""
+    inputs = make_inputs(SPOILED, device, torch.bfloat16)
+    inputs[0][5, 0, 0, 0, 3] = inputs[1][0, 0, 0, 7, 3] = 1e30
+    leaves = trainable(inputs)
+    filters = torch.ones(1, 2, device=device)
+    scores, indices = ops.product_key_topk(
+        *leaves, topk=SPOILED.topk, axis_topk=SPOILED.axis_topk, u=filters, t=filters
+    )
+    assert (indices[5] // SPOILED.num_keys == 7).any()
+    grad_query, grad_keys = torch.autograd.grad(scores.sum(), leaves[:2])
+    assert torch.isfinite(grad_query[:, 0]).all()
+    assert torch.isfinite(grad_keys[0, 0]).all()
+    assert not torch.isfinite(grad_query[5, 1]).all()
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])

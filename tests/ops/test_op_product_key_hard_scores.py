@@ -44,6 +44,8 @@ SHAPES = {
     "many_rank_2": Shape(1060, 1, 2, 1, 650, 200, 48, 64),
     "many_long_keys": Shape(520, 2, 2, 2, 701, 328, 40, 40),
     "many_few_keys": Shape(1060, 1, 2, 2, 200, 328, 5, 9),
+    # More tiles than 66 clusters take up at once, so that others' lists are picked from meanwhile.
+    "many_more_than_at_once": Shape(4300, 1, 2, 2, 701, 264, 16, 16),
 }
 # Grids of all keys, and of all but two.
 WHOLE_SHAPES = {
