@@ -43,6 +43,26 @@ class SmallDivisor {
   uint32_t inverse_;
 };
 
+// Divides integers below 2^31 by one that the host knows, without an integer division, of which a
+// kernel would make half a dozen, one after the other, before it knows where it begins.
+class Divisor {
+ public:
+  Divisor() = default;
+  explicit Divisor(int64_t divisor) {
+    while (int64_t{1} << (shift_ - 31) < divisor) ++shift_;
+    inverse_ = static_cast<uint32_t>(ceil_div(int64_t{1} << shift_, divisor));
+  }
+  // The inverse is less than 1 too large: the quotient by less than 2^31 / 2^shift, at most
+  // 1 / divisor.
+  __host__ __device__ int quotient(int x) const {
+    return static_cast<int>(uint64_t{static_cast<uint32_t>(x)} * inverse_ >> shift_);
+  }
+
+ private:
+  uint32_t inverse_ = 1u << 31;
+  int shift_ = 31;
+};
+
 // Of the current device.
 struct DeviceLimits {
   int shared_bytes = 0;  // the most that a block can have
@@ -112,6 +132,7 @@ struct ProductSchedule {
   int num_blocks = 0;
   int spare_units = 0;
   int64_t block_units = 0;
+  Divisor by_blocks, by_tile_steps, by_steps;  // the last of all tiles, where these are split
 
   // Every block gets as many steps, or tiles where these are not split, and some one more.
   void share_out(int64_t blocks) {
@@ -119,16 +140,21 @@ struct ProductSchedule {
     num_blocks = static_cast<int>(blocks);
     block_units = units / blocks;
     spare_units = static_cast<int>(units % blocks);
+    by_blocks = Divisor(blocks);
+    by_tile_steps = Divisor(tile_steps);
+    by_steps = Divisor(split ? units : 1);
   }
-  // Of all units, (block / num_blocks) rounded down, without a division of 64 bits.
+  // Of all units, (block / num_blocks) rounded down.
   __host__ __device__ int64_t first_step(int block) const {
-    const auto spare =
-        static_cast<uint32_t>(block * spare_units) / static_cast<uint32_t>(num_blocks);
-    return (block * block_units + spare) * (split ? 1 : tile_steps);
+    return (block * block_units + by_blocks.quotient(block * spare_units)) *
+           (split ? 1 : tile_steps);
   }
   // The block that does a step of a split schedule.
-  __host__ __device__ int64_t block_of(int64_t step) const {
-    return ((step + 1) * num_blocks - 1) / (num_tiles * tile_steps);
+  __host__ __device__ int block_of(int64_t step) const {
+    return by_steps.quotient(static_cast<int>((step + 1) * num_blocks - 1));
+  }
+  __host__ __device__ int tile_of(int64_t step) const {
+    return by_tile_steps.quotient(static_cast<int>(step));
   }
   // Where a block whose first step is in first_tile leaves its part of a tile that it shares with
   // others. With fewer tiles than blocks, (block, tile) goes up by at least one in sum from part to

@@ -193,6 +193,7 @@ constexpr int64_t kMaxDenseKeys = 65536;  // the counts of buckets fit in shared
 constexpr int64_t kBusyEnough = 90;
 constexpr int64_t kMinStepsPerBlock = 4;
 constexpr int kCluster = 2;  // blocks that load together
+constexpr int64_t kMaxInt = 0x7fffffff;
 
 struct TileWidth {
   int cols;
@@ -220,7 +221,8 @@ ProductSchedule make_schedule(int64_t groups, int64_t num_rows, int64_t col_tile
   schedule.num_tiles = num_tiles;
   schedule.tile_steps = tile_steps;
   const int64_t rounds = ceil_div(num_tiles, workers);
-  schedule.split = num_tiles * 100 < rounds * workers * kBusyEnough;
+  schedule.split = num_tiles * 100 < rounds * workers * kBusyEnough &&
+                   num_tiles * tile_steps < kMaxInt / workers;  // block_of
   const int64_t most_blocks =
       schedule.split ? std::max(num_tiles, num_tiles * tile_steps / kMinStepsPerBlock) : num_tiles;
   schedule.share_out(std::min(workers, most_blocks));  // none is without work
@@ -288,6 +290,10 @@ Product make_product(const ProductKeyTopkBwdParams& p, const DensePlan& plan, fl
                kTileRows * (product.schedule.odd_rows ? 1 : product.schedule.cluster)));
   product.col_tiles = static_cast<int>(ceil_div(p.key_dim, plan.tile_cols));
   product.dense_tiles = static_cast<int>(ceil_div(product.dense.num_rows, kTileDepth));
+  product.by_out_ranks = Divisor(product.out_ranks);
+  product.by_row_tiles = Divisor(product.row_tiles);
+  product.by_col_tiles = Divisor(product.col_tiles);
+  product.by_dense_tiles = Divisor(product.dense_tiles);
   return product;
 }
 
@@ -436,9 +442,12 @@ void plan_dense(const ProductKeyTopkBwdParams& p, const DeviceLimits& limits, De
     const ProductSchedule alone = keys_schedule(false);
     if (alone.disjoint) plan->keys = alone;
   }
-  // Tiles of the products and blocks of the buckets are counted in 32 bits.
-  constexpr int64_t kMaxInt = 0x7fffffff;
-  plan->applies = std::max(plan->query.num_tiles, plan->keys.num_tiles) < kMaxInt / (32 * kCluster);
+  // Steps and pieces of tiles, and blocks of the buckets, are counted in 32 bits.
+  plan->applies = true;
+  for (const ProductSchedule* schedule : {&plan->query, &plan->keys}) {
+    plan->applies = plan->applies && schedule->num_tiles < kMaxInt / (32 * kCluster) &&
+                    schedule->num_tiles * schedule->tile_steps < kMaxInt;
+  }
   if (!plan->applies) return;
   plan->entries_at_once = entries_apply(p, limits);
 

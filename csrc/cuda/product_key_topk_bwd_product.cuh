@@ -81,6 +81,7 @@ struct Product {
   int row_tiles;    // of the output: of 128 rows if schedule.odd_rows, else of 128 * cluster
   int col_tiles;
   int dense_tiles;  // of 64: steps of one rank. A shared query takes the steps of all ranks.
+  Divisor by_out_ranks, by_row_tiles, by_col_tiles, by_dense_tiles;
 };
 
 inline constexpr int kTileRows = 128;
@@ -148,10 +149,10 @@ struct TileCoords {
 
   // Of the block of this rank in its cluster.
   __device__ TileCoords(const Product& p, int tile, int block_rank) {
-    col_tile = tile % p.col_tiles;
-    tile /= p.col_tiles;
-    int group = tile / p.row_tiles;
-    row_tile = tile - group * p.row_tiles;
+    const int rows_tile = p.by_col_tiles.quotient(tile);
+    col_tile = tile - rows_tile * p.col_tiles;
+    int group = p.by_row_tiles.quotient(rows_tile);
+    row_tile = rows_tile - group * p.row_tiles;
     shares = !p.schedule.odd_rows || row_tile < p.row_tiles - 1;
     if (p.schedule.odd_rows) {
       // Of two planes: pairs of tiles of the one, then of the other, then the last of both.
@@ -162,9 +163,10 @@ struct TileCoords {
     } else {
       row_tile = row_tile * p.schedule.cluster + block_rank;
     }
-    rank = group % p.out_ranks;
-    side = group / p.out_ranks % 2;
-    head = group / p.out_ranks / 2;
+    const int head_side = p.by_out_ranks.quotient(group);
+    rank = group - head_side * p.out_ranks;
+    side = head_side % 2;
+    head = head_side / 2;
   }
   __device__ int64_t offset(const RowSet& rows, int of_rank) const {
     return head * rows.head_stride + side * rows.side_stride + of_rank * rows.rank_stride;
@@ -190,10 +192,10 @@ class StepCursor {
   __device__ StepCursor(const Product& p, int64_t step, int block_rank)
       : p_(p),
         block_rank_(block_rank),
-        tile_(step / p.schedule.tile_steps),
-        coords_(p, static_cast<int>(tile_), block_rank) {
+        tile_(p.schedule.tile_of(step)),
+        coords_(p, tile_, block_rank) {
     const int step_of_tile = static_cast<int>(step - tile_ * p.schedule.tile_steps);
-    inner_rank_ = step_of_tile / p.dense_tiles;
+    inner_rank_ = p.by_dense_tiles.quotient(step_of_tile);
     dense_tile_ = step_of_tile - inner_rank_ * p.dense_tiles;
   }
 
@@ -202,7 +204,7 @@ class StepCursor {
     dense_tile_ = 0;
     if (++inner_rank_ * int64_t{p_.dense_tiles} < p_.schedule.tile_steps) return;
     inner_rank_ = 0;
-    coords_ = TileCoords(p_, static_cast<int>(++tile_), block_rank_);
+    coords_ = TileCoords(p_, ++tile_, block_rank_);
   }
 
   __device__ Step read() const {
@@ -235,7 +237,7 @@ class StepCursor {
  private:
   const Product& p_;
   int block_rank_;
-  int64_t tile_;
+  int tile_;
   TileCoords coords_;
   int inner_rank_;
   int dense_tile_;
@@ -471,8 +473,8 @@ __device__ __forceinline__ void consume(const Product& p, RingPosition ring, int
                          2 * first_col + lane / 16 * 16;
 
   const int64_t tile_steps = p.schedule.tile_steps;
-  const int64_t first_tile = first_step / tile_steps;
-  int64_t tile = first_tile;
+  const int first_tile = p.schedule.tile_of(first_step);
+  int tile = first_tile;
   for (int64_t step = first_step; step < last_step; ++tile) {
     const int64_t tile_end = min((tile + 1) * tile_steps, last_step);
     const bool whole = tile_end - step == tile_steps;

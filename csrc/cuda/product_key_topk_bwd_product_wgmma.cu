@@ -427,8 +427,8 @@ __device__ __forceinline__ void multiply(const Product& p, Ring<kCols> ring) {
   const int block_rank = static_cast<int>(cluster_rank());
   const WorkerSteps steps(p.schedule);
   const int64_t tile_steps = p.schedule.tile_steps;
-  const int64_t first_tile = steps.first / tile_steps;
-  int64_t tile = first_tile;
+  const int first_tile = p.schedule.tile_of(steps.first);
+  int tile = first_tile;
   for (int begun = 0; begun < steps.count; ++tile) {
     const int tile_end =
         static_cast<int>(min((tile + 1) * tile_steps - steps.first, int64_t{steps.count}));

@@ -26,8 +26,8 @@ struct TileParts {
     const ProductSchedule& schedule = p.schedule;
     const int tile = index / schedule.cluster;
     const int64_t first_step = tile * schedule.tile_steps;
-    first_block = static_cast<int>(schedule.block_of(first_step));
-    last_block = static_cast<int>(schedule.block_of(first_step + schedule.tile_steps - 1));
+    first_block = schedule.block_of(first_step);
+    last_block = schedule.block_of(first_step + schedule.tile_steps - 1);
     // This is schedule.slot() without its divisions. Blocks after the first one begin in this tile,
     // and the first one here or, with fewer tiles than blocks, in the tile before; with more tiles,
     // the block is the smaller of the two numbers wherever it begins. Disjoint blocks have one
