@@ -34,11 +34,13 @@ struct EarlyWorks {
   // Not yet; yes; no, and they will only be when that kernel has ended.
   enum State : int32_t { kUnknown, kComplete, kLate };
 
-  int32_t* states;  // [works, groups of tokens, lists], zeros at first
+  // [works, kGroups, lists], zeros at first. Only where all of a work's are kComplete is it so for
+  // good: one list that is late has all of them filled again.
+  int32_t* states;
   int count;
 
-  __host__ __device__ int32_t* state(int work, int group, int lists) const {
-    return states + (work * kGroups + group) * lists;
+  __host__ __device__ int32_t* of_work(int work, int lists) const {
+    return states + work * kGroups * lists;
   }
 };
 

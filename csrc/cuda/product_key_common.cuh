@@ -48,6 +48,26 @@ inline bool packets_fit(const void* pointer, int64_t dim, DType dtype) {
   return dim % kPacket == 0 && reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
 
+// Divides integers below 2^31 by one that the host knows, without an integer division, of which a
+// kernel would make half a dozen, one after the other, before it knows where it begins.
+class Divisor {
+ public:
+  Divisor() = default;
+  explicit Divisor(int64_t divisor) {
+    while (int64_t{1} << (shift_ - 31) < divisor) ++shift_;
+    inverse_ = static_cast<uint32_t>(ceil_div(int64_t{1} << shift_, divisor));
+  }
+  // The inverse is less than 1 too large: the quotient by less than 2^31 / 2^shift, at most
+  // 1 / divisor.
+  __host__ __device__ int quotient(int x) const {
+    return static_cast<int>(uint64_t{static_cast<uint32_t>(x)} * inverse_ >> shift_);
+  }
+
+ private:
+  uint32_t inverse_ = 1u << 31;
+  int shift_ = 31;
+};
+
 // Hands out 16-byte aligned offsets into dynamic shared memory. A layout built with it is computed
 // by the same code on the host, for the launch, and in the kernel.
 class SharedLayout {

@@ -337,7 +337,7 @@ class Selector {
   __device__ __forceinline__ void tell_state(int work, bool is_short) const {
     static_assert(kWarpTokens == EarlyWorks::kGroupTokens && kTokens == kWorkTokens);
     if (work >= candidates_.early.count) return;
-    int32_t* state = candidates_.early.state(work, warp(), kBlocks) + block_;
+    int32_t* state = candidates_.early.of_work(work, kBlocks) + warp() * kBlocks + block_;
     const int32_t value = is_short ? EarlyWorks::kLate : EarlyWorks::kComplete;
     __syncwarp();  // what other lanes have written
     if (lane_ == 0) {

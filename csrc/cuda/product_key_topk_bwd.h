@@ -1,10 +1,12 @@
 // What the files of the backward of product_key_topk share. Its scores kernel turns dg into dS, the
 // gradient of the scores of the kept keys; then one of two paths turns dS into the gradients of
-// query and keys: sums over gathered rows, for any shape and dtype, or products on tensor cores.
+// query and keys: sums over gathered rows, for any shape and dtype, or products on tensor cores. Of
+// few pairs a token one kernel takes dg to what these products read.
 #pragma once
 
 #include "async_copy.cuh"
 #include "common.cuh"
+#include "product_key_common.cuh"
 #include "sm90a.h"
 #include "ultramem/product_key_topk.h"
 
@@ -41,26 +43,6 @@ class SmallDivisor {
  private:
   static constexpr int kShift = 24;
   uint32_t inverse_;
-};
-
-// Divides integers below 2^31 by one that the host knows, without an integer division, of which a
-// kernel would make half a dozen, one after the other, before it knows where it begins.
-class Divisor {
- public:
-  Divisor() = default;
-  explicit Divisor(int64_t divisor) {
-    while (int64_t{1} << (shift_ - 31) < divisor) ++shift_;
-    inverse_ = static_cast<uint32_t>(ceil_div(int64_t{1} << shift_, divisor));
-  }
-  // The inverse is less than 1 too large: the quotient by less than 2^31 / 2^shift, at most
-  // 1 / divisor.
-  __host__ __device__ int quotient(int x) const {
-    return static_cast<int>(uint64_t{static_cast<uint32_t>(x)} * inverse_ >> shift_);
-  }
-
- private:
-  uint32_t inverse_ = 1u << 31;
-  int shift_ = 31;
 };
 
 // Of the current device.
@@ -120,10 +102,10 @@ Status launch_gather(const ProductKeyTopkBwdParams& p, const GatherWorkspace& wo
 // In a cluster, blocks take neighbouring rows of tiles in step and share what they load. A tile of
 // the schedule then stands for one of each of them, and a block of it for the cluster. Where a
 // plane (head, side and rank) has an odd number of rows of tiles, the last ones of two planes are
-// taken together, too, without sharing anything.
+// taken together, too, without sharing anything, or each has a partner that does nothing.
 struct ProductSchedule {
   int cluster = 1;
-  bool odd_rows = false;  // of tiles of a plane, if in a cluster
+  bool odd_rows = false;  // of tiles of a plane in a cluster, whose last ones are taken together
   int64_t num_tiles = 0;
   int64_t tile_steps = 0;
   bool split = false;

@@ -165,19 +165,19 @@ constexpr int pick_blocks(int entries, bool records) {
   return entries <= 6 ? 9 : entries <= 8 ? 8 : entries <= 12 ? (records ? 7 : 6) : 4;
 }
 
-// Waits until the lists of a work's group of tokens are complete, or known to be late: whether they
-// are complete.
+// Waits until all lists of a work are complete, or known to be late: whether they are complete.
 template <int kLists>
-__device__ __forceinline__ bool wait_for_lists(const EarlyWorks& early, int work, int group,
-                                               int lane) {
-  const int32_t* state = early.state(work, group, kLists) + lane % kLists;
+__device__ __forceinline__ bool wait_for_lists(const EarlyWorks& early, int work, int lane) {
+  const int32_t* state = early.of_work(work, kLists) + lane % (EarlyWorks::kGroups * kLists);
   while (true) {
     int32_t value;
     asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(state) : "memory");
     if (__any_sync(kFullMask, value == EarlyWorks::kLate)) return false;
-    if (__all_sync(kFullMask, value == EarlyWorks::kComplete)) return true;
+    if (__all_sync(kFullMask, value == EarlyWorks::kComplete)) break;
     __nanosleep(200);
   }
+  __syncwarp();  // what other lanes' states say is there for all
+  return true;
 }
 
 // Grid: rows of the chunk, a warp each, work by work. kEntries candidates a lane, and mostly no
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, pick_blocks(kEntries, kReco
     product_key_topk_fwd_pick_kernel(
         const __grid_constant__ ProductKeyTopkParams p,
         const __grid_constant__ Candidates<kLists, kRecords> candidates, int64_t first_token,
-        int tiles, const __grid_constant__ RowLayout layout) {
+        int tiles, Divisor by_tiles, const __grid_constant__ RowLayout layout) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   const int warp = threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
@@ -197,21 +197,20 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, pick_blocks(kEntries, kReco
   const bool is_early = turn < candidates.early.count;
   const int works = static_cast<int>(gridDim.x) / kWorkBlocks;
   const int work = is_early ? turn : works - 1 - (turn - candidates.early.count);
-  int head_side = 0, tile = work;
-  for (; tile >= tiles; tile -= tiles) ++head_side;
+  const int head_side = by_tiles.quotient(work);
+  const int tile = work - head_side * tiles;
   const int head = head_side / 2, side = head_side % 2;
-  const int work_token = static_cast<int>(blockIdx.x) % kWorkBlocks * kWarps + warp;
-  const int chunk_token = tile * kWorkTokens + work_token;
+  const int chunk_token =
+      tile * kWorkTokens + static_cast<int>(blockIdx.x) % kWorkBlocks * kWarps + warp;
   const int64_t token = first_token + chunk_token;
 
   // What follows takes the end of this kernel for the end of the one ahead: works that are not
   // early wait for that.
-  if (!is_early || !wait_for_lists<kLists>(candidates.early, work,
-                                           work_token / EarlyWorks::kGroupTokens, lane)) {
+  if (!is_early || !wait_for_lists<kLists>(candidates.early, work, lane)) {
     wait_for_prerequisite_grid();
   }
   release_dependent_grid();
-  if (token >= p.num_tokens) return;
+  if (chunk_token >= candidates.chunk_tokens || token >= p.num_tokens) return;
   float filter[kPlanes];
   const auto* vector = static_cast<const float*>(side == 0 ? p.u : p.t);
 #pragma unroll
@@ -287,7 +286,7 @@ Status launch(const ProductKeyTopkParams& p, const Candidates<kLists, kRecords>&
   const auto tiles = static_cast<int>(ceil_div(num_tokens, kWorkTokens));
   const dim3 grid(static_cast<unsigned>(2 * p.num_heads * tiles * kWorkBlocks));
   return launch_overlapping(kernel, grid, kWarps * kWarpSize, bytes, stream, p, candidates,
-                            first_token, tiles, layout);
+                            first_token, tiles, Divisor(tiles), layout);
 }
 
 }  // namespace

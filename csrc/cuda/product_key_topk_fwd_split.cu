@@ -40,6 +40,7 @@ using namespace split;
 
 constexpr int kCopiers = 128;  // threads, of which one copies, of a warpgroup of its own
 constexpr int kThreads = 2 * kMultipliers + kCopiers;
+constexpr int kSelectorBarrier = 1;
 // Warps that multiply hold a part where there is one slot for parts.
 __host__ __device__ constexpr int multiplier_registers(int boxes) {
   return num_slots(boxes) == 1 ? 112 : 96;
@@ -153,9 +154,10 @@ __device__ __forceinline__ bool has_to_be_done(const Shared<kBoxes>& shared, Wor
 __device__ __forceinline__ void clear_states(const EarlyWorks& early, int lane) {
   for (Work work{0}; work.index() < early.count; ++work.number) {
     if (lane < EarlyWorks::kGroups) {
-      *(early.state(work.index(), lane, kBlocks) + cluster_rank()) = EarlyWorks::kUnknown;
+      early.of_work(work.index(), kBlocks)[lane * kBlocks + cluster_rank()] = EarlyWorks::kUnknown;
     }
   }
+  // Who picks reads them without waiting for this kernel, once it may begin.
   __threadfence();
   __syncwarp();
 }
@@ -347,6 +349,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     // work may seem to be complete.
     release_dependent_grid();
   }
+  if (warp / kWarps == 1) named_barrier_sync(kSelectorBarrier, kMultipliers);  // states are cleared
 
   if (warp >= 2 * kWarps) {
     give_up_registers<kCopierRegisters>();

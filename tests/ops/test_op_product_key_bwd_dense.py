@@ -146,7 +146,7 @@ def test_blocks_of_many_steps() -> None:
 @pytest.mark.gpu
 def test_peak_memory() -> None:
     """Of a forward and backward at shape S, beyond inputs, outputs and gradients: 7 MB saved for
-    the backward, 4 MB of its workspace and on sm_90 17 MB of parts of the keys' gradient, which
+    the backward, 4 MB of its workspace and on sm_90 12 MB of parts of the keys' gradient, which
     otherwise are where the gradient of the query goes."""
     leaves = trainable(make_inputs(Case(8192, 1138, 192, 32, 32), "cuda", torch.bfloat16))
     for _ in range(2):  # the first may allocate what is kept
@@ -158,7 +158,7 @@ def test_peak_memory() -> None:
         peak = torch.cuda.max_memory_allocated() - before
         peak -= sum(tensor.nbytes for tensor in (scores, indices, upstream, *grads))
         del scores, indices, upstream, grads
-    assert peak <= 30e6
+    assert peak <= 25e6
 
 
 @pytest.mark.parametrize("exponent", [-60, -20, 12, 60])
@@ -296,7 +296,7 @@ def check_spoiled(
     spoiled_side: int | None = None,
 ) -> None:
     """Only the spoiled tokens, and keys of their spoiled slots, have gradients that are not finite.
-    On the side of a spoiled query that goes for all keys that the axis kept, in a slot or not."""
+    On the side of a spoiled query that may go for all keys that the axis kept, in a slot or not."""
     num_keys = leaves[1].shape[3]
     grad_query, grad_keys = torch.autograd.grad(scores, leaves[:2], upstream)
     clean = [token for token in range(scores.shape[0]) if token not in SPOILED_TOKENS]

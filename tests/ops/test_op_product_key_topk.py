@@ -160,6 +160,24 @@ def test_filter_and_inputs_just_written(tokens: int, key_dim: int) -> None:
         assert torch.equal(indices, expected[turn % 2][1])
 
 
+@pytest.mark.parametrize(
+    ("tokens", "num_keys", "key_dim"), [(36_000, 600, 264), (33_000, 9_000, 64)]
+)
+@pytest.mark.gpu
+def test_more_tokens_than_a_workspace_holds(tokens: int, num_keys: int, key_dim: int) -> None:
+    """Kernels that take tokens in chunks: a token's result does not depend on the others."""
+    data = Data(11, "cuda")
+    query = data.normal(tokens, 2, 1, 2, key_dim, dtype=torch.bfloat16)
+    keys = data.normal(1, 2, 2, num_keys, key_dim, dtype=torch.bfloat16)
+    core = data.cores(2, 1, 2)
+    scores, indices = ops.product_key_topk(query, keys, core, topk=32)
+    for first in range(0, tokens, 4_400):
+        part = slice(first, first + 4_400)
+        expected = ops.product_key_topk(query[part], keys, core, topk=32)
+        assert torch.equal(scores[part], expected[0])
+        assert torch.equal(indices[part], expected[1])
+
+
 @pytest.mark.parametrize("mode", ["tucker", "additive"])
 def test_kept_keys_of_the_axes(device: str, mode: str) -> None:
     data = Data(8, device)

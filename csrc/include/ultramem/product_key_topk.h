@@ -64,8 +64,9 @@ struct ProductKeyTopkParams {
   const void* query = nullptr;  // [T, 2, H, Q, Kd]
   const void* keys = nullptr;   // [H, 2, R, n, Kd]
   const void* core = nullptr;   // [C, H, R, R] acc; null in additive mode
-  const void* u = nullptr;      // [H, R] acc, from tucker_filter; null in additive mode
-  const void* t = nullptr;      // [H, R] acc; null in additive mode
+  // From tucker_filter, [H, R] acc; null in additive mode and where own_filter is given.
+  const void* u = nullptr;
+  const void* t = nullptr;
   // [2, H, R] acc: where u and t are null, the forward computes both, like tucker_filter, and
   // leaves them here. On a GPU that takes less time than to do so ahead of it.
   void* own_filter = nullptr;
@@ -85,9 +86,10 @@ struct ProductKeyTopkParams {
 // be below 2^32. On the CPU, kOutOfRange for axis_indices or grid_positions that no forward wrote.
 //
 // What is not finite stays with the tokens and keys that hold it: an infinite or NaN dS, query or
-// key spoils the gradients of that token and of the keys that it kept, and no other. The CUDA
-// backward, where it uses tensor cores, makes all of a spoiled row NaN, and may take a query for
-// not finite where all scores of a rank at the kept keys are infinite or NaN.
+// key spoils the gradients of that token and of the keys in its pairs, may spoil those of other
+// keys that it kept, and no other. The CUDA backward, where it uses tensor cores, makes all of a
+// spoiled row NaN, and may take a query for not finite where all scores of a rank at the kept keys
+// are infinite or NaN.
 struct ProductKeyTopkBwdParams : ProductKeyTopkParams {
   const void* grad_scores = nullptr;  // [T, H, M, C] acc
   void* grad_query = nullptr;         // like query
