@@ -57,9 +57,7 @@ def test_saved_and_loaded(grad_mode: str, strict: bool, tmp_path: Path) -> None:
         with torch.no_grad():
             torch.testing.assert_close(loaded(x), model(x))
     # Offsets and seeds are numbers in it: nothing is placed apart.
-    assert called(program) == {
-        *("tucker_query", "rms_norm", "product_key_topk", "value_ffn")
-    }
+    assert called(program) == {*("tucker_query", "rms_norm", "product_key_topk", "value_ffn")}
     assert not any("_placement" in name for name in program.state_dict)
 
 
