@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kBucketThreads, 4)
 // Fewer tokens than this do not fill tiles, and gathering their rows is quick.
 constexpr int64_t kMinDenseTokens = 257;
 // Up to this many rows are multiplied in the time in which one kept row is gathered.
-constexpr int64_t kDenseRowsPerGatheredRow = 128;
+constexpr int64_t dense_rows_per_gathered_row(bool wgmma) { return wgmma ? 192 : 128; }
 constexpr int64_t kMaxDenseKeys = 65536;  // the counts of buckets fit in shared memory
 // Whole tiles are preferred where they keep this share of the machine busy, in percent.
 constexpr int64_t kBusyEnough = 90;
@@ -421,7 +421,7 @@ void plan_dense(const ProductKeyTopkBwdParams& p, const DeviceLimits& limits, De
   if (plan->tile_cols == 0) return;
   const int64_t col_tiles = ceil_div(p.key_dim, plan->tile_cols);
   const int64_t padded_rows = p.num_keys * col_tiles * plan->tile_cols;
-  if (padded_rows > kDenseRowsPerGatheredRow * p.axis_topk * p.key_dim) return;
+  if (padded_rows > dense_rows_per_gathered_row(limits.wgmma) * p.axis_topk * p.key_dim) return;
 
   const int64_t head_sides = int64_t{2} * p.num_heads;
   const int64_t inner_ranks = p.tucker_rank / p.num_queries;

@@ -33,10 +33,7 @@ LAYER_FORWARD = (
     "UltraMemLayer fwd",
     [
         ("ultramem::tucker_query fwd", []),
-        (
-            "ultramem::product_key_topk fwd",
-            [("ultramem::rms_norm fwd", []), ("ultramem::tucker_filter fwd", [])],
-        ),
+        ("ultramem::product_key_topk fwd", [("ultramem::rms_norm fwd", [])]),
         ("ultramem::value_ffn fwd", []),
     ],
 )
