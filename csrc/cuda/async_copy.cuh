@@ -276,8 +276,8 @@ __device__ __forceinline__ void read_arguments(Words... words) {
 }
 
 // Launches a kernel that calls `wait_for_prerequisite_grid` before it needs anything of the kernel
-// ahead of it, so that it may begin before that one has ended. Some thread of every block has to
-// call it: what follows takes the end of this kernel for the end of both.
+// ahead of it, so that it may begin before that one has ended. Some thread of the grid has to call
+// it in any case: what follows takes the end of this kernel for the end of both.
 //
 // `carveout` is what it prefers of a multiprocessor's memory as shared memory, in percent. A kernel
 // that prefers another division than the one ahead finds no room until a multiprocessor is empty.

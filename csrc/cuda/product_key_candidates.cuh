@@ -24,9 +24,10 @@ static_assert(kTensorCore90MaxKeys <= 0x10000 && kTensorCore80MaxKeys <= 0x10000
 // Records of a line of memory, 128 bytes.
 inline constexpr int kLineRecords = 8;
 
-// A kernel that finds candidates takes up works, tiles of kWorkTokens tokens of a head and side, in
-// the order of their numbers. Of the first of them it says when their lists are complete, so that
-// they are picked from while others are still being filled.
+// The kernel with a rank a block (product_key_topk_fwd_split.cu) takes up works, tiles of
+// kWorkTokens tokens of a head and side, in the order of their numbers. Of the first of them it
+// says when their lists are complete, so that they are picked from while others are still being
+// filled. Of other kernels' works none are early.
 inline constexpr int kWorkTokens = 128;
 struct EarlyWorks {
   static constexpr int kGroupTokens = 16;

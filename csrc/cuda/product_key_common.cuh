@@ -1,5 +1,5 @@
 // What the forward and the backward of product_key_topk share: the shapes they offer, packets of
-// elements, and shared memory beyond 48 KB.
+// elements, division by numbers that the host knows, and shared memory beyond 48 KB.
 #pragma once
 
 #include "common.cuh"

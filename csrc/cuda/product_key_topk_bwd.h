@@ -114,7 +114,8 @@ struct ProductSchedule {
   int num_blocks = 0;
   int spare_units = 0;
   int64_t block_units = 0;
-  Divisor by_blocks, by_tile_steps, by_steps;  // the last of all tiles, where these are split
+  Divisor by_blocks, by_tile_steps;
+  Divisor by_steps;  // of all tiles, where these are split
 
   // Every block gets as many steps, or tiles where these are not split, and some one more.
   void share_out(int64_t blocks) {
@@ -186,8 +187,9 @@ struct ScoresFindings {
 };
 ScoresFindings scores_findings(const ProductKeyTopkBwdParams& p, const DensePlan& plan);
 
-// dg to entries in buckets, and parts of dcore [token_tiles, H, C, R, R], or null, for bfloat16 and
-// short lists of kept keys: one kernel in place of that of the scores and that of the buckets.
+// dg to entries in buckets, and parts of dcore [token_tiles, H, C, R, R], or null, for bfloat16, R
+// = C of 1 or 2, an even m and up to 32 pairs a token: one kernel in place of that of the scores
+// and that of the buckets.
 bool entries_apply(const ProductKeyTopkBwdParams& p, const DeviceLimits& limits);
 Status launch_entries(const ProductKeyTopkBwdParams& p, const DensePlan& plan, float* core_partials,
                       Stream stream);

@@ -78,8 +78,8 @@ constexpr int kEntryThreads = 256;
 constexpr int64_t kMaxEntryBlocks = 1 << 20;
 
 __global__ void __launch_bounds__(kEntryThreads)
-    product_key_topk_bwd_entries_kernel(ProductKeyTopkBwdParams p, int64_t num_entries,
-                                        uint32_t* key_rows, uint32_t* entries) {
+    product_key_topk_bwd_key_entries_kernel(ProductKeyTopkBwdParams p, int64_t num_entries,
+                                            uint32_t* key_rows, uint32_t* entries) {
   const int64_t stride = int64_t{gridDim.x} * kEntryThreads;
   for (int64_t entry = int64_t{blockIdx.x} * kEntryThreads + threadIdx.x; entry < num_entries;
        entry += stride) {
@@ -245,8 +245,8 @@ Status launch_keys(const ProductKeyTopkBwdParams& p, const GatherWorkspace& work
 
   const int64_t entry_blocks =
       std::min(ceil_div(workspace.num_entries, kEntryThreads), kMaxEntryBlocks);
-  product_key_topk_bwd_entries_kernel<<<static_cast<unsigned>(entry_blocks), kEntryThreads, 0,
-                                        stream>>>(p, workspace.num_entries, key_rows, entries);
+  product_key_topk_bwd_key_entries_kernel<<<static_cast<unsigned>(entry_blocks), kEntryThreads, 0,
+                                            stream>>>(p, workspace.num_entries, key_rows, entries);
   ULTRAMEM_RETURN_IF_ERROR(launch_status());
   // Stable, so the entries of a key row stay in the order of their tokens.
   ULTRAMEM_RETURN_IF_ERROR(sort_pairs(key_rows, sorted_key_rows, entries, sorted_entries,
@@ -270,8 +270,8 @@ ULTRAMEM_REGISTER_KERNEL(query_bf16, "product_key_topk_bwd_query<bf16>", kQueryT
                          product_key_topk_bwd_query_kernel<__nv_bfloat16>);
 ULTRAMEM_REGISTER_KERNEL(query_f16, "product_key_topk_bwd_query<fp16>", kQueryThreads,
                          product_key_topk_bwd_query_kernel<__half>);
-ULTRAMEM_REGISTER_KERNEL(entries, "product_key_topk_bwd_entries", kEntryThreads,
-                         product_key_topk_bwd_entries_kernel);
+ULTRAMEM_REGISTER_KERNEL(key_entries, "product_key_topk_bwd_key_entries", kEntryThreads,
+                         product_key_topk_bwd_key_entries_kernel);
 ULTRAMEM_REGISTER_KERNEL(row_starts, "product_key_topk_bwd_row_starts", kEntryThreads,
                          product_key_topk_bwd_row_starts_kernel);
 ULTRAMEM_REGISTER_KERNEL(keys_f32, "product_key_topk_bwd_keys<fp32>", kKeyThreads,

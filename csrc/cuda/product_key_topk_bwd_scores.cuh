@@ -7,9 +7,7 @@
 // memory: hot rows cost no more than others, and every sum has a fixed order.
 #pragma once
 
-#include "async_copy.cuh"
 #include "common.cuh"
-#include "product_key_common.cuh"
 #include "product_key_topk_bwd.h"
 
 namespace ultramem::cuda {

@@ -359,6 +359,9 @@ AxisStage axis_stage(const ProductKeyTopkParams& p) {
 
 Status check_fwd(const ProductKeyTopkParams& p) {
   ULTRAMEM_RETURN_IF_ERROR(check_product_key_topk(p));
+  if (p.mode == ScoreMode::kTucker && p.core == nullptr) {
+    return Status::invalid_argument("product_key_topk: core is null");
+  }
   if (p.mode == ScoreMode::kTucker && (p.u == nullptr || p.t == nullptr) && !computes_filter(p)) {
     return Status::invalid_argument("product_key_topk: u or t is null");
   }

@@ -363,7 +363,6 @@ def public_calls(data: Data) -> dict[str, tuple[Callable[..., Tensor], tuple[Ten
         ),
         "tucker_filter": (lambda core: ops.tucker_filter(core)[2], (core,)),
         "product_key_topk": (
-            # With the filter given: the default would be tucker_filter's refusal.
             lambda *inputs: ops.product_key_topk(*inputs, topk=4, u=u, t=t)[0],
             (query, keys, core),
         ),

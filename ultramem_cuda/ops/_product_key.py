@@ -90,8 +90,8 @@ def product_key_topk(
         core: [C, H, R, R], any float dtype; None in additive mode.
         topk: M, at most min(axis_topk^2, 1024).
         axis_topk: m, at most min(n, 128); default min(n, topk, 128).
-        u, t: [H, R], the filter; default ``tucker_filter(core)``, on a GPU without waiting for it.
-            Detached.
+        u, t: [H, R], the filter; default that of ``tucker_filter(core)``, computed by this
+            operator. Detached.
         key_norm_weight: [Kd]; keys are then RMS-normalised first (and rounded to their dtype, so
             that normalising them ahead gives the same). None: they are used as they are.
         mode: "tucker", or "additive" for plain product keys (score = S_row + S_col, R = C = 1;
