@@ -186,7 +186,8 @@ __global__ void __launch_bounds__(kBucketThreads, 4)
 
 // Fewer tokens than this do not fill tiles, and gathering their rows is quick.
 constexpr int64_t kMinDenseTokens = 257;
-// Up to this many rows are multiplied in the time in which one kept row is gathered.
+// Up to this many rows are multiplied in the time in which one kept row is gathered; the more by
+// wgmma.
 constexpr int64_t dense_rows_per_gathered_row(bool wgmma) { return wgmma ? 192 : 128; }
 constexpr int64_t kMaxDenseKeys = 65536;  // the counts of buckets fit in shared memory
 // Whole tiles are preferred where they keep this share of the machine busy, in percent.

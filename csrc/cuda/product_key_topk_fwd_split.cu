@@ -15,6 +15,9 @@
 // number, and of the other's above another, m in all, are m different keys, so the lesser of both
 // numbers bounds the m-th best key from below.
 //
+// Clusters take up one work after the other, a tile of tokens of a head and side. Where some have
+// none in the last turn, their multiprocessors already pick from works that are complete for good.
+//
 // A list without room for more is cut down to its best m, and bounds from then on, too: every order
 // of scores comes out right. Sorted scores take somewhat longer than others, NaN and scores in step
 // with the sample several times as long.
